@@ -1,0 +1,82 @@
+"""Backends: a package each (candidates, model, printer, loader, compiler), found by name.
+
+A backend is a module-level object `BACKEND` of its package that has the members of
+`Backend`. Those that attngen ships live here; another registers its package by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from attngen.cost import Cost
+from attngen.errors import BackendError
+from attngen.plans import Choice, Option, Plan
+from attngen.regions import Tiles
+from attngen.spec import AttentionSpec
+from attngen.targets import Target
+
+
+class Backend(Protocol):
+    """What a backend gives. Only `load` and `compiler` may import its array library."""
+
+    name: str
+    templates: Path  # the folder of its templates
+    compiler: str  # the module that certifies in a child process; "" where none does
+
+    def refuse(self, spec: AttentionSpec) -> None:
+        """Raise NotBuiltError for what this backend doesn't do."""
+
+    def space(
+        self, spec: AttentionSpec, target: Target
+    ) -> Mapping[str, Mapping[str, Sequence[Option]]]:
+        """For each algorithm, the values of each choice that are worth considering."""
+
+    def illegal(self, spec: AttentionSpec, target: Target, choice: Choice) -> str | None:
+        """The reason why a candidate can't be emitted, or None."""
+
+    def cost(
+        self, spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles
+    ) -> Cost:
+        """Modelled bytes and time of a legal candidate."""
+
+    def describe(self, choice: Choice) -> str:
+        """A candidate in a few words, for tables."""
+
+    def template(self, plan: Plan) -> tuple[str, Mapping[str, Any]]:
+        """The template's file name and what it receives."""
+
+    def load(self, path: Path) -> Callable[..., Any]:
+        """The function of an emitted file, ready to be called with arrays."""
+
+    def array(self, values: Any, dtype: str) -> Any:
+        """A NumPy array as the backend's, in one of the language's dtypes."""
+
+
+_PACKAGES = {"jax": "attngen.backends.jax"}
+
+
+def register(name: str, package: str) -> None:
+    """Make a backend known: `package` is imported when it is first asked for."""
+    _PACKAGES[name] = package
+
+
+def names() -> tuple[str, ...]:
+    return tuple(_PACKAGES)
+
+
+def get(name: str | None = None) -> Backend:
+    """The backend of that name; None: jax.
+
+    Raises:
+        BackendError: there is none.
+    """
+    name = "jax" if name is None else name
+    if name not in _PACKAGES:
+        raise BackendError(
+            f"There is no backend {name!r}.", got=name, needed="one of " + ", ".join(_PACKAGES)
+        )
+    backend: Backend = importlib.import_module(_PACKAGES[name]).BACKEND
+    return backend

@@ -1,0 +1,61 @@
+"""JAX: plain `jax.numpy` and `jax.lax` loops, for whatever XLA compiles to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attngen.backends.jax import candidates, context, model
+from attngen.cost import Cost
+from attngen.files import template_folder
+from attngen.plans import Choice, Option, Plan
+from attngen.regions import Tiles
+from attngen.spec import AttentionSpec
+from attngen.targets import Target
+
+
+class JaxBackend:
+    """See `backends.Backend`."""
+
+    name = "jax"
+    compiler = "attngen.backends.jax.compiler"
+
+    @property
+    def templates(self) -> Path:
+        return template_folder() / "jax"
+
+    def refuse(self, spec: AttentionSpec) -> None:
+        candidates.refuse(spec)
+
+    def space(
+        self, spec: AttentionSpec, target: Target
+    ) -> Mapping[str, Mapping[str, Sequence[Option]]]:
+        return candidates.space(spec)
+
+    def illegal(self, spec: AttentionSpec, target: Target, choice: Choice) -> str | None:
+        return candidates.illegal(spec, choice)
+
+    def cost(
+        self, spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles
+    ) -> Cost:
+        return model.cost(spec, target, choice, tiles)
+
+    def describe(self, choice: Choice) -> str:
+        return candidates.describe(choice)
+
+    def template(self, plan: Plan) -> tuple[str, Mapping[str, Any]]:
+        return f"{plan.algorithm}.py.jinja", context.context(plan)
+
+    def load(self, path: Path) -> Callable[..., Any]:
+        from attngen.backends.jax.loader import load
+
+        return load(path)
+
+    def array(self, values: Any, dtype: str) -> Any:
+        import jax.numpy as jnp
+
+        return jnp.asarray(values, dtype)
+
+
+BACKEND = JaxBackend()

@@ -1,0 +1,70 @@
+"""The axes of one tile of scores, as the emitted text spells them.
+
+A tile is [b, g, r, q, k]: batch, kv head, query head within the kv head's group, query,
+key. Axes of length 1 among the first three are left out, so that XLA sees matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from attngen.plans import Plan
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Names of the axes present, and the text that shapes arrays to them.
+
+    sizes: the emitted constant (or the literal 1) for each letter.
+    """
+
+    letters: str
+    sizes: dict[str, str]
+
+    @property
+    def rows(self) -> str:
+        """The axes of statistics: all but the keys."""
+        return self.letters[:-1]
+
+    def shape(self, letters: Iterable[str], *more: str) -> str:
+        """The text of a shape tuple."""
+        items = [*(self.sizes[a] for a in letters if a in self.letters), *more]
+        return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
+
+    def spread(self, letters: str) -> str:
+        """The shape that lines up an array of some axes with the tile, by broadcasting."""
+        present = [a for a in self.letters if a in letters]
+        if not present:
+            return "()"
+        tail = self.letters[self.letters.index(present[0]) :]
+        items = [self.sizes[a] if a in letters else "1" for a in tail]
+        return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
+
+
+def tile(plan: Plan) -> Tile:
+    spec = plan.spec
+    counts = {
+        "b": plan.option("batch_chunk"),
+        "g": plan.option("head_chunk"),
+        "r": spec.repeats,
+    }
+    sizes = {"b": "B_CHUNK", "g": "G_CHUNK", "r": "R", "q": "Q_CHUNK", "k": "K_CHUNK"}
+    if plan.algorithm == "dense":
+        sizes = {"b": "B", "g": "G", "r": "R", "q": "T", "k": "S"}
+    letters = "".join(a for a in "bgr" if counts[a] != 1) + "qk"
+    sizes = {a: s if counts.get(a) != 1 else "1" for a, s in sizes.items()}
+    return Tile(letters, sizes)
+
+
+def heads(at: Tile) -> str:
+    """How many query heads a tile has, as text: G_CHUNK * R without its ones."""
+    factors = [at.sizes[a] for a in "gr" if at.sizes[a] != "1"]
+    return " * ".join(factors) or "1"
+
+
+def order(layout: str, axes: str) -> str:
+    """The letters of an array as it lies in memory: axes ⊂ b, t (as q or k), heads, d."""
+    batch, token, *head = axes
+    inner = [token, *head] if layout == "bthd" else [*head, token]
+    return "".join([batch, *inner])

@@ -1,0 +1,313 @@
+"""The statements inside a tile: positions, operands, scores and the mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from attngen import expr
+from attngen.backends.jax.tile import Tile, heads
+from attngen.expr import Expr, Operand
+from attngen.intervals import domain, proven
+from attngen.plans import Plan
+from attngen.printer import ArrayPrinter
+
+WIDTH = 88
+
+
+@dataclass
+class TileCode:
+    """What a tile computes beside the two products, as lists of statements.
+
+    rows: before the key loop: what depends on batch, head and query alone.
+    keys: in every tile: positions of keys and operands that the scores read.
+    score: the scores, in order.
+    edge: in edge tiles only: what the mask reads, and the mask as `seen`.
+    """
+
+    rows: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    score: list[str] = field(default_factory=list)
+    edge: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Starts:
+    """Text for where the tile begins: batch, kv head, query index, key index."""
+
+    b: str
+    g: str
+    q: str
+    k: str
+
+
+def tile_code(plan: Plan, at: Tile, starts: Starts, indent: int, ragged: bool) -> TileCode:
+    return _Writer(plan, at, starts, WIDTH - indent, ragged).write()
+
+
+class _Writer:
+    def __init__(
+        self, plan: Plan, at: Tile, starts: Starts, width: int, ragged: bool
+    ) -> None:
+        self.plan, self.spec, self.at = plan, plan.spec, at
+        self.starts, self.width, self.ragged = starts, width, ragged
+        self.code = TileCode()
+        self.rows_defined: set[str] = set()
+        self.keys_defined: set[str] = set()
+        self.gathered: dict[Expr, str] = {}
+        self.gathers = 0
+        self.env = domain(plan.spec)
+
+    def write(self) -> TileCode:
+        for i, score in enumerate(self.spec.score):
+            dtype = self.spec.stats_dtype
+            self._needs(score.expr, self.code.keys, dtype)
+            printer = self._printer(dtype, f"score{i}")
+            self.code.score += printer.lines("s", score.expr, width=self.width)
+        self.keys_defined, self.gathered = set(), {}  # the mask is a scope of its own
+        self._mask()
+        return self.code
+
+    def _mask(self) -> None:
+        """Every condition for a key to be there; `seen` where there is any."""
+        terms: list[list[str]] = []
+        if self.spec.mask is not None:
+            self._needs(self.spec.mask.expr, self.code.edge, "float32")
+            printer = self._printer("float32", "part")
+            terms.append(printer.lines("seen", self.spec.mask.expr, width=self.width))
+        if self.ragged:
+            self._define("k_index", self.code.edge)
+            terms.append(["seen = k_index >= c * K_CHUNK"])
+        if self.spec.kv_lengths:
+            self._define("k_index", self.code.edge)
+            self._define("kv_length", self.code.rows)
+            terms.append(["seen = k_index < kv_length"])
+        if self.spec.q_lengths:
+            self._define("q_index", self.code.rows)
+            self._define("q_length", self.code.rows)
+            terms.append(["seen = q_index < q_length"])
+        for i, lines in enumerate(terms):
+            if i:
+                lines[-1] = lines[-1].replace("seen = ", "seen &= ", 1)
+            self.code.edge += lines
+
+    def _printer(self, float_dtype: str, prefix: str) -> ArrayPrinter:
+        names = {"b": "b_index", "h": "h_index", "q": "q_pos", "k": "k_pos", "s": "s"}
+        if self.spec.static_q_offset == 0:
+            names["q"] = "q_index"
+        if self.spec.kv_offset == 0:
+            names["k"] = "k_index"
+        return ArrayPrinter(
+            "jnp",
+            names,
+            lambda node: self._load(node, float_dtype),
+            float_dtype=float_dtype,
+            int_dtype=self.plan.index_dtype,
+            prefix=prefix,
+        )
+
+    # What an expression needs defined first.
+
+    def _needs(self, root: Expr, keys: list[str], float_dtype: str) -> None:
+        """Define the positions and operands that an expression reads, innermost first."""
+        for a in root.args:
+            index = root.op == "load" and a.op == "var"
+            if not index:
+                self._needs(a, keys, float_dtype)
+        if root.op == "var":
+            self._variable(str(root.value), keys)
+        elif root.op == "load" and self._gathers(root):
+            self._gather(root, keys, float_dtype)
+        elif root.op == "load":
+            self._slice(root, keys)
+
+    def _variable(self, name: str, keys: list[str]) -> None:
+        if name in ("b", "h"):
+            self._define(f"{name}_index", self.code.rows)
+        elif name == "q":
+            self._define("q_index", self.code.rows)
+            if self.spec.static_q_offset != 0:
+                self._define("q_pos", self.code.rows)
+        elif name == "k":
+            self._define("k_index", keys)
+            if self.spec.kv_offset:
+                self._define("k_pos", keys)
+
+    def _new(self, name: str, lines: list[str]) -> bool:
+        """Whether a name is still to be defined where `lines` go; from now on it is."""
+        known = self.rows_defined if lines is self.code.rows else self.keys_defined
+        if name in known:
+            return False
+        known.add(name)
+        return True
+
+    def _define(self, name: str, lines: list[str]) -> None:
+        if self._new(name, lines):
+            lines += self._definition(name)
+
+    def _definition(self, name: str) -> list[str]:
+        starts, at = self.starts, self.at
+        if name == "b_index":
+            return [f"{name} = {self._range(starts.b, 'b', at.sizes['b'])}"]
+        if name == "h_index":
+            first = _times(starts.g, self.spec.repeats)
+            return [f"{name} = {self._range(first, 'gr', heads(at))}"]
+        if name in ("q_index", "k_index"):
+            letter = name[0]
+            start = starts.q if letter == "q" else starts.k
+            return [f"{name} = {self._range(start, letter, at.sizes[letter])}"]
+        if name == "k_pos":
+            return ["k_pos = k_index + K_OFFSET"]
+        if name == "q_pos" and self.spec.static_q_offset is not None:
+            return ["q_pos = q_index + Q_OFFSET"]
+        if name == "q_pos":
+            offset = self._per_batch("offset_at_b", "q_offset")
+            return [*offset, "q_pos = q_index + offset_at_b"]
+        operand = {"kv_length": "kv_lengths", "q_length": "q_lengths"}[name]
+        return self._per_batch(name, operand)
+
+    def _per_batch(self, name: str, operand: str) -> list[str]:
+        """Define an operand [b] for the tile's batches."""
+        size, shape = self.at.sizes["b"], self.at.spread("b")
+        if size == "1":
+            return [f"{name} = {operand}[{self.starts.b}]"]
+        if self.starts.b == "0":
+            return [f"{name} = {operand}.reshape{shape}"]
+        call = ["lax.dynamic_slice", operand, f"({self.starts.b},)", f"({size},)"]
+        return _call(name, call, f".reshape{shape}", self.width)
+
+    def _range(self, start: str, letters: str, size: str) -> str:
+        """start, start + 1, … along some axes of the tile."""
+        dtype = ", dtype=jnp.int64" if self.plan.index_dtype == "int64" else ""
+        if size == "1" and not set(letters) & set("qk"):
+            # never a Python number: ~ of a Python bool is another thing
+            return f"jnp.{self.plan.index_dtype}({start})"
+        numbers = f"jnp.arange({size}{dtype})"
+        shape = self.at.spread(letters)
+        present = [a for a in self.at.letters if a in letters]
+        if len(present) == 1:
+            after = len(self.at.letters) - self.at.letters.index(present[0]) - 1
+            numbers += f"[:{', None' * after}]" if after else ""
+        else:
+            numbers += f".reshape{shape}"
+        return numbers if start == "0" else f"{start} + {numbers}"
+
+    # Operands.
+
+    def _gathers(self, node: Expr) -> bool:
+        """Whether a read indexes an axis of its own length, which is no slice."""
+        assert isinstance(node.value, Operand)
+        pairs = zip(node.value.axes, node.args, strict=True)
+        return any(isinstance(a, int) and i.op != "const" for a, i in pairs)
+
+    def _slice(self, node: Expr, keys: list[str]) -> None:
+        """Define the part of an operand that belongs to this tile."""
+        assert isinstance(node.value, Operand)
+        name, used = _slice_name(node), _letters(node)
+        lines = keys if "k" in used else self.code.rows
+        if not self._new(name, lines):
+            return
+        begins, sizes = [], []
+        for index in node.args:
+            letter = str(index.value)
+            begins.append(letter if index.op == "const" else self._begin(letter))
+            sizes.append("1" if index.op == "const" else self._size(letter))
+        if set(begins) == {"0"} and self._is_whole(node):
+            text = [node.value.name]
+        else:
+            text = ["lax.dynamic_slice", node.value.name, _tuple(begins), _tuple(sizes)]
+        ordered = sorted(used, key="bhqk".index)
+        tail = ""
+        if used != ordered:
+            fixed = [i for i, index in enumerate(node.args) if index.op != "var"]
+            moved = [i for i, index in enumerate(node.args) if index.op == "var"]
+            moved.sort(key=lambda i: "bhqk".index(str(node.args[i].value)))
+            tail = f".transpose{_tuple([str(i) for i in fixed + moved])}"
+        target = "".join({"h": "gr"}.get(a, a) for a in ordered)
+        tail += f".reshape{self.at.spread(target)}"
+        lines += _call(name, text, tail, self.width)
+
+    def _begin(self, letter: str) -> str:
+        starts = self.starts
+        head = _times(starts.g, self.spec.repeats)
+        return {"b": starts.b, "h": head, "q": starts.q, "k": starts.k}[letter]
+
+    def _size(self, letter: str) -> str:
+        return heads(self.at) if letter == "h" else self.at.sizes[letter]
+
+    def _is_whole(self, node: Expr) -> bool:
+        """Whether a slice that begins at 0 everywhere is all of the operand."""
+        assert isinstance(node.value, Operand)
+        if self.plan.algorithm != "dense":
+            return False
+        pairs = zip(node.value.axes, node.args, strict=True)
+        return all(i.op == "var" and i.value == a for a, i in pairs)
+
+    def _gather(self, node: Expr, keys: list[str], float_dtype: str) -> None:
+        """Define the values of an operand that is indexed by an expression."""
+        if node in self.gathered:
+            return
+        assert isinstance(node.value, Operand)
+        reads = expr.variables(node)
+        lines = self.code.score if "s" in reads else keys if "k" in reads else self.code.rows
+        name = f"{node.value.name}_at_{self.gathers}"
+        self.gathers += 1
+        index = []
+        for i in node.args:
+            if i.op == "var":
+                index_lines = keys if i.value == "k" else self.code.rows
+                self._define(f"{i.value}_index", index_lines)
+                index.append(f"{i.value}_index")
+            elif i.op == "const":
+                index.append(str(i.value))
+            else:
+                step = f"index_{self.gathers}"
+                printer = self._printer(float_dtype, step)
+                lines += printer.lines(step, i, width=self.width)
+                index.append(step)
+        safe = proven(node, self.env)
+        how = ['mode="promise_in_bounds"'] if safe else ['mode="fill"', "fill_value=jnp.nan"]
+        read = f"{node.value.name}.at[{', '.join(index)}].get"
+        lines += _call(name, [read, *how], "", self.width)
+        self.gathered[node] = name
+
+    def _load(self, node: Expr, float_dtype: str) -> str:
+        """The text of a read inside an expression: a name, converted where it must be."""
+        assert isinstance(node.value, Operand)
+        text = self.gathered.get(node) or _slice_name(node)
+        wanted = {"float": float_dtype, "int": self.plan.index_dtype}.get(node.kind)
+        if wanted is None or node.value.dtype == wanted:
+            return text
+        return f"jnp.{wanted}({text})"
+
+
+def _letters(node: Expr) -> list[str]:
+    """The variables that index a slice, in the operand's own order."""
+    return [str(i.value) for i in node.args if i.op == "var"]
+
+
+def _slice_name(node: Expr) -> str:
+    assert isinstance(node.value, Operand)
+    index = "".join(str(i.value) for i in node.args)
+    return f"{node.value.name}_at_{index}"
+
+
+def _times(start: str, factor: int) -> str:
+    return start if factor == 1 or start == "0" else f"{start} * R"
+
+
+def _tuple(items: list[str]) -> str:
+    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
+
+
+def _call(name: str, call: list[str], tail: str, width: int) -> list[str]:
+    """name = function(arguments) + tail, on as many lines as it needs."""
+    function, *arguments = call
+    inner = f"({', '.join(arguments)})" if arguments else ""
+    line = f"{name} = {function}{inner}"
+    if len(line + tail) <= width:
+        return [line + tail]
+    if arguments and len(line) > width:
+        lines = [f"{name} = {function}(", *(f"    {a}," for a in arguments), ")"]
+    else:
+        lines = [line]
+    return lines + ([f"{name} = {name}{tail}"] if tail else [])

@@ -1,0 +1,35 @@
+"""What an attention costs, whatever computes it: operations and bytes moved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attngen.regions import Tiles
+from attngen.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a backend's model says of a candidate.
+
+    temp_bytes is meant as an upper bound of what the compiler will allocate beyond inputs
+    and outputs; time_s is a guide for ranking.
+    """
+
+    temp_bytes: int
+    time_s: float
+
+
+def tile_flop(spec: AttentionSpec, q_chunk: int, k_chunk: int) -> int:
+    """Multiplications and additions of the two matrix products of one tile, one head."""
+    return 2 * q_chunk * k_chunk * (spec.qk_dim + spec.v_dim)
+
+
+def executed_flop(spec: AttentionSpec, tiles: Tiles, q_chunk: int, k_chunk: int) -> int:
+    """Of all tiles visited, over all batches and query heads."""
+    return spec.batch * spec.q_heads * tiles.visited * tile_flop(spec, q_chunk, k_chunk)
+
+
+def square_flop(spec: AttentionSpec) -> int:
+    """Of every pair of query and key, as an attention that skips nothing computes."""
+    return spec.batch * spec.q_heads * tile_flop(spec, spec.q_len, spec.kv_len)

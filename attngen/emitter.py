@@ -1,0 +1,194 @@
+"""Plan → Source: the only module that knows jinja2."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attngen import __version__, files
+from attngen.backends import Backend
+from attngen.cost import square_flop
+from attngen.errors import FileError, InternalError
+from attngen.expr import describe
+from attngen.plans import Option, Plan
+from attngen.spec import AttentionSpec
+from attngen.units import show_bytes, show_count
+
+WIDTH = 88
+
+
+@dataclass(frozen=True)
+class Source:
+    """The emitted text of one plan.
+
+    Args:
+        text: a Python module that defines `attention`.
+        backend: the language it is in.
+    """
+
+    text: str
+    backend: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the text, in hexadecimal."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def write(self, path: str | Path) -> Path:
+        """Write the file, whole or not at all.
+
+        Raises:
+            FileError: it can't be written.
+        """
+        files.write(Path(path), self.text)
+        return Path(path)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def emit(plan: Plan, backend: Backend) -> Source:
+    """Spell the plan out as text."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(backend.templates),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    name, context = backend.template(plan)
+    text = environment.get_template(name).render(header=header(plan, backend), **context)
+    try:
+        compile(text, name, "exec", dont_inherit=True, flags=0)
+    except SyntaxError as error:
+        raise InternalError(f"{name} made a file that isn't Python: {error}") from error
+    return Source(text, backend.name)
+
+
+def header(plan: Plan, backend: Backend) -> str:
+    """The docstring of an emitted file: what it computes, how, and from what."""
+    spec = plan.spec
+    sections = {
+        "made by": f"attngen {__version__}, for {plan.target}; `attngen emit --check` compares this\n"
+        "file with what would be emitted now. It is yours: attngen claims no rights in it.",
+        "computes": _computes(spec),
+        "plan": _describe_plan(plan, backend),
+        "cost": _cost(plan),
+        "spec": _data(spec.to_dict(defaults=False)),
+        "choices": _data({"backend": plan.backend, "target": plan.target, **plan.choice}),
+    }
+    lines = [_title(plan), ""]
+    for label, text in sections.items():
+        first, *rest = text.splitlines()
+        lines.append(f"{label:<10}{first}")
+        lines += [f"{'':<10}{line}".rstrip() for line in rest]
+    return "\n".join(lines)
+
+
+def _title(plan: Plan) -> str:
+    if plan.algorithm == "dense":
+        return "Attention, the whole square of scores at once."
+    chunks = f"{plan.q_chunk} queries and {plan.k_chunk} keys"
+    return f"Attention in chunks of {chunks}, with a running softmax."
+
+
+def _computes(spec: AttentionSpec) -> str:
+    scale = "1/sqrt(qk_dim)" if spec.scale is None else repr(spec.scale)
+    lines = [f"out = softmax(s) v over the keys, with s = q.k * {scale}"]
+    for score in spec.score:
+        lines += _filled(f"then    s = {describe(score.expr)}")
+    if spec.mask is not None:
+        lines += _filled(f"key k is there for query q where {describe(spec.mask.expr)}")
+    if spec.kv_lengths:
+        lines.append("and its index < kv_lengths[b]")
+    if spec.q_lengths:
+        lines.append("for queries of index < q_lengths[b]")
+    offset = spec.q_offset if spec.q_offset is not None else 0
+    if offset != 0 or spec.kv_offset:
+        lines.append(f"positions: query 0 is at {offset}, key 0 at {spec.kv_offset}")
+    if spec.sink:
+        lines.append("with exp(sink[h]) added to each denominator (not in lse)")
+    for name in ("q", "k", "v", *(o.name for o in spec.operands), *spec.outputs):
+        shape = ", ".join(map(str, spec.shape_of(name)))
+        lines.append(f"{name:<8}[{shape}]  {spec.dtype_of(name)}")
+    return "\n".join(lines)
+
+
+def _describe_plan(plan: Plan, backend: Backend) -> str:
+    tiles = plan.tiles
+    lines = [backend.describe(plan.choice)]
+    lines.append(
+        f"tiles of a head: {tiles.total}; {tiles.full} full, {tiles.edge} on an edge, "
+        f"{tiles.empty} empty and never visited"
+    )
+    return "\n".join(lines)
+
+
+def _cost(plan: Plan) -> str:
+    square = square_flop(plan.spec)
+    return (
+        f"{show_count(plan.flop)}FLOP ({show_count(square)}FLOP without skipping), "
+        f"{show_bytes(plan.temp_bytes)} of temporaries (modelled)"
+    )
+
+
+def _data(value: Mapping[str, Any]) -> str:
+    """JSON over several lines, broken after commas only."""
+    return "\n".join(_filled(json.dumps(value)))
+
+
+def _filled(text: str) -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH - 10, break_long_words=False, break_on_hyphens=False
+    ) or [""]
+
+
+_SECTION = re.compile(r"^(spec|choices) {2,}(\{.*?)(?=^\S|\Z)", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an emitted file says of itself: its spec and the choices of its plan."""
+
+    spec: AttentionSpec
+    target: str
+    backend: str
+    choice: dict[str, Option]
+
+
+def read_header(path: Path) -> Header:
+    """The header of an emitted file, edited or not.
+
+    Raises:
+        FileError: it isn't a file that attngen emitted.
+    """
+    import ast
+
+    text = files.read(path)
+    try:
+        doc = ast.get_docstring(ast.parse(text), clean=False) or ""
+    except SyntaxError as error:
+        raise FileError(f"{path} isn't Python.", got=str(error)) from error
+    found = {m[1]: " ".join(m[2].split()) for m in _SECTION.finditer(doc)}
+    try:
+        spec = AttentionSpec.from_dict(json.loads(found["spec"]))
+        choices = json.loads(found["choices"])
+        target, backend = choices.pop("target"), choices.pop("backend")
+    except (KeyError, ValueError) as error:
+        if hasattr(error, "what"):
+            raise
+        raise FileError(
+            f"{path} isn't a file that attngen emitted.",
+            got="a docstring without readable 'spec' and 'choices' sections",
+            needed="the header that attngen emit writes",
+        ) from error
+    return Header(spec, target, backend, choices)

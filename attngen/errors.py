@@ -1,0 +1,111 @@
+"""Every error that a user can meet: what is wrong, what was got, what is needed, what to do.
+
+All derive from `AttngenError`, and each from the built-in error it resembles, so that
+`except ValueError` works as one expects. `InternalError` stands apart: it is a fault of
+attngen itself and asks for a report.
+"""
+
+from __future__ import annotations
+
+
+class AttngenError(Exception):
+    """A request that attngen can't meet.
+
+    Args:
+        what: one sentence that names the problem.
+        got: what was found.
+        needed: what would have been right.
+        hint: what to do about it.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        got: object = None,
+        needed: object = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.got = got
+        self.needed = needed
+        self.hint = hint
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        for label in ("got", "needed", "hint"):
+            value = getattr(self, label)
+            if value is not None:
+                lines.append(f"  {label:<8} {value}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, object]:
+        """The error as plain values, as `--json` prints it."""
+        text = {"error": type(self).__name__, "what": self.what}
+        for label in ("got", "needed", "hint"):
+            value = getattr(self, label)
+            text[label] = None if value is None else str(value)
+        return dict(text)
+
+
+class SpecError(AttngenError, ValueError):
+    """A field of an `AttentionSpec` has a value that it can't have."""
+
+
+class NotBuiltError(AttngenError, NotImplementedError):
+    """The contract has it, this version of attngen doesn't do it yet."""
+
+
+class ExpressionError(AttngenError, TypeError):
+    """A mask or a score does something that the language can't express."""
+
+
+class OperandError(AttngenError, ValueError):
+    """An operand is missing, surplus, misnamed, or of the wrong shape or dtype."""
+
+
+class CallError(AttngenError, ValueError):
+    """An array given to a kernel doesn't match the kernel's spec."""
+
+
+class PresetError(AttngenError, LookupError):
+    """There is no preset of that name."""
+
+
+class TargetError(AttngenError, LookupError):
+    """There is no such target, or it can't do what was asked of it."""
+
+
+class BackendError(AttngenError, LookupError):
+    """There is no such backend, or what it needs isn't installed."""
+
+
+class PlanError(AttngenError, ValueError):
+    """A fixed choice isn't known, or isn't legal for this spec."""
+
+
+class BudgetError(AttngenError, ValueError):
+    """No plan fits the memory budget, or the budget can't be read."""
+
+
+class CompileError(AttngenError, RuntimeError):
+    """The target's compiler refused the program, crashed, or took too long."""
+
+
+class ValidationError(AttngenError, ArithmeticError):
+    """A kernel's numbers are further from the reference than the rule allows."""
+
+
+class FileError(AttngenError, OSError):
+    """A file can't be read, written, or isn't what it should be."""
+
+
+class InternalError(RuntimeError):
+    """A fault of attngen itself, never of its user."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}\n  This is a fault in attngen. Please report it with the spec "
+            "(spec.to_json()) and this message."
+        )

@@ -1,0 +1,422 @@
+"""Expressions of the mask and score language: a small frozen tree.
+
+    expression ::= const | var | load(operand, index, …) | op(expression, …)
+    const      ::= bool | int | float
+    var        ::= b | h | q | k        batch, query head, query and key position (int)
+                 | s                    the score so far (float; in scores only)
+    op         ::= add sub mul div floordiv mod neg abs minimum maximum
+                 | exp log tanh
+                 | lt le gt ge eq ne
+                 | and or not
+                 | where
+                 | int float            conversions: bool to int, int to float
+
+Every node has a kind: "bool", "int" or "float". Integer arithmetic is Python's: `//` and
+`%` floor. Trees are made by operators (tracing.py) or read from JSON as data; no text is
+ever parsed or evaluated.
+"""
+
+from __future__ import annotations
+
+import math
+import operator as python_operator
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from attngen.errors import ExpressionError, OperandError
+
+Kind = Literal["bool", "int", "float"]
+Axis = str | int
+
+COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
+LOGIC = ("and", "or", "not")
+ARITHMETIC = ("add", "sub", "mul", "neg", "abs", "minimum", "maximum")
+INTEGER_ONLY = ("floordiv", "mod")
+FLOAT_ONLY = ("div", "exp", "log", "tanh")
+ARITY = (
+    dict.fromkeys(("neg", "abs", "exp", "log", "tanh", "not", "int", "float"), 1)
+    | dict.fromkeys(("add", "sub", "mul", "div", "floordiv", "mod"), 2)
+    | dict.fromkeys(("minimum", "maximum", "and", "or", *COMPARISONS), 2)
+    | {"where": 3}
+)
+VARIABLES: dict[str, Kind] = {"b": "int", "h": "int", "q": "int", "k": "int", "s": "float"}
+LETTERS = ("b", "h", "q", "k")
+OPERAND_DTYPES = ("bool", "int32", "int64", "float16", "bfloat16", "float32", "float64")
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A tensor that a mask or score reads, passed to the kernel by name.
+
+    axes: for each dimension a letter (b, h, q, k: as long as the batch, the query heads,
+    the queries, the keys) or a length of its own.
+    """
+
+    name: str
+    axes: tuple[Axis, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        check_operand_name(self.name)
+        if not self.axes or not all(_is_axis(a) for a in self.axes):
+            raise OperandError(
+                f"Operand {self.name!r} has axes that can't be read.",
+                got=repr(self.axes),
+                needed="one or more of the letters b, h, q, k and positive lengths",
+                hint='for example axes="bk" or axes=("h", 32)',
+            )
+        letters = [a for a in self.axes if isinstance(a, str)]
+        if len(set(letters)) != len(letters):
+            raise OperandError(
+                f"Operand {self.name!r} has the same axis twice.",
+                got=repr(self.axes),
+                needed="each letter at most once",
+            )
+        if self.dtype not in OPERAND_DTYPES:
+            raise OperandError(
+                f"Operand {self.name!r} has a dtype that the language doesn't know.",
+                got=repr(self.dtype),
+                needed="one of " + ", ".join(OPERAND_DTYPES),
+            )
+
+    @property
+    def kind(self) -> Kind:
+        if self.dtype == "bool":
+            return "bool"
+        return "int" if self.dtype.startswith("int") else "float"
+
+    def shape(self, lengths: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape, given the length of each letter's axis."""
+        return tuple(a if isinstance(a, int) else lengths[a] for a in self.axes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"axes": list(self.axes), "dtype": self.dtype}
+
+
+def _is_axis(axis: object) -> bool:
+    if isinstance(axis, str):
+        return axis in LETTERS
+    return isinstance(axis, int) and not isinstance(axis, bool) and axis > 0
+
+
+def check_operand_name(name: object) -> None:
+    """A name becomes a parameter of the emitted function: an identifier, and a free one."""
+    import keyword
+
+    from attngen.names import RESERVED
+
+    if (
+        not isinstance(name, str)
+        or not name.isascii()
+        or not name.isidentifier()
+        or len(name) > 32
+    ):
+        raise OperandError(
+            "An operand's name must be an identifier.",
+            got=repr(name),
+            needed="letters, digits and underscores, at most 32, not starting with a digit",
+        )
+    if keyword.iskeyword(name) or name in RESERVED or name.startswith("_") or "_at_" in name:
+        raise OperandError(
+            f"An operand can't be called {name!r}.",
+            got=name,
+            needed="a name that neither Python nor the emitted file uses itself "
+            "(no leading underscore, no '_at_')",
+            hint=f"call it {name.strip('_').replace('_at_', '_')}_values, say",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Expr:
+    """A node: its operation, its arguments, and the kind of its value.
+
+    `const` holds its value in `value`, `var` its name, `load` its Operand; the other
+    operations have `value=None`.
+    """
+
+    op: str
+    args: tuple[Expr, ...]
+    kind: Kind
+    value: bool | int | float | str | Operand | None = None
+
+    def __repr__(self) -> str:
+        return f"Expr({describe(self)})"
+
+
+def const(value: bool | int | float) -> Expr:
+    if isinstance(value, bool):
+        return Expr("const", (), "bool", value)
+    if isinstance(value, int):
+        if not -(2**63) <= value < 2**63:
+            raise ExpressionError(
+                "A constant of a mask or score is too large.",
+                got=f"an integer of {value.bit_length()} bits",
+                needed="an integer that int64 holds",
+            )
+        return Expr("const", (), "int", int(value))
+    return Expr("const", (), "float", float(value))  # NumPy's float64 is a float, too
+
+
+def var(name: str, kind: Kind | None = None) -> Expr:
+    return Expr("var", (), kind or VARIABLES[name], name)
+
+
+def load(operand: Operand, index: tuple[Expr, ...]) -> Expr:
+    """A read of an operand. See `tracing.operand` for what the indices mean."""
+    if len(index) != len(operand.axes):
+        raise ExpressionError(
+            f"Operand {operand.name!r} is indexed by the wrong number of indices.",
+            got=f"{len(index)}",
+            needed=f"{len(operand.axes)}, one for each of its axes {operand.axes}",
+        )
+    for axis, i in zip(operand.axes, index, strict=True):
+        if i.kind != "int":
+            raise ExpressionError(
+                f"Operand {operand.name!r} is indexed by something that isn't an integer.",
+                got=f"{describe(i)}, a {i.kind}",
+                needed="an integer expression",
+            )
+        if isinstance(axis, int) or i.op == "const":
+            continue
+        paired = {"b": "b", "h": "h", "q": "qk", "k": "qk"}[axis]
+        if i.op != "var" or str(i.value) not in paired:
+            raise ExpressionError(
+                f"Axis {axis!r} of operand {operand.name!r} is indexed by an expression.",
+                got=describe(i),
+                needed=f"{' or '.join(paired)} alone, or a number",
+                hint="give the operand an axis of its own length, e.g. axes=('h', 64), "
+                "to index it by an expression",
+            )
+    return Expr("load", index, operand.kind, operand)
+
+
+def convert(x: Expr, kind: Kind) -> Expr:
+    """x as a value of a wider kind: bool to int, int to float."""
+    if x.kind == kind:
+        return x
+    if kind == "float":
+        if x.op == "const" and isinstance(x.value, int):
+            return const(float(x.value))
+        return Expr("float", (convert(x, "int"),), "float")
+    if kind == "int" and x.kind == "bool":
+        return const(int(x.value)) if x.op == "const" else Expr("int", (x,), "int")  # type: ignore[arg-type]
+    raise ExpressionError(
+        "A value of one kind is used where another is needed.",
+        got=f"{describe(x)}, a {x.kind}",
+        needed=f"a {kind}",
+        hint="a comparison makes a bool of a number",
+    )
+
+
+def widest(*kinds: Kind) -> Kind:
+    order: tuple[Kind, ...] = ("bool", "int", "float")
+    return max(kinds, key=order.index)
+
+
+def apply(op: str, *args: Expr) -> Expr:
+    """The node for `op`, with its arguments converted to what it takes."""
+    if op not in ARITY or len(args) != ARITY[op]:
+        raise ExpressionError(
+            "This isn't an operation of the language.",
+            got=f"{op} of {len(args)} arguments",
+            needed="one of " + ", ".join(sorted(ARITY)),
+        )
+    if op in LOGIC:
+        return _folded(Expr(op, tuple(convert(a, "bool") for a in args), "bool"))
+    if op == "where":
+        kind = widest(args[1].kind, args[2].kind)
+        branches = (convert(args[1], kind), convert(args[2], kind))
+        return Expr(op, (convert(args[0], "bool"), *branches), kind)
+    if op in ("int", "float"):
+        return convert(args[0], op)  # type: ignore[arg-type]
+    if op in FLOAT_ONLY:
+        return _checked(Expr(op, tuple(convert(a, "float") for a in args), "float"))
+    if op in INTEGER_ONLY:
+        for a in args:
+            if a.kind == "float":
+                raise ExpressionError(
+                    "// and % take integers.",
+                    got=f"{describe(a)}, a float",
+                    needed="an integer expression",
+                    hint="use / for floats",
+                )
+        return _checked(Expr(op, tuple(convert(a, "int") for a in args), "int"))
+    kind = widest(*(a.kind for a in args))
+    if op in COMPARISONS:
+        if kind == "bool" and op not in ("eq", "ne"):
+            kind = "int"
+        return _folded(Expr(op, tuple(convert(a, kind) for a in args), "bool"))
+    kind = widest(kind, "int")
+    return Expr(op, tuple(convert(a, kind) for a in args), kind)
+
+
+_FOLD: dict[str, Callable[..., bool]] = {
+    "not": lambda x: not x,
+    "and": lambda x, y: x and y,
+    "or": lambda x, y: x or y,
+} | {name: getattr(python_operator, name) for name in COMPARISONS}
+
+
+def _folded(node: Expr) -> Expr:
+    """A bool of constants as a constant: emitted text never says `~True` (which is -2)."""
+    if any(a.op != "const" for a in node.args):
+        return node
+    values = [_float32(a.value) if a.kind == "float" else a.value for a in node.args]
+    return const(bool(_FOLD[node.op](*values)))
+
+
+def _float32(value: Any) -> float:
+    """Rounded to float32, in which masks compare floats; ±inf beyond its range."""
+    try:
+        rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)
+    return rounded
+
+
+def _checked(node: Expr) -> Expr:
+    if node.op in ("floordiv", "mod", "div") and node.args[1] in (const(0), const(0.0)):
+        raise ExpressionError(
+            "A mask or score divides by zero.", got=describe(node), needed="another divisor"
+        )
+    return node
+
+
+def walk(node: Expr) -> Iterator[Expr]:
+    """Every node, parents first."""
+    yield node
+    for a in node.args:
+        yield from walk(a)
+
+
+def operands(*nodes: Expr) -> tuple[Operand, ...]:
+    """The operands read by the expressions, by name; two that share one must be equal."""
+    found: dict[str, Operand] = {}
+    for root in nodes:
+        for node in walk(root):
+            if isinstance(node.value, Operand):
+                known = found.setdefault(node.value.name, node.value)
+                if known != node.value:
+                    raise OperandError(
+                        f"Two different operands are called {known.name!r}.",
+                        got=f"{known.to_dict()} and {node.value.to_dict()}",
+                        needed="one name for one operand",
+                    )
+    return tuple(found[name] for name in sorted(found))
+
+
+def variables(node: Expr) -> frozenset[str]:
+    """The variables that the expression reads, those in indices included."""
+    return frozenset(str(n.value) for n in walk(node) if n.op == "var")
+
+
+def substitute(node: Expr, change: Callable[[Expr], Expr | None]) -> Expr:
+    """The tree with each node replaced for which `change` returns another."""
+    new = change(node)
+    if new is not None:
+        return new
+    args = tuple(substitute(a, change) for a in node.args)
+    return node if args == node.args else Expr(node.op, args, node.kind, node.value)
+
+
+# Infix spellings and Python's precedence, loosest first; unary and postfix bind tighter.
+INFIX = {
+    "lt": ("<", 1), "le": ("<=", 1), "gt": (">", 1), "ge": (">=", 1),
+    "eq": ("==", 1), "ne": ("!=", 1),
+    "or": ("|", 2), "and": ("&", 3),
+    "add": ("+", 4), "sub": ("-", 4),
+    "mul": ("*", 5), "div": ("/", 5), "floordiv": ("//", 5), "mod": ("%", 5),
+}  # fmt: skip
+UNARY, POSTFIX = 6, 7
+
+
+def level(node: Expr) -> int:
+    """How tightly the node's text binds, as in INFIX."""
+    if node.op in INFIX:
+        return INFIX[node.op][1]
+    negative = node.op == "const" and node.value < 0  # type: ignore[operator]
+    return UNARY if node.op in ("neg", "not") or negative else POSTFIX
+
+
+def infix(op: str, left: tuple[str, int], right: tuple[str, int]) -> str:
+    """left op right, each given with its level, in parentheses where it needs them."""
+    symbol, own = INFIX[op]
+    # comparisons don't chain; - / // % don't associate to the right
+    return f"{wrap(left, own + (own == 1))} {symbol} {wrap(right, own + 1)}"
+
+
+def wrap(part: tuple[str, int], least: int) -> str:
+    text, own = part
+    return text if own >= least else f"({text})"
+
+
+def describe(node: Expr) -> str:
+    """The expression as a person would write it. For messages, never for code."""
+    if node.op in ("const", "var"):
+        return str(node.value)
+    if node.op in ("int", "float"):
+        return describe(node.args[0])
+    parts = [(describe(a), _described_level(a)) for a in node.args]
+    if node.op in INFIX:
+        return infix(node.op, *parts)
+    if node.op in ("neg", "not"):
+        return ("-" if node.op == "neg" else "~") + wrap(parts[0], POSTFIX)
+    inner = ", ".join(text for text, _ in parts)
+    if isinstance(node.value, Operand):
+        return f"{node.value.name}[{inner}]"
+    return f"{node.op}({inner})"
+
+
+def _described_level(node: Expr) -> int:
+    return _described_level(node.args[0]) if node.op in ("int", "float") else level(node)
+
+
+def to_data(node: Expr) -> Any:
+    """The tree as JSON values: numbers, variable names, and lists that open with an op."""
+    if node.op == "const":
+        if isinstance(node.value, float):
+            if math.isinf(node.value):
+                return ["const", "inf" if node.value > 0 else "-inf"]
+            return ["const", node.value]
+        return node.value
+    if node.op == "var":
+        return node.value
+    head = [node.op]
+    if isinstance(node.value, Operand):
+        head.append(node.value.name)
+    return head + [to_data(a) for a in node.args]
+
+
+def from_data(data: Any, declared: Mapping[str, Operand]) -> Expr:
+    """The tree that `to_data` wrote, with every node checked as if it had been traced."""
+    if isinstance(data, bool | int):
+        return const(data)
+    if isinstance(data, str) and data in VARIABLES:
+        return var(data)
+    if isinstance(data, list) and data and isinstance(data[0], str):
+        op, *rest = data
+        if op == "const" and len(rest) == 1:
+            number = rest[0]
+            if number in ("inf", "-inf"):
+                return const(float(number))
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                if number == number:  # NaN isn't a constant of the language
+                    return convert(const(number), "float")
+        elif op == "load" and rest and isinstance(rest[0], str):
+            if rest[0] not in declared:
+                raise OperandError(
+                    f"An expression reads an operand {rest[0]!r} that isn't declared.",
+                    got=rest[0],
+                    needed="one of " + (", ".join(declared) or "none"),
+                )
+            return load(declared[rest[0]], tuple(from_data(a, declared) for a in rest[1:]))
+        elif op in ARITY:
+            return apply(op, *(from_data(a, declared) for a in rest))
+    raise ExpressionError(
+        "An expression in a file can't be read.",
+        got=repr(data)[:200],
+        needed="a number, one of b, h, q, k, s, or a list that opens with an operation",
+        hint="write it in Python and take what spec.to_json() prints",
+    )

@@ -1,0 +1,193 @@
+"""Candidates → legal, each refusal with its reason → ranked by the model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from attngen.backends import Backend
+from attngen.cost import Cost, executed_flop
+from attngen.errors import BudgetError, PlanError
+from attngen.intervals import examine
+from attngen.plans import Alternative, Choice, Option, Plan
+from attngen.regions import Span, Tiles, analyse, count_tiles
+from attngen.spec import AttentionSpec
+from attngen.targets import Target
+from attngen.units import show_bytes, show_time
+
+SHOWN = 6  # alternatives that a plan keeps of each kind
+
+
+def rank(
+    spec: AttentionSpec,
+    target: Target,
+    backend: Backend,
+    fix: Mapping[str, Option] | None = None,
+) -> tuple[Plan, ...]:
+    """Every legal plan that is modelled to fit the budget, the fastest first.
+
+    Raises:
+        NotBuiltError: the spec asks for something that isn't built.
+        PlanError: a fixed choice is unknown or leaves nothing legal.
+        BudgetError: nothing fits; the error names the least that would.
+    """
+    backend.refuse(spec)
+    fix = dict(fix or {})
+    ranges = examine(spec)
+    span = analyse(spec)
+    legal, refused = _split(spec, target, backend, fix)
+    if not legal:
+        raise _nothing_legal(fix, refused)
+    count = _Counter(spec, span)
+    priced = []
+    for choice in legal:
+        tiles = count(choice)
+        priced.append((choice, tiles, backend.cost(spec, target, choice, tiles)))
+    priced.sort(key=lambda c: (c[2].time_s, c[2].temp_bytes))
+    budget = _budget(spec, target)
+    fitting = [p for p in priced if budget is None or p[2].temp_bytes <= budget]
+    if not fitting:
+        raise no_fit(spec, target, backend, min(priced, key=lambda c: c[2].temp_bytes))
+    alternatives = _alternatives(priced, refused, budget, fitting[0])
+
+    def plan(choice: Choice, tiles: Tiles, cost: Cost) -> Plan:
+        options = {n: v for n, v in choice.items() if n not in COMMON}
+        q_chunk, k_chunk = int(choice["q_chunk"]), int(choice["k_chunk"])
+        return Plan(
+            spec=spec,
+            target=target.name,
+            backend=backend.name,
+            algorithm=str(choice["algorithm"]),
+            q_chunk=q_chunk,
+            k_chunk=k_chunk,
+            options=tuple(options.items()),
+            tiles=tiles,
+            index_dtype=ranges.index_dtype,
+            drops_keys=ranges.drops_keys,
+            temp_bytes=cost.temp_bytes,
+            time_s=cost.time_s,
+            flop=executed_flop(spec, tiles, q_chunk, k_chunk),
+            fixed=tuple(fix),
+            alternatives=alternatives,
+        )
+
+    best, *others = fitting
+    exact = count_tiles(spec, span, int(best[0]["q_chunk"]), int(best[0]["k_chunk"]))
+    return (plan(best[0], exact, best[2]), *(plan(*p) for p in others))
+
+
+COMMON = ("algorithm", "q_chunk", "k_chunk")
+
+
+class _Counter:
+    """Tiles by chunk sizes: most candidates share them."""
+
+    def __init__(self, spec: AttentionSpec, span: Span) -> None:
+        self.spec, self.span = spec, span
+        self.known: dict[tuple[int, int], Tiles] = {}
+
+    def __call__(self, choice: Choice) -> Tiles:
+        key = (int(choice["q_chunk"]), int(choice["k_chunk"]))
+        if key not in self.known:
+            self.known[key] = count_tiles(self.spec, self.span, *key, exact=False)
+        return self.known[key]
+
+
+def _split(
+    spec: AttentionSpec, target: Target, backend: Backend, fix: Mapping[str, Option]
+) -> tuple[list[dict[str, Option]], list[Alternative]]:
+    space = backend.space(spec, target)
+    known = ["algorithm", *dict.fromkeys(n for axes in space.values() for n in axes)]
+    for name in fix:
+        if name not in known:
+            raise PlanError(
+                f"There is no choice {name!r} to fix.",
+                got=name,
+                needed="one of " + ", ".join(known),
+            )
+    if "algorithm" in fix and fix["algorithm"] not in space:
+        raise PlanError(
+            f"There is no algorithm {fix['algorithm']!r}.",
+            got=f"algorithm={fix['algorithm']!r}",
+            needed="one of " + ", ".join(space),
+        )
+    legal: list[dict[str, Option]] = []
+    refused: dict[tuple[str, str], Alternative] = {}
+    for algorithm, axes in space.items():
+        if fix.get("algorithm", algorithm) != algorithm:
+            continue
+        values = [[fix[n]] if n in fix else list(v) for n, v in axes.items()]
+        for combination in itertools.product(*values):
+            choice: dict[str, Option] = {"algorithm": algorithm}
+            choice |= dict(zip(axes, combination, strict=True))
+            reason = backend.illegal(spec, target, choice)
+            if reason is None:
+                legal.append(choice)
+            else:
+                refused.setdefault((algorithm, reason), Alternative(choice, None, None, reason))
+    return legal, list(refused.values())
+
+
+def _nothing_legal(fix: Mapping[str, Option], refused: list[Alternative]) -> PlanError:
+    reasons = list(dict.fromkeys(a.reason for a in refused))
+    return PlanError(
+        "No legal plan has the fixed choices.",
+        got=", ".join(f"{n}={v!r}" for n, v in fix.items()),
+        needed=reasons[0] if reasons else "other choices",
+        hint="; ".join(reasons[1:3]) or None,
+    )
+
+
+def _budget(spec: AttentionSpec, target: Target) -> int | None:
+    """The spec's budget, or what the target's memory leaves beside inputs and outputs."""
+    if spec.budget_bytes is not None or target.memory_bytes is None:
+        return spec.budget_bytes
+    own = spec.bytes_of("q", "k", "v", *spec.outputs, *(o.name for o in spec.operands))
+    return target.memory_bytes - own
+
+
+def no_fit(
+    spec: AttentionSpec,
+    target: Target,
+    backend: Backend,
+    least: tuple[Choice, Tiles, Cost] | None = None,
+    certified: tuple[Plan, int] | None = None,
+) -> BudgetError:
+    """The error for a budget that nothing fits, with the least that would do."""
+    if certified is not None:
+        plan, need = certified
+        choice: Any = plan.choice
+    else:
+        assert least is not None
+        choice, need = least[0], least[2].temp_bytes
+    budget = spec.budget_bytes
+    got = "what the target's memory leaves" if budget is None else show_bytes(budget)
+    return BudgetError(
+        f"No plan fits {got} on {target.name}.",
+        got=f"memory_budget = {got}" + (f" ({budget} bytes)" if budget is not None else ""),
+        needed=f"at least {show_bytes(need)} ({need} bytes, "
+        f"{'certified' if certified else 'modelled'}): {backend.describe(choice)}",
+        hint=f"raise memory_budget to {need}",
+    )
+
+
+def _alternatives(
+    priced: list[tuple[dict[str, Option], Tiles, Cost]],
+    refused: list[Alternative],
+    budget: int | None,
+    chosen: tuple[dict[str, Option], Tiles, Cost],
+) -> tuple[Alternative, ...]:
+    """The next best that fit, the faster ones that don't, and what isn't legal."""
+    over, slower = [], []
+    for choice, _, cost in priced:
+        if budget is not None and cost.temp_bytes > budget:
+            reason = f"over budget by {show_bytes(cost.temp_bytes - budget)}"
+            over.append(Alternative(choice, cost.temp_bytes, cost.time_s, reason))
+        elif choice is not chosen[0]:
+            late = cost.time_s - chosen[2].time_s
+            reason = f"slower by {show_time(late)}" if late > 0 else "as fast, more memory"
+            slower.append(Alternative(choice, cost.temp_bytes, cost.time_s, reason))
+    dense = [a for a in (*over, *slower) if a.choice["algorithm"] == "dense"][:1]
+    shown = [*slower[:SHOWN], *over[: SHOWN // 2]]
+    return (*shown, *(a for a in dense if a not in shown), *refused[:SHOWN])

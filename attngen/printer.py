@@ -1,0 +1,137 @@
+"""Expressions as Python text over arrays, for backends whose language is NumPy's.
+
+Text is built from the tree's nodes only: operations from a fixed table, numbers through
+`repr`, operands through names that were checked. What is computed more than twice, and
+what would make a line too long, becomes a named step, so that a formatter has nothing
+to do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from attngen.errors import InternalError
+from attngen.expr import INFIX, POSTFIX, UNARY, Expr, infix, level, walk, wrap
+
+_CALLS = ("minimum", "maximum", "where", "abs", "exp", "log", "tanh")
+Part = tuple[str, int]  # text, and how tightly it binds
+
+
+@dataclass
+class ArrayPrinter:
+    """Prints expressions with the functions of an array namespace ("np", "jnp").
+
+    Args:
+        namespace: where minimum, where, exp and the dtypes are.
+        variables: text for each variable; text of more than a name must be an operand of
+            the tightest binding (a call, an index).
+        load: text for a read of an operand, likewise.
+        float_dtype: of the float arithmetic.
+        int_dtype: of the integer arithmetic.
+        prefix: of the names of steps.
+    """
+
+    namespace: str
+    variables: Mapping[str, str]
+    load: Callable[[Expr], str]
+    float_dtype: str = "float32"
+    int_dtype: str = "int32"
+    prefix: str = "part"
+    _steps: list[str] = field(default_factory=list, init=False)
+    _named: dict[Expr, str] = field(default_factory=dict, init=False)
+    _count: int = field(default=0, init=False)
+
+    def lines(self, target: str, node: Expr, *, width: int) -> list[str]:
+        """Statements that end with `target = …`, none longer than `width`."""
+        self._steps, self._named = [], {}
+        if len(self.text(node)) > width - len(target) - 3:
+            self._name_repeated(node, width)
+        text = self._fit(node, width - len(target) - 3, width)
+        return [*self._steps, f"{target} = {text}"]
+
+    def text(self, node: Expr) -> str:
+        """The expression on one line, however long."""
+        if node in self._named:
+            return self._named[node]
+        return self._print(node, [self._part(a) for a in node.args])
+
+    def _part(self, node: Expr) -> Part:
+        return (self.text(node), POSTFIX if node in self._named else level(node))
+
+    def _name_repeated(self, root: Expr, width: int) -> None:
+        """Steps for what the expression computes more than twice, smallest first."""
+        counts = Counter(n for n in walk(root) if n.args and n.op != "load")
+        repeated = [n for n, count in counts.items() if count > 2]
+        for node in sorted(repeated, key=lambda n: len(self.text(n))):
+            self._named[node] = self._step(node, width)
+
+    def _step(self, node: Expr, width: int) -> str:
+        name = self._new_name()
+        text = self._fit(node, width - len(name) - 3, width)
+        self._steps.append(f"{name} = {text}")
+        return name
+
+    def _new_name(self) -> str:
+        self._count += 1
+        return f"{self.prefix}_{self._count}"
+
+    def _fit(self, node: Expr, room: int, width: int) -> str:
+        """Text that fits the room left in its line, after steps where it wouldn't."""
+        text = self.text(node)
+        if len(text) <= room or not node.args or node.op == "load" or node in self._named:
+            return text
+        left, *others = node.args
+        if node.op in INFIX and left.op == node.op and left not in self._named:
+            return self._chain(node, width)  # x = a + b, then x = x + c
+        parts = [self._part(a) for a in node.args]
+        for i in sorted(range(len(parts)), key=lambda i: -len(parts[i][0])):
+            if len(self._print(node, parts)) <= room:
+                break
+            if node.args[i].args and node.args[i].op != "load":
+                parts[i] = (self._step(node.args[i], width), POSTFIX)
+        return self._print(node, parts)
+
+    def _chain(self, node: Expr, width: int) -> str:
+        links = []
+        while node.op in INFIX and node.args[0].op == node.op:
+            links.append(node)
+            node = node.args[0]
+        name = self._step(node, width)
+        for i, link in enumerate(reversed(links)):
+            room = width - 2 * len(name) - 8
+            right = (self._fit(link.args[1], room, width), level(link.args[1]))
+            if link.args[1] in self._named:
+                right = (right[0], POSTFIX)
+            text = infix(link.op, (name, POSTFIX), right)
+            if i == len(links) - 1:
+                return text
+            self._steps.append(f"{name} = {text}")
+        return name
+
+    def _print(self, node: Expr, args: list[Part]) -> str:
+        op = node.op
+        if op == "const":
+            return self._const(node.value)
+        if op == "var":
+            return self.variables[str(node.value)]
+        if op == "load":
+            return self.load(node)
+        if op in INFIX:
+            return infix(op, *args)
+        if op in ("neg", "not"):
+            return ("-" if op == "neg" else "~") + wrap(args[0], UNARY + 1)
+        inner = ", ".join(text for text, _ in args)
+        if op in _CALLS:
+            return f"{self.namespace}.{op}({inner})"
+        if op in ("int", "float"):
+            dtype = self.int_dtype if op == "int" else self.float_dtype
+            return f"{self.namespace}.{dtype}({inner})"
+        raise InternalError(f"The printer doesn't know the operation {op!r}.")
+
+    def _const(self, value: object) -> str:
+        if isinstance(value, float) and math.isinf(value):
+            return f"{'-' if value < 0 else ''}{self.namespace}.inf"
+        return repr(value)

@@ -1,0 +1,379 @@
+"""AttentionSpec: what to compute. A frozen value that checks itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from attngen import expr
+from attngen.errors import OperandError, SpecError
+from attngen.expr import Expr, Operand
+from attngen.tracing import Mask, Score
+from attngen.units import parse_bytes
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+KV_DTYPES = (*DTYPES, "float8_e4m3", "int8")
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3": 1, "int8": 1}
+BYTES |= {"int64": 8, "int32": 4, "bool": 1}
+CHOICES: dict[str, tuple[object, ...]] = {
+    "dtype": DTYPES,
+    "out_dtype": (None, *DTYPES),
+    "kv_dtype": (None, *KV_DTYPES),
+    "layout": ("bthd", "bhtd"),
+    "storage": ("dense", "packed", "paged"),
+    "derivatives": (None, "vjp", "any"),
+    "precision": ("default", "highest"),
+    "sink": (False, True),
+    "kv_lengths": (False, True),
+    "q_lengths": (False, True),
+}
+SIZES = ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "qk_dim", "v_dim")
+OFFSETS_HINT = (
+    'q_offset=0 aligns them top left (jax.nn, torch is_causal), q_offset="bottom_right" '
+    "aligns the last query with the last key (FlashAttention)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """What attention to compute; DESIGN's semantics, one field for each choice.
+
+    Shapes, in the layout "bthd" ("bhtd" swaps tokens and heads):
+    q [batch, q_len, q_heads, qk_dim], k [batch, kv_len, kv_heads, qk_dim],
+    v [batch, kv_len, kv_heads, v_dim] → out [batch, q_len, q_heads, v_dim], and
+    lse [batch, q_heads, q_len] always.
+
+    Args:
+        batch, q_heads, q_len, qk_dim: sizes, at least 1.
+        kv_heads, kv_len, v_dim: sizes; None: as q_heads, q_len, qk_dim. kv_heads divides
+            q_heads; query head h reads kv head h // (q_heads / kv_heads).
+        dtype: of q, k, v: float32, bfloat16, float16, float64.
+        out_dtype: of out; None: as dtype.
+        kv_dtype: of k and v where they are quantised; None: as dtype.
+        layout: "bthd" or "bhtd".
+        scale: of q·k; None: 1/√qk_dim.
+        q_offset: position of query 0: an integer, "bottom_right" (kv_len − q_len, or
+            kv_lengths − q_len), "operand" (int32 [batch] or scalar at run time), or None:
+            0, which must be said where q_len ≠ kv_len and a mask or score relates q to k.
+        kv_offset: position of key 0, an integer.
+        mask: a Mask, or None: every key is seen.
+        score: a tuple of Scores, applied in order after the scale.
+        sink: True adds exp(sink[h]) to the denominator; a float32 operand [q_heads].
+        dropout: probability, 0 ≤ p < 1.
+        kv_lengths, q_lengths: True: an int32 operand [batch] says how many are there.
+        storage: "dense", "packed" (cumulative offsets) or "paged" (block table).
+        outputs: "out" and/or "lse", in the order wanted.
+        derivatives: None, "vjp", or "any" (any order, forward mode too).
+        precision: of the matrix products: "default" or "highest".
+        memory_budget: bytes of temporaries beyond inputs and outputs, an integer or
+            text such as "64MiB"; None: what the target's memory leaves.
+
+    Raises:
+        SpecError: a field has a value that it can't have.
+        OperandError: two operands share a name, or one is read outside its axis.
+        BudgetError: memory_budget can't be read.
+    """
+
+    batch: int = 1
+    q_heads: int
+    kv_heads: int = None  # type: ignore[assignment]
+    q_len: int
+    kv_len: int = None  # type: ignore[assignment]
+    qk_dim: int
+    v_dim: int = None  # type: ignore[assignment]
+    dtype: str = "float32"
+    out_dtype: str | None = None
+    kv_dtype: str | None = None
+    layout: str = "bthd"
+    scale: float | None = None
+    q_offset: int | str | None = None
+    kv_offset: int = 0
+    mask: Mask | None = None
+    score: tuple[Score, ...] = ()
+    sink: bool = False
+    dropout: float = 0.0
+    kv_lengths: bool = False
+    q_lengths: bool = False
+    storage: str = "dense"
+    outputs: tuple[str, ...] = ("out",)
+    derivatives: str | None = None
+    precision: str = "default"
+    memory_budget: int | str | None = None
+
+    def __post_init__(self) -> None:
+        for name, source in (("kv_heads", "q_heads"), ("kv_len", "q_len"), ("v_dim", "qk_dim")):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(self, source))
+        for name in ("scale", "dropout"):
+            if isinstance(value := getattr(self, name), float):
+                object.__setattr__(self, name, float(value))  # NumPy's float64, too
+        if isinstance(self.score, Score):
+            object.__setattr__(self, "score", (self.score,))
+        if isinstance(self.score, list):
+            object.__setattr__(self, "score", tuple(self.score))
+        if isinstance(self.outputs, str):
+            object.__setattr__(self, "outputs", (self.outputs,))
+        if isinstance(self.outputs, list):
+            object.__setattr__(self, "outputs", tuple(self.outputs))
+        _check(self)
+
+    # What follows from the fields.
+
+    @property
+    def repeats(self) -> int:
+        """Query heads that share a kv head."""
+        return self.q_heads // self.kv_heads
+
+    @property
+    def scale_value(self) -> float:
+        """The scale as a number."""
+        return self.qk_dim**-0.5 if self.scale is None else float(self.scale)
+
+    @property
+    def out_dtype_name(self) -> str:
+        return self.out_dtype or self.dtype
+
+    @property
+    def stats_dtype(self) -> str:
+        """Of the softmax statistics, the accumulators and lse."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+    @property
+    def budget_bytes(self) -> int | None:
+        return None if self.memory_budget is None else parse_bytes(self.memory_budget)
+
+    @property
+    def static_q_offset(self) -> int | None:
+        """The position of query 0 where it is known before the call, else None."""
+        if self.q_offset is None:
+            return 0
+        if self.q_offset == "bottom_right":
+            return None if self.kv_lengths else self.kv_len - self.q_len
+        return self.q_offset if isinstance(self.q_offset, int) else None
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The length of each lettered axis of an operand."""
+        return {"b": self.batch, "h": self.q_heads, "q": self.q_len, "k": self.kv_len}
+
+    @property
+    def expressions(self) -> tuple[Expr, ...]:
+        """The mask's and the scores' expressions."""
+        mask = () if self.mask is None else (self.mask.expr,)
+        return (*mask, *(s.expr for s in self.score))
+
+    @property
+    def own_operands(self) -> tuple[Operand, ...]:
+        """The operands that fields of the spec ask for, each [batch] or [q_heads]."""
+        own = []
+        if self.kv_lengths:
+            own.append(_own("kv_lengths", "b", "int32"))
+        if self.q_lengths:
+            own.append(_own("q_lengths", "b", "int32"))
+        if self.q_offset == "operand":
+            own.append(_own("q_offset", "b", "int32"))
+        if self.sink:
+            own.append(_own("sink", "h", "float32"))
+        return tuple(own)
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """Every operand that the function takes by name, beside q, k and v."""
+        return (*self.own_operands, *expr.operands(*self.expressions))
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of q, k, v, out, lse, or of an operand."""
+        heads, length, dim = {
+            "q": (self.q_heads, self.q_len, self.qk_dim),
+            "k": (self.kv_heads, self.kv_len, self.qk_dim),
+            "v": (self.kv_heads, self.kv_len, self.v_dim),
+            "out": (self.q_heads, self.q_len, self.v_dim),
+        }.get(name, (0, 0, 0))
+        if heads:
+            middle = (length, heads) if self.layout == "bthd" else (heads, length)
+            return (self.batch, *middle, dim)
+        if name == "lse":
+            return (self.batch, self.q_heads, self.q_len)
+        return next(o for o in self.operands if o.name == name).shape(self.lengths)
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of q, k, v, out, lse, or of an operand."""
+        if name in ("k", "v"):
+            return self.kv_dtype or self.dtype
+        known = {"q": self.dtype, "out": self.out_dtype_name, "lse": self.stats_dtype}
+        return known.get(name) or next(o for o in self.operands if o.name == name).dtype
+
+    def bytes_of(self, *names: str) -> int:
+        """Bytes of the named inputs and outputs together."""
+        return sum(math.prod(self.shape_of(n)) * BYTES[self.dtype_of(n)] for n in names)
+
+    # To files and back.
+
+    def to_dict(self, *, defaults: bool = True) -> dict[str, Any]:
+        """Plain values; without `defaults`, fields at their default are left out."""
+        from attngen import spec_files
+
+        return spec_files.to_dict(self, defaults=defaults)
+
+    def to_json(self, *, indent: int = 2) -> str:
+        from attngen import spec_files
+
+        return spec_files.to_json(self, indent=indent)
+
+    def to_toml(self) -> str:
+        from attngen import spec_files
+
+        return spec_files.to_toml(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> AttentionSpec:
+        """The spec that `to_dict` wrote; the errors of the constructor, and unknown fields."""
+        from attngen import spec_files
+
+        return spec_files.from_dict(data)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> AttentionSpec:
+        from attngen import spec_files
+
+        return spec_files.from_json(text)
+
+    @classmethod
+    def from_toml(cls, text: str) -> AttentionSpec:
+        from attngen import spec_files
+
+        return spec_files.from_toml(text)
+
+
+def _own(name: str, axes: str, dtype: str) -> Operand:
+    """An operand whose name is the spec's own, which a user's may not be."""
+    made = object.__new__(Operand)
+    for field, value in (("name", name), ("axes", tuple(axes)), ("dtype", dtype)):
+        object.__setattr__(made, field, value)
+    return made
+
+
+def _refuse(field: str, got: object, needed: object, hint: str | None = None) -> SpecError:
+    return SpecError(f"{field} can't be that.", got=f"{field}={got!r}", needed=needed, hint=hint)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check(spec: AttentionSpec) -> None:
+    for name in SIZES:
+        size = getattr(spec, name)
+        if not _is_int(size) or not 1 <= size < 2**31:
+            raise _refuse(name, size, "an integer from 1 to 2**31 - 1")
+    if spec.q_heads % spec.kv_heads:
+        raise SpecError(
+            "The kv heads don't divide the query heads.",
+            got=f"q_heads={spec.q_heads}, kv_heads={spec.kv_heads}",
+            needed="q_heads a multiple of kv_heads",
+        )
+    for name, allowed in CHOICES.items():
+        value = getattr(spec, name)
+        if not any(value == a and type(value) is type(a) for a in allowed):
+            raise _refuse(name, value, "one of " + ", ".join(map(repr, allowed)))
+    _check_numbers(spec)
+    if spec.outputs not in (("out",), ("lse",), ("out", "lse"), ("lse", "out")):
+        raise _refuse("outputs", spec.outputs, '("out",), ("lse",), or both in either order')
+    if spec.mask is not None and not isinstance(spec.mask, Mask):
+        raise _refuse(
+            "mask",
+            type(spec.mask).__name__,
+            "a Mask or None",
+            "attngen.mask(lambda b, h, q, k: …) makes one; masks.dense() takes a boolean array",
+        )
+    if not isinstance(spec.score, tuple) or not all(isinstance(s, Score) for s in spec.score):
+        raise _refuse("score", spec.score, "a tuple of Scores", "attngen.score(…) makes one")
+    _check_operands(spec)
+    _check_offset(spec)
+
+
+def _check_numbers(spec: AttentionSpec) -> None:
+    scale, dropout, offset = spec.scale, spec.dropout, spec.q_offset
+    if scale is not None and (
+        isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale)
+    ):
+        raise _refuse("scale", scale, "a finite number, or None for 1/√qk_dim")
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise _refuse("dropout", dropout, "a probability, 0 <= dropout < 1")
+    if offset not in (None, "bottom_right", "operand") and not (
+        _is_int(offset) and abs(offset) < 2**30  # type: ignore[arg-type]
+    ):
+        needed = 'an integer within ±2**30, "bottom_right", "operand", or None'
+        raise _refuse("q_offset", offset, needed)
+    if not _is_int(spec.kv_offset) or abs(spec.kv_offset) >= 2**30:
+        raise _refuse("kv_offset", spec.kv_offset, "an integer within ±2**30")
+    if spec.memory_budget is not None:
+        parse_bytes(spec.memory_budget)
+
+
+def _check_operands(spec: AttentionSpec) -> None:
+    lengths = spec.lengths
+    operands = expr.operands(*spec.expressions)  # raises where two share a name
+    for own in spec.own_operands:
+        if any(own.name == o.name for o in operands):
+            raise OperandError(
+                f"{own.name!r} is an operand of the spec itself.",
+                got=own.name,
+                needed="another name",
+            )
+    for node in (n for root in spec.expressions for n in expr.walk(root) if n.op == "load"):
+        assert isinstance(node.value, Operand)
+        for axis, index in zip(node.value.axes, node.args, strict=True):
+            size = axis if isinstance(axis, int) else lengths[axis]
+            if index.op == "const":
+                reach = index.value + 1 if index.value >= 0 else math.inf  # type: ignore[operator]
+            elif index.op == "var" and not isinstance(axis, int):
+                reach = lengths[str(index.value)]
+            else:
+                continue  # bounds of other expressions: see intervals.check
+            if reach > size:
+                raise OperandError(
+                    f"Operand {node.value.name!r} is read outside its axis {axis!r}.",
+                    got=f"{expr.describe(node)}, with {axis!r} of length {size} and "
+                    f"{expr.describe(index)} up to {reach - 1}",
+                    needed=f"indices from 0 to {size - 1}",
+                )
+
+
+def _check_offset(spec: AttentionSpec) -> None:
+    if spec.q_offset is not None or spec.q_len == spec.kv_len:
+        return
+    for root in spec.expressions:
+        for leaf in _leaves(root):
+            if {"q", "k"} <= position_variables(leaf):
+                raise SpecError(
+                    "q_len differs from kv_len, and a mask or score relates q to k: "
+                    "where do the queries stand among the keys?",
+                    got=f"q_len={spec.q_len}, kv_len={spec.kv_len}, {expr.describe(leaf)}, "
+                    "no q_offset",
+                    needed='q_offset: an integer, "bottom_right" or "operand"',
+                    hint=OFFSETS_HINT,
+                )
+
+
+def _leaves(node: Expr) -> list[Expr]:
+    """The parts of an expression that `&`, `|` and `~` join."""
+    if node.op in expr.LOGIC:
+        return [leaf for a in node.args for leaf in _leaves(a)]
+    return [node]
+
+
+def position_variables(node: Expr) -> frozenset[str]:
+    """The variables used as positions: not those that stand alone as an operand's index."""
+    if node.op == "var":
+        return frozenset((str(node.value),))
+    used: frozenset[str] = frozenset()
+    for a in node.args:
+        if not (node.op == "load" and a.op == "var"):
+            used |= position_variables(a)
+    return used
+
+
+FIELDS = tuple(f.name for f in dataclasses.fields(AttentionSpec))
