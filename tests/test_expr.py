@@ -255,6 +255,17 @@ def test_an_operand_without_index_is_refused(function):
         mask(lambda b, h, q, k: function(ids, q))
 
 
+@pytest.mark.parametrize("axis", "bhqk")
+@pytest.mark.parametrize("letter", "bhqks")
+def test_an_axis_is_read_at_its_letter_and_tokens_at_either(axis, letter):
+    x = Operand("x", (axis,), "int32")
+    if letter == axis or {letter, axis} == {"q", "k"}:
+        assert expr.variables(load(x, (var(letter),))) == {letter}
+    else:
+        with refused(ExpressionError):
+            load(x, (var(letter),))
+
+
 @pytest.mark.parametrize(
     "index",
     [

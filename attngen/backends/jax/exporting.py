@@ -1,0 +1,51 @@
+"""A user's own JAX function, serialised as StableHLO for the compiler's process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from attngen import certifier
+from attngen.errors import CallError
+from attngen.reports import Certificate
+
+COMPILER = "attngen.backends.jax.compiler"
+
+
+def certify(f: Callable[..., Any], shapes: Sequence[Any], target: str) -> Certificate:
+    """Trace here, compile in a child process. Raises as `api.certify`."""
+    import jax
+    import jax.export
+
+    if not callable(f):
+        raise CallError(
+            "certify takes a function.",
+            got=type(f).__name__,
+            needed="a JAX function and its arguments' shapes",
+        )
+    structs = jax.tree.map(_struct, tuple(shapes))
+    leaves, tree = jax.tree.flatten(structs)
+
+    def flat(*arguments: Any) -> Any:
+        return f(*jax.tree.unflatten(tree, arguments))
+
+    exported = jax.export.export(jax.jit(flat), platforms=["cpu"])(*leaves)
+    return certifier.certify(
+        COMPILER,
+        target,
+        shapes=[(f"x{i}", x.shape, str(x.dtype)) for i, x in enumerate(leaves)],
+        exported=bytes(exported.serialize()),
+        x64=bool(jax.config.jax_enable_x64),
+    )
+
+
+def _struct(x: Any) -> Any:
+    import jax
+
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise CallError(
+            "certify takes shapes.",
+            got=repr(x)[:80],
+            needed="arrays or jax.ShapeDtypeStruct(shape, dtype)",
+        )
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)

@@ -1,0 +1,70 @@
+"""A plan for people: what was chosen and why, in text that fits 100 columns."""
+
+from __future__ import annotations
+
+from attngen import backends
+from attngen.cost import square_flop
+from attngen.plans import Alternative, Plan
+from attngen.units import show_bytes, show_count, show_time
+
+
+def explain(plan: Plan) -> str:
+    """The plan, what it skips, and what else was considered."""
+    spec, describe = plan.spec, backends.get(plan.backend).describe
+    budget = spec.budget_bytes
+    size = f"{spec.q_len} queries × {spec.kv_len} keys, {spec.q_heads} heads"
+    size += f" over {spec.kv_heads} kv heads" if spec.repeats > 1 else ""
+    size += f", batch {spec.batch}" if spec.batch > 1 else ""
+    limit = "no budget given" if budget is None else f"budget {show_bytes(budget)}"
+    lines = [f"{size}, {spec.dtype}, on {plan.target} by {plan.backend}, {limit}", ""]
+    chosen = describe(plan.choice)
+    lines.append(f"chosen    {chosen}")
+    fixed = f" · fixed: {', '.join(plan.fixed)}" if plan.fixed else ""
+    lines.append(
+        f"          {show_bytes(plan.temp_bytes)} temporary (modelled) · "
+        f"{show_count(plan.flop)}FLOP · about {show_time(plan.time_s)} (modelled){fixed}"
+    )
+    if dict(plan.options).get("guard"):
+        lines.append(
+            "          slices are converted one by one: XLA would convert all of q, k, v before"
+        )
+    lines += _skipped(plan)
+    lines += _alternatives(plan, describe)
+    return "\n".join(lines)
+
+
+def _skipped(plan: Plan) -> list[str]:
+    tiles, spec = plan.tiles, plan.spec
+    if spec.mask is None and not tiles.empty:
+        return ["skipped   nothing: every query sees every key"]
+    saved = 1 - plan.flop / square_flop(spec)
+    share = f"{saved:.0%} of the square" if saved > 0 else "nothing of the square"
+    return [
+        f"skipped   {share}: of {tiles.total} tiles a head {tiles.empty} are empty and never "
+        "visited,",
+        f"          {tiles.full} are full and evaluate no mask, {tiles.edge} are on an edge",
+    ]
+
+
+def _alternatives(plan: Plan, describe: object) -> list[str]:
+    legal = [a for a in plan.alternatives if a.temp_bytes is not None]
+    refused = [a for a in plan.alternatives if a.temp_bytes is None]
+    lines: list[str] = []
+    if legal:
+        lines += ["", f"{'also legal':<48}{'temporary':>11}{'estimate':>11}"]
+        for a in legal:
+            name = describe(a.choice)  # type: ignore[operator]
+            figures = f"{show_bytes(a.temp_bytes or 0):>11}{show_time(a.time_s or 0):>11}"
+            lines.append(f"  {_short(name):<46}{figures}   {a.reason}")
+    if refused:
+        lines += ["", "not legal"]
+        lines += [f"  {a.choice['algorithm']!s:<9} {a.reason}" for a in _one_each(refused)]
+    return lines
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("running · ").removesuffix(" · fori").replace(" a step", "")
+
+
+def _one_each(refused: list[Alternative]) -> list[Alternative]:
+    return list({a.reason: a for a in refused}.values())

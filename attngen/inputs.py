@@ -1,0 +1,58 @@
+"""Random inputs for a spec: what validation and benchmarks feed a kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from attngen.expr import Operand
+from attngen.reference import Array, numpy_dtype
+from attngen.spec import AttentionSpec
+
+SMALL = 4  # integer operands take values below this, so that they often agree
+
+
+def arrays(spec: AttentionSpec, *, seed: int = 0, nan: bool = True) -> dict[str, Array]:
+    """q, k, v and every operand, as NumPy arrays in the spec's shapes and dtypes.
+
+    q, k, v and float operands are standard normal. Lengths run from none to all; integer
+    operands repeat a few values and rise along their last axis, as document ids do.
+
+    Args:
+        seed: of the generator.
+        nan: fill keys that aren't there (past kv_lengths) with NaN.
+    """
+    generator = np.random.default_rng(seed)
+    made: dict[str, Array] = {}
+    for name in ("q", "k", "v"):
+        shape = spec.shape_of(name)
+        values = generator.standard_normal(shape, dtype=np.float32)
+        made[name] = values.astype(numpy_dtype(spec.dtype_of(name)))
+    for operand in spec.operands:
+        made[operand.name] = _operand(spec, operand, generator)
+    if nan and spec.kv_lengths:
+        for b, count in enumerate(made["kv_lengths"]):
+            for name in ("k", "v"):
+                keys = made[name][b] if spec.layout == "bthd" else made[name][b].swapaxes(0, 1)
+                keys[count:] = np.nan
+    return made
+
+
+def _operand(spec: AttentionSpec, operand: Operand, generator: Any) -> Array:
+    shape = spec.shape_of(operand.name)
+    if operand.name in ("kv_lengths", "q_lengths"):
+        most = spec.kv_len if operand.name == "kv_lengths" else spec.q_len
+        counts = generator.integers(0, most + 1, shape)
+        counts[: min(2, len(counts))] = [most, most // 3][: len(counts)]
+        return np.asarray(counts, np.int32)
+    if operand.name == "q_offset":
+        most = max(spec.kv_len - spec.q_len, 1)
+        return np.asarray(generator.integers(0, most + 1, shape), np.int32)
+    if operand.kind == "bool":
+        return np.asarray(generator.random(shape) < 0.7)
+    if operand.kind == "int":
+        values = generator.integers(0, SMALL, shape)
+        return np.sort(values, axis=-1).astype(operand.dtype)  # type: ignore[no-any-return]
+    values = generator.standard_normal(shape, dtype=np.float32)
+    return np.asarray(values.astype(numpy_dtype(operand.dtype)))

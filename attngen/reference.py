@@ -1,0 +1,251 @@
+"""Attention from its definition, in float64 NumPy: the meaning of a spec.
+
+No chunk, no trick: for each batch and head the whole row of scores, its scores and mask
+evaluated element by element from the expressions' trees. It is slow and it is the judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from attngen import expr
+from attngen.expr import Expr, Operand
+from attngen.spec import AttentionSpec
+
+Array = np.ndarray[Any, Any]
+ROWS = 512  # rows computed at once: bounds the memory, changes nothing
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """The scalar types of one way to compute: of everything, and of p before its product."""
+
+    wide: Any
+    product: Any
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The NumPy dtype of one of the language's names."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def exact(spec: AttentionSpec) -> Rounding:
+    """float64; wider where the inputs are float64 themselves."""
+    wide = np.longdouble if spec.dtype == "float64" else np.float64
+    return Rounding(wide, wide)
+
+
+def plain(spec: AttentionSpec) -> Rounding:
+    """The plain baseline: products in the input dtype, all else in float32 (float64)."""
+    return Rounding(np.dtype(spec.stats_dtype).type, numpy_dtype(spec.dtype).type)
+
+
+def attention(
+    spec: AttentionSpec,
+    q: Array,
+    k: Array,
+    v: Array,
+    operands: Mapping[str, Array],
+    *,
+    rows: Array | None = None,
+    rounding: Rounding | None = None,
+) -> dict[str, Array]:
+    """The spec's outputs for some queries.
+
+    Args:
+        q, k, v: in the spec's layout and dtypes.
+        operands: by name, in their dtypes.
+        rows: indices of the queries wanted; None: all.
+        rounding: `exact(spec)` unless given.
+
+    Returns:
+        out [batch, q_heads, rows, v_dim] and lse [batch, q_heads, rows], whatever the
+        layout; see `pick` for the same rows of a kernel's outputs.
+    """
+    how = rounding or exact(spec)
+    rows = np.arange(spec.q_len) if rows is None else np.asarray(rows)
+    swap = spec.layout == "bthd"
+    q, k, v = (np.swapaxes(np.asarray(x), 1, 2) if swap else np.asarray(x) for x in (q, k, v))
+    out = np.zeros((spec.batch, spec.q_heads, len(rows), spec.v_dim), how.wide)
+    lse = np.zeros(out.shape[:-1], how.wide)
+    known = {name: np.asarray(x) for name, x in operands.items()}
+    for b in range(spec.batch):
+        for h in range(spec.q_heads):
+            kv = h // spec.repeats
+            keys, values = k[b, kv].astype(how.wide), v[b, kv].astype(how.wide)
+            for start in range(0, len(rows), ROWS):
+                part = slice(start, start + ROWS)
+                queries = q[b, h, rows[part]].astype(how.wide)
+                s, there = _scores(spec, how, queries, keys, b, h, rows[part], known)
+                sink = how.wide(known["sink"][h]) if spec.sink else None
+                out[b, h, part], lse[b, h, part] = _softmax(s, there, values, sink, how)
+    return {"out": out, "lse": lse}
+
+
+def pick(spec: AttentionSpec, name: str, output: Array, rows: Array) -> Array:
+    """The rows of a kernel's output, in the order of `attention`'s."""
+    x = np.asarray(output)
+    if name == "out" and spec.layout == "bthd":
+        x = np.swapaxes(x, 1, 2)
+    return x[:, :, rows]
+
+
+def offsets(spec: AttentionSpec, operands: Mapping[str, Array]) -> Array:
+    """The position of query 0 for each batch."""
+    if spec.q_offset == "operand":
+        return np.broadcast_to(np.asarray(operands["q_offset"], np.int64), (spec.batch,))
+    if spec.static_q_offset is None:
+        return np.asarray(operands["kv_lengths"], np.int64) - spec.q_len
+    return np.full((spec.batch,), spec.static_q_offset, np.int64)
+
+
+def _scores(
+    spec: AttentionSpec,
+    how: Rounding,
+    queries: Array,
+    keys: Array,
+    b: int,
+    h: int,
+    rows: Array,
+    operands: Mapping[str, Array],
+) -> tuple[Array, Array]:
+    """Scores [rows, kv_len] of one head, and which keys are there."""
+    with np.errstate(all="ignore"):
+        s = (queries @ keys.T) * how.wide(spec.scale_value)
+    k_index = np.arange(spec.kv_len)
+    env: dict[str, Any] = {
+        "b": b,
+        "h": h,
+        "q_index": rows[:, None],
+        "k_index": k_index[None, :],
+        "q": rows[:, None] + offsets(spec, operands)[b],
+        "k": k_index[None, :] + spec.kv_offset,
+    }
+    for score in spec.score:
+        s = evaluate(score.expr, env | {"s": s}, operands, how.wide)
+        s = np.broadcast_to(s, (len(rows), spec.kv_len))
+    there = np.ones(s.shape, bool)
+    if spec.mask is not None:
+        there &= evaluate(spec.mask.expr, env, operands, np.float32)
+    if spec.kv_lengths:
+        there &= k_index[None, :] < operands["kv_lengths"][b]
+    if spec.q_lengths:
+        there &= rows[:, None] < operands["q_lengths"][b]
+    there &= s != -np.inf
+    return np.where(there, s, how.wide(-np.inf)), there
+
+
+def _softmax(
+    s: Array, there: Array, values: Array, sink: Any, how: Rounding
+) -> tuple[Array, Array]:
+    """out [rows, v_dim] and lse [rows] of one head's scores."""
+    zero = how.wide(0)
+    m = s.max(-1, keepdims=True)
+    m = np.where(m == -np.inf, zero, m)
+    with np.errstate(all="ignore"):
+        p = np.where(there, np.exp(s - m), zero)
+        total = p.sum(-1, dtype=how.wide)
+        lse = m[:, 0] + np.log(total)
+        if sink is not None:  # a sink far above the scores: rescaled to it
+            top = np.maximum(m[:, 0], sink)
+            p = p * np.exp(m - top[:, None])
+            total = total * np.exp(m[:, 0] - top) + np.exp(sink - top)
+        weighted = _weighted(p.astype(how.product).astype(how.wide), there, values)
+        out = np.where(total[:, None] > 0, weighted / total[:, None], zero)
+    out = np.where(np.isnan(total)[:, None], total[:, None], out)
+    return np.where(there.any(-1)[:, None], out, zero), lse
+
+
+def _weighted(p: Array, there: Array, values: Array) -> Array:
+    """Σ p·v over the keys that are there, whatever the others hold."""
+    if np.isfinite(values).all():
+        return p @ values
+    clean = p @ np.where(np.isfinite(values), values, 0)
+    for column in np.flatnonzero(~np.isfinite(values).all(-1)):
+        seen = there[:, column]
+        bad = np.where(np.isfinite(values[column]), 0, values[column])
+        clean[seen] += p[seen, column, None] * bad
+    return clean
+
+
+_NUMPY: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.true_divide,
+    "floordiv": np.floor_divide,
+    "mod": np.mod,
+    "neg": np.negative,
+    "abs": np.abs,
+    "minimum": np.minimum,
+    "maximum": np.maximum,
+    "exp": np.exp,
+    "log": np.log,
+    "tanh": np.tanh,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "and": np.logical_and,
+    "or": np.logical_or,
+    "not": np.logical_not,
+    "where": np.where,
+}
+
+
+def evaluate(
+    node: Expr, env: Mapping[str, Any], operands: Mapping[str, Array], wide: Any
+) -> Any:
+    """The value of an expression, element by element.
+
+    Integers are int64. Floats are `wide`, but a comparison that doesn't read the score is
+    made in float32, as everywhere.
+    """
+    if node.op == "const":
+        return wide(node.value) if node.kind == "float" else node.value
+    if node.op == "var":
+        return env[str(node.value)]
+    if node.op == "load":
+        return _read(node, env, operands, wide)
+    if node.op in expr.COMPARISONS and "s" not in expr.variables(node):
+        wide = np.float32
+    args = [evaluate(a, env, operands, wide) for a in node.args]
+    if node.op == "float":
+        return np.asarray(args[0]).astype(wide)
+    if node.op == "int":
+        return np.asarray(args[0]).astype(np.int64)
+    with np.errstate(all="ignore"):
+        return _NUMPY[node.op](*args)
+
+
+def _read(
+    node: Expr, env: Mapping[str, Any], operands: Mapping[str, Array], wide: Any
+) -> Any:
+    """A read of an operand; outside its axes NaN."""
+    assert isinstance(node.value, Operand)
+    table = operands[node.value.name]
+    index = []
+    for i in node.args:
+        name = f"{i.value}_index" if i.op == "var" and i.value in ("q", "k") else None
+        index.append(np.asarray(env[name] if name else evaluate(i, env, operands, wide)))
+    inside = np.ones((), bool)
+    for i, size in zip(index, table.shape, strict=True):
+        inside = inside & (i >= 0) & (i < size)
+    if not inside.all():
+        index = [np.clip(i, 0, n - 1) for i, n in zip(index, table.shape, strict=True)]
+    values = table[tuple(np.broadcast_arrays(*index))]
+    if node.kind == "bool":
+        return values
+    if node.kind == "int":
+        return values.astype(np.int64)
+    return np.where(inside, values.astype(wide), wide(np.nan))

@@ -1,0 +1,133 @@
+"""Report and Certificate: is it right, does it fit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+
+from attngen.errors import FileError
+from attngen.units import show_bytes
+
+T = TypeVar("T")
+
+
+def _encode(value: Any, indent: int) -> str:
+    return msgspec.json.format(msgspec.json.encode(asdict(value)), indent=indent).decode()
+
+
+def _decode(text: str | bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise FileError(
+            f"This isn't a {kind.__name__.lower()}.",
+            got=str(error),
+            needed=f"what {kind.__name__}.to_json() writes",
+        ) from error
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """One output against the reference: largest absolute errors.
+
+    error is None where the kernel's NaNs or infinities aren't the reference's.
+    """
+
+    case: str
+    name: str
+    error: float | None
+    baseline_error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error is not None and self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Report:
+    """What validation found.
+
+    Args:
+        checks: of each output, in each case that was run.
+        cases: what each case was, in words.
+    """
+
+    checks: tuple[OutputCheck, ...]
+    cases: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.checks) and all(c.passed for c in self.checks)
+
+    @property
+    def max_error(self) -> float:
+        """The largest absolute error of any output; inf where NaNs or infinities differ."""
+        return max(
+            (float("inf") if c.error is None else c.error for c in self.checks), default=0.0
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"passed": self.passed, "max_error": self.max_error} | asdict(self)
+
+    def to_json(self, *, indent: int = 2) -> str:
+        return _encode(self, indent)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Report:
+        return _decode(text, cls)
+
+    def __str__(self) -> str:
+        lines = [f"{'passed' if self.passed else 'FAILED'}: {'; '.join(self.cases)}"]
+        for c in self.checks:
+            error = "NaN or infinity astray" if c.error is None else f"{c.error:.2e}"
+            lines.append(
+                f"  {c.name:<4} {c.case:<10} error {error}, allowed {c.tolerance:.2e} "
+                f"(plain attention: {c.baseline_error:.2e})"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What the target's own compiler says of a program.
+
+    Bytes are those of one device. None where the compiler says nothing, never 0 instead.
+
+    Args:
+        temp_bytes: of temporaries beyond inputs and outputs.
+        argument_bytes, output_bytes: of inputs and outputs.
+        spill_bytes: of registers that didn't suffice.
+        estimated_cycles: the compiler's own estimate, weighted by the plan.
+        compile_s: how long the compiler took.
+        compiler: its name and version.
+        digest: SHA-256 of the source that was compiled; None for a user's function.
+    """
+
+    target: str
+    compiler: str
+    temp_bytes: int | None
+    argument_bytes: int | None = None
+    output_bytes: int | None = None
+    spill_bytes: int | None = None
+    estimated_cycles: int | None = None
+    compile_s: float | None = None
+    digest: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self, *, indent: int = 2) -> str:
+        return _encode(self, indent)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Certificate:
+        return _decode(text, cls)
+
+    def __str__(self) -> str:
+        known = "unknown" if self.temp_bytes is None else show_bytes(self.temp_bytes)
+        exact = "" if self.temp_bytes is None else f" ({self.temp_bytes} bytes)"
+        return f"{self.target}: {known} of temporaries{exact}, says {self.compiler}"

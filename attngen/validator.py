@@ -1,0 +1,185 @@
+"""Kernel against reference: the tolerance rule.
+
+A kernel passes when for each output its largest absolute error against float64 is at most
+twice that of a plain implementation in the same dtypes, plus two units in the last place
+of the output's dtype at the reference's largest magnitude. Rows that see no key must be
+exactly 0, NaNs and infinities must be where the reference has them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from attngen import inputs, reference
+from attngen.errors import OperandError, SpecError
+from attngen.plans import Plan
+from attngen.reference import Array, numpy_dtype
+from attngen.regions import largest_constant
+from attngen.reports import OutputCheck, Report
+from attngen.spec import AttentionSpec
+
+ELEMENTS = 2**22  # of the reference's scores in one case: more rows than that are sampled
+SECONDS = 30.0  # modelled: a kernel slower than this isn't run at full size
+
+Function = Callable[..., Any]
+
+
+def validate(
+    spec: AttentionSpec,
+    plan: Plan,
+    function: Function,
+    *,
+    to_array: Callable[[Array, str], Any],
+    rebuild: Callable[[AttentionSpec, Mapping[str, Any]], Function] | None = None,
+    seed: int = 0,
+) -> Report:
+    """Judge a function by the reference.
+
+    Args:
+        function: takes q, k, v and the operands by name.
+        to_array: makes the function's arrays of NumPy's, given a dtype's name.
+        rebuild: makes the function of another spec with other choices; None where the
+            function can't be made anew (a file that was edited). With it, a spec too
+            large to be judged whole is judged at a smaller size too, all rows of it.
+        seed: of the random inputs.
+    """
+    checks: list[OutputCheck] = []
+    cases: list[str] = []
+    whole = False
+    if plan.time_s <= SECONDS:
+        rows = sample_rows(spec, plan.q_chunk)
+        whole = len(rows) == spec.q_len
+        count = "all rows" if whole else f"{len(rows)} of {spec.q_len} rows"
+        cases.append(f"full size, {count}")
+        checks += _judge("full size", spec, function, rows, to_array, seed)
+    small = None if whole or rebuild is None else shrink(spec, plan)
+    if small is not None:
+        assert rebuild is not None
+        small_spec, choice = small
+        rows = sample_rows(small_spec, int(choice["q_chunk"]))
+        cases.append(
+            f"small: {small_spec.q_len} queries × {small_spec.kv_len} keys in chunks of "
+            f"{choice['q_chunk']} × {choice['k_chunk']}, {len(rows)} rows"
+        )
+        made = rebuild(small_spec, choice)
+        checks += _judge("small", small_spec, made, rows, to_array, seed)
+    return Report(tuple(checks), tuple(cases))
+
+
+def _judge(
+    case: str,
+    spec: AttentionSpec,
+    function: Function,
+    rows: Array,
+    to_array: Callable[[Array, str], Any],
+    seed: int,
+) -> list[OutputCheck]:
+    given = inputs.arrays(spec, seed=seed)
+    outputs = function(**{n: to_array(x, spec.dtype_of(n)) for n, x in given.items()})
+    if len(spec.outputs) == 1:
+        outputs = (outputs,)
+    q, k, v = (given.pop(n) for n in ("q", "k", "v"))
+    want = reference.attention(spec, q, k, v, given, rows=rows)
+    plain = reference.attention(
+        spec, q, k, v, given, rows=rows, rounding=reference.plain(spec)
+    )
+    checks = []
+    for name, output in zip(spec.outputs, outputs, strict=True):
+        dtype = numpy_dtype(spec.dtype_of(name))
+        got = reference.pick(spec, name, output, rows)
+        right_form = got.shape == want[name].shape and np.asarray(output).dtype == dtype
+        baseline = largest_error(plain[name].astype(dtype), want[name])
+        base = 0.0 if baseline is None else baseline
+        allowed = 2 * base + 2 * ulp(dtype, want[name])
+        error = largest_error(got, want[name]) if right_form else None
+        if name == "out" and (got[np.isneginf(want["lse"])] != 0).any():
+            error = None  # a row that sees no key is exactly 0
+        checks.append(OutputCheck(case, name, error, base, allowed))
+    return checks
+
+
+def largest_error(got: Array, want: Array) -> float | None:
+    """The largest absolute error; None where NaNs or infinities aren't the reference's."""
+    wide = got.astype(want.dtype)
+    odd = ~np.isfinite(want)
+    if not np.array_equal(wide[odd], want[odd], equal_nan=True):
+        return None
+    if not np.isfinite(wide[~odd]).all():
+        return None
+    return float(np.abs(wide[~odd] - want[~odd]).max(initial=0.0))
+
+
+def ulp(dtype: np.dtype[Any], want: Array) -> float:
+    """One unit in the last place of a dtype at the largest finite magnitude."""
+    import ml_dtypes
+
+    largest = float(np.abs(want[np.isfinite(want)]).max(initial=0.0))
+    info = ml_dtypes.finfo(dtype)
+    exponent = np.floor(np.log2(max(largest, float(info.tiny))))
+    return float(2.0**exponent * float(info.eps))
+
+
+def sample_rows(spec: AttentionSpec, q_chunk: int) -> Array:
+    """Queries to judge: all where there are few, else the ends of chunks and some more."""
+    room = max(8, ELEMENTS // (spec.batch * spec.q_heads * spec.kv_len))
+    if room >= spec.q_len:
+        return np.arange(spec.q_len)
+    generator = np.random.default_rng(1)
+    starts = np.arange(0, spec.q_len, q_chunk)
+    ends = np.concatenate([starts, starts - 1, [spec.q_len - 1]])
+    ends = np.unique(ends[ends >= 0])
+    if len(ends) > room // 2:
+        picked = generator.choice(ends[1:-1], max(room // 2 - 2, 0), replace=False)
+        ends = np.concatenate([ends[[0, -1]], picked])
+    more = generator.choice(spec.q_len, room - len(ends), replace=False)
+    return np.unique(np.concatenate([ends, more]))
+
+
+def shrink(spec: AttentionSpec, plan: Plan) -> tuple[AttentionSpec, dict[str, Any]] | None:
+    """A smaller spec and choices that keep the plan's loops, with every kind of tile.
+
+    None where the spec can't be made smaller (an operand that is read at a fixed index
+    beyond the smaller size, say).
+    """
+    choice = plan.choice
+    reach = largest_constant(spec)
+    length = min(spec.kv_len, max(200, reach + 3 * min(plan.k_chunk, 48) + 7))
+    q_length = min(spec.q_len, length if spec.q_len == spec.kv_len else 131)
+    batches = _fewer(spec.batch, int(choice.get("batch_chunk", 1)))
+    heads = _fewer(spec.kv_heads, int(choice.get("head_chunk", 1)))
+    offset = spec.q_offset
+    if isinstance(offset, int):  # as far from the last key as it was
+        offset += (length - spec.kv_len) - (q_length - spec.q_len)
+    sizes: dict[str, Any] = {
+        "batch": batches[0],
+        "kv_heads": heads[0],
+        "q_heads": heads[0] * min(spec.repeats, 2),
+        "q_len": q_length,
+        "kv_len": length,
+        "q_offset": offset,
+    }
+    try:
+        small = dataclasses.replace(spec, **sizes, memory_budget=None)
+    except (OperandError, SpecError):
+        return None
+    if plan.algorithm == "dense":
+        choice |= {"q_chunk": q_length, "k_chunk": length}
+    else:
+        chunks = -(-spec.kv_len // plan.k_chunk)
+        most = 48 if choice.get("loop") == "fori" else -(-length // min(chunks, 4))
+        whole = plan.k_chunk == spec.kv_len
+        choice["k_chunk"] = length if whole else min(plan.k_chunk, most, length)
+        choice["q_chunk"] = min(plan.q_chunk, 32, q_length)
+    if "batch_chunk" in choice:
+        choice |= {"batch_chunk": batches[1], "head_chunk": heads[1]}
+    return small, choice
+
+
+def _fewer(count: int, chunk: int) -> tuple[int, int]:
+    """A smaller count and chunk that keep whether there is a loop, and whether it has one."""
+    small = min(chunk, 2)
+    return (small, small) if chunk == count else (2 * small, small)
