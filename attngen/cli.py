@@ -1,0 +1,319 @@
+"""The command line: arguments in, text or JSON out.
+
+Results go to stdout, everything else to stderr. Exit code 0: done; 1: the check failed;
+2: the request was wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from attngen import __version__
+from attngen.cli_spec import read_fix, read_spec, spec_options
+from attngen.errors import AttngenError, FileError, NotBuiltError, ValidationError
+
+CHECK_FAILED, WRONG_REQUEST = 1, 2
+
+
+class Group(click.Group):
+    """Turns a user's mistake into its message and exit code, never into a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AttngenError as error:
+            _fail(error, as_json="--json" in sys.argv)
+
+
+def _fail(error: AttngenError, *, as_json: bool) -> NoReturn:
+    if as_json:
+        _print_json(error.to_dict())
+    else:
+        from rich.console import Console
+
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        console.print(str(error), markup=False)
+    sys.exit(CHECK_FAILED if isinstance(error, ValidationError) else WRONG_REQUEST)
+
+
+def _print_json(value: Any) -> None:
+    import msgspec
+
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def _status(text: str) -> Any:
+    """A spinner on stderr while something slow runs; a plain line where that's no terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        console.print(text)
+    return console.status(text)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="attngen")
+def main() -> None:
+    """attngen: a compiler for attention.
+
+    Say what attention you want (a preset, a TOML or JSON spec), on which target, within
+    how many bytes; get readable source that is proven to compute it and proven to fit.
+    """
+
+
+def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The spec, where it runs, and what the user decides."""
+    for option in reversed(
+        [
+            click.option("--target", help="Where: see `attngen targets`. Default: cpu."),
+            click.option("--backend", help="In what language. Default: jax."),
+            click.option(
+                "--fix",
+                multiple=True,
+                metavar="NAME=VALUE",
+                help="A choice that you make, e.g. q_chunk=512. Repeatable.",
+            ),
+            click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+        ]
+    ):
+        command = option(command)
+    return spec_options(command)
+
+
+@main.command()
+@plan_options
+def plan(
+    target: str | None, backend: str | None, fix: tuple[str, ...], as_json: bool, **given: Any
+) -> None:
+    """Choose algorithm, chunks and loops by the model, and say why."""
+    from attngen import api
+
+    made = api.plan(read_spec(given), target, backend, read_fix(fix))
+    _print_json(made.to_dict()) if as_json else click.echo(made.explain())
+
+
+@main.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="SPEC is emitted files or folders of them: are they what would be emitted now?",
+)
+@click.argument("more", nargs=-1, type=click.Path(path_type=Path))
+@plan_options
+def emit(
+    output: Path | None,
+    check: bool,
+    more: tuple[Path, ...],
+    target: str | None,
+    backend: str | None,
+    fix: tuple[str, ...],
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Print or write the source of the best plan; --check compares emitted files."""
+    from attngen import api
+
+    if check:
+        named = [Path(given["spec"])] if given["spec"] else []
+        _check_emitted([*named, *more], as_json)
+        return
+    if more:
+        raise FileError("emit takes one spec.", got=", ".join(map(str, more)))
+    source = api.emit(api.plan(read_spec(given), target, backend, read_fix(fix)))
+    if output is not None:
+        source.write(output)
+        click.echo(f"wrote {output}", err=True)
+    if as_json:
+        _print_json(
+            {"text": source.text, "digest": source.digest, "path": output and str(output)}
+        )
+    elif output is None:
+        click.echo(source.text, nl=False)
+
+
+def _check_emitted(paths: list[Path], as_json: bool) -> None:
+    from attngen import api, emitter, files
+
+    found = [f for p in paths for f in (sorted(p.glob("*.py")) if p.is_dir() else [p])]
+    if not found:
+        raise FileError("--check needs emitted files.", needed="FILE.py or a folder of them")
+    results = {}
+    for path in found:
+        head = emitter.read_header(path)
+        made = api.plan(head.spec, head.target, head.backend, head.choice)
+        results[str(path)] = api.emit(made).text == files.read(path)
+    if as_json:
+        _print_json({"same": all(results.values()), "files": results})
+    else:
+        for name, same in results.items():
+            click.echo(f"{'same' if same else 'DIFFERS':<8} {name}")
+    if not all(results.values()):
+        sys.exit(CHECK_FAILED)
+
+
+@main.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.")
+@click.option("--effort", default="estimate", show_default=True, help="How hard to search.")
+@plan_options
+def build(
+    output: Path | None,
+    effort: str,
+    target: str | None,
+    backend: str | None,
+    fix: tuple[str, ...],
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Plan, emit, certify and validate; with -o, write the file and its certificate."""
+    from attngen import api, files
+
+    spec = read_spec(given)
+    with _status("certifying and validating …"):
+        kernel = api.build(spec, target, backend, effort, read_fix(fix))
+    assert kernel.report is not None and kernel.certificate is not None
+    if output is not None:
+        kernel.source.write(output)
+        beside = output.with_suffix(".certificate.json")
+        files.write(beside, kernel.certificate.to_json() + "\n")
+        click.echo(f"wrote {output} and {beside}", err=True)
+    if as_json:
+        _print_json(
+            {
+                "plan": kernel.plan.to_dict(),
+                "report": kernel.report.to_dict(),
+                "certificate": kernel.certificate.to_dict(),
+                "digest": kernel.source.digest,
+                "path": output and str(output),
+            }
+        )
+        return
+    click.echo(kernel.plan.explain())
+    click.echo(f"\ncertified {kernel.certificate}")
+    click.echo(f"validated {kernel.report}")
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--seed", default=0, show_default=True, help="Of the random inputs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def validate(files: tuple[Path, ...], seed: int, as_json: bool) -> None:
+    """Judge emitted files, edited or not, against the specs in their headers."""
+    from attngen import api
+
+    reports = {}
+    for path in files:
+        with _status(f"validating {path} …"):
+            reports[str(path)] = api.validate(path, seed=seed)
+    if as_json:
+        _print_json({name: report.to_dict() for name, report in reports.items()})
+    else:
+        for name, report in reports.items():
+            click.echo(f"{name}: {report}")
+    if not all(r.passed for r in reports.values()):
+        sys.exit(CHECK_FAILED)
+
+
+@main.command()
+@plan_options
+def certify(
+    target: str | None, backend: str | None, fix: tuple[str, ...], as_json: bool, **given: Any
+) -> None:
+    """Ask the target's own compiler what the best plan allocates.
+
+    Exit code 1 where that is more than the budget.
+    """
+    from attngen import api
+
+    spec = read_spec(given)
+    made = api.plan(spec, target, backend, read_fix(fix))
+    with _status("compiling …"):
+        certificate = api.certify(made)
+    budget = spec.budget_bytes
+    fits = budget is None or certificate.temp_bytes is None or certificate.temp_bytes <= budget
+    if as_json:
+        _print_json(certificate.to_dict() | {"fits": fits})
+    else:
+        click.echo(f"{certificate}{'' if fits else ': over the budget'}")
+    if not fits:
+        sys.exit(CHECK_FAILED)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def targets(as_json: bool) -> None:
+    """List the targets, what is known of them, and who certifies for them."""
+    from attngen import targets as known
+
+    listed = [known.get(name) for name in known.names()]
+    if as_json:
+        _print_json([t.to_dict() for t in listed])
+        return
+    from attngen.units import show_bytes
+
+    rows = [
+        (
+            t.name,
+            t.description,
+            f"{t.cores} cores",
+            "?" if t.memory_bytes is None else show_bytes(t.memory_bytes),
+            t.certifier,
+        )
+        for t in listed
+    ]
+    _table(("target", "what", "cores", "memory", "certified by"), rows)
+    click.echo("planned: " + ", ".join(known.PLANNED), err=True)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def presets(name: str | None, as_json: bool) -> None:
+    """List the presets and their sources; with NAME, print its spec as TOML or JSON."""
+    from attngen import presets as known
+
+    if name is not None:
+        spec = known.get(name)
+        click.echo(spec.to_json() if as_json else spec.to_toml(), nl=as_json)
+        return
+    if as_json:
+        _print_json(
+            {n: {"spec": known.get(n).to_dict(), "source": known.source(n)} for n in known.names()}
+        )
+        return
+    _table(("preset", "source"), [(n, known.source(n)) for n in known.names()])
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*head, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(highlight=False, width=100)
+    console.print(table)
+
+
+def _not_built(name: str, instead: str) -> None:
+    @main.command(name, context_settings={"ignore_unknown_options": True})
+    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+    def command(arguments: tuple[str, ...]) -> None:
+        raise NotBuiltError(f"`attngen {name}` isn't built yet.", got=name, hint=instead)
+
+    command.help = f"Not built yet: {instead}."
+    command.short_help = "Not built yet."
+
+
+_not_built("tune", "use `attngen build`, which takes the model's best certified plan")
+_not_built("bench", "see benchmarks/ in the repository")
+_not_built("wisdom", "there is none before `tune` is built")
