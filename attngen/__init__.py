@@ -6,29 +6,31 @@ that is proven to compute it and proven to fit.
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
-
 from attngen import masks, presets, scores
 from attngen.api import attention, build, certify, emit, plan, tune, validate
 from attngen.spec import AttentionSpec
-from attngen.tracing import (
-    Mask,
-    Score,
+from attngen.symbols import (
     exp,
     log,
-    mask,
     maximum,
     minimum,
-    operand,
-    score,
     tanh,
     where,
 )
+from attngen.tracing import (
+    Mask,
+    Score,
+    mask,
+    operand,
+    score,
+)
+from attngen.version import __version__
 
 __all__ = [
     "AttentionSpec",
     "Mask",
     "Score",
+    "__version__",
     "attention",
     "build",
     "certify",

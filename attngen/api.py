@@ -95,9 +95,7 @@ def build(
     return _kernel(chosen, source, function, report, certificate)
 
 
-def validate(
-    kernel: Kernel | Source | str | Path, *, seed: int = 0
-) -> Report:
+def validate(kernel: Kernel | Source | str | Path, *, seed: int = 0) -> Report:
     """Judge a kernel, a source, or an emitted file (edited or not) by the reference.
 
     An edited file is judged against the spec in its header.
@@ -109,7 +107,9 @@ def validate(
     from attngen.kernel import Kernel
 
     if isinstance(kernel, Kernel):
-        return _validate(kernel.plan, backends.get(kernel.plan.backend), kernel.function, seed)
+        return _validate(
+            kernel.plan, backends.get(kernel.plan.backend), kernel.function, seed
+        )
     path = _stored(kernel) if isinstance(kernel, Source) else Path(kernel)
     head = read_header(path)
     by = backends.get(head.backend)
@@ -260,11 +260,15 @@ def _kernel(
 def _check_effort(effort: str) -> None:
     if effort not in EFFORTS:
         raise PlanError(
-            f"There is no effort {effort!r}.", got=effort, needed="one of " + ", ".join(EFFORTS)
+            f"There is no effort {effort!r}.",
+            got=effort,
+            needed="one of " + ", ".join(EFFORTS),
         )
     if effort != "estimate":
         raise NotBuiltError(
-            f"effort={effort!r} isn't built yet.", got=effort, needed='effort="estimate"'
+            f"effort={effort!r} isn't built yet.",
+            got=effort,
+            needed='effort="estimate"',
         )
 
 
@@ -272,7 +276,9 @@ def _check_effort(effort: str) -> None:
 
 
 @functools.lru_cache(maxsize=512)
-def _kept(spec: AttentionSpec, target: str | None, fix: tuple[tuple[str, Option], ...]) -> Kernel:
+def _kept(
+    spec: AttentionSpec, target: str | None, fix: tuple[tuple[str, Option], ...]
+) -> Kernel:
     return build(spec, target, "jax", fix=dict(fix))
 
 
@@ -290,8 +296,6 @@ def _kept_traced(
 @functools.lru_cache(maxsize=512)
 def _spec_of(key: tuple[tuple[str, Any], ...]) -> AttentionSpec:
     return AttentionSpec(**dict(key))
-
-
 
 
 def attention(

@@ -8,7 +8,16 @@ from attngen.errors import CallError
 from attngen.spec import FIELDS
 
 # Fields that the arrays say themselves.
-_FROM_ARRAYS = ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "qk_dim", "v_dim", "dtype")
+_FROM_ARRAYS = (
+    "batch",
+    "q_heads",
+    "kv_heads",
+    "q_len",
+    "kv_len",
+    "qk_dim",
+    "v_dim",
+    "dtype",
+)
 _OPTIONS = frozenset(FIELDS) - frozenset(_FROM_ARRAYS)
 _ARRAYS = ("kv_lengths", "q_lengths", "q_offset", "sink")  # True, or the operand itself
 
@@ -35,7 +44,11 @@ def split_options(
                 'layout="bhtd"',
             )
     token, head = (1, 2) if layout == "bthd" else (2, 1)
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+    if (
+        k.shape[:3] != v.shape[:3]
+        or q.shape[0] != k.shape[0]
+        or q.shape[3] != k.shape[3]
+    ):
         raise CallError(
             "q, k and v don't fit together.",
             got=f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}",

@@ -51,7 +51,9 @@ def certify(
     """
     if not compiler:
         raise BackendError(
-            "This backend has no compiler that could certify.", needed="a compiled backend"
+            "This backend has no compiler that could certify.",
+            got=f"target {target}",
+            needed="a compiled backend",
         )
     with tempfile.TemporaryDirectory(prefix="attngen-") as folder:
         job: dict[str, Any] = {"target": target, "shapes": list(shapes), "x64": x64}
@@ -77,7 +79,11 @@ def run(
     """
     with tempfile.TemporaryDirectory(prefix="attngen-") as name:
         folder = Path(name)
-        whole = dict(job) | {"module": module, "function": function, "path": _search_path()}
+        whole = dict(job) | {
+            "module": module,
+            "function": function,
+            "path": _search_path(),
+        }
         (folder / "job").write_bytes(msgspec.json.encode(whole))
         command = [sys.executable, "-m", "attngen.child", "job", "result"]
         with (folder / "log").open("wb") as log:
@@ -96,17 +102,24 @@ def run(
                 raise CompileError(
                     "The compiler took too long.",
                     got=f"no answer after {show_time(timeout_s)}",
+                    needed="an answer within the time limit",
                     hint="raise the time limit, or fix smaller chunks",
                 ) from None
             finally:
                 _kill(process)
-        tail = "\n".join((folder / "log").read_text(errors="replace").splitlines()[-12:])
+        tail = "\n".join(
+            (folder / "log").read_text(errors="replace").splitlines()[-12:]
+        )
         result = folder / "result"
         if not result.exists():
             raise _crash(code, tail)
         answer = msgspec.json.decode(result.read_bytes())
     if "error" in answer:
-        raise CompileError("The compiler refused the program.", got=answer["error"][:2000])
+        raise CompileError(
+            "The compiler refused the program.",
+            got=answer["error"][:2000],
+            needed="a program that the target's compiler takes",
+        )
     return answer["value"]
 
 
@@ -115,10 +128,13 @@ def _crash(code: int, tail: str) -> CompileError:
         return CompileError(
             "The compiler's process was killed.",
             got="SIGKILL: most likely the machine ran out of memory",
+            needed="memory for the compiler",
             hint="free memory, or ask for less at once",
         )
     return CompileError(
-        "The compiler's process crashed.", got=f"exit code {code}\n{tail}".rstrip()
+        "The compiler's process crashed.",
+        got=f"exit code {code}\n{tail}".rstrip(),
+        needed="a compiler that ends by itself",
     )
 
 

@@ -21,7 +21,7 @@ def main(job_path: str, result_path: str) -> None:
     try:
         function = getattr(importlib.import_module(job["module"]), job["function"])
         result = {"value": function(job)}
-    except Exception as error:  # the boundary: everything becomes data
+    except Exception as error:  # noqa: BLE001  the boundary: everything becomes data
         traceback.print_exc()
         result = {"error": f"{type(error).__name__}: {error}"}
     Path(result_path).write_bytes(msgspec.json.encode(result))

@@ -7,15 +7,15 @@ Results go to stdout, everything else to stderr. Exit code 0: done; 1: the check
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
-from attngen import __version__
 from attngen.cli_spec import read_fix, read_spec, spec_options
 from attngen.errors import AttngenError, FileError, NotBuiltError, ValidationError
+from attngen.version import __version__
 
 CHECK_FAILED, WRONG_REQUEST = 1, 2
 
@@ -72,7 +72,9 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The spec, where it runs, and what the user decides."""
     for option in reversed(
         [
-            click.option("--target", help="Where: see `attngen targets`. Default: cpu."),
+            click.option(
+                "--target", help="Where: see `attngen targets`. Default: cpu."
+            ),
             click.option("--backend", help="In what language. Default: jax."),
             click.option(
                 "--fix",
@@ -90,7 +92,11 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @main.command()
 @plan_options
 def plan(
-    target: str | None, backend: str | None, fix: tuple[str, ...], as_json: bool, **given: Any
+    target: str | None,
+    backend: str | None,
+    fix: tuple[str, ...],
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """Choose algorithm, chunks and loops by the model, and say why."""
     from attngen import api
@@ -126,14 +132,22 @@ def emit(
         _check_emitted([*named, *more], as_json)
         return
     if more:
-        raise FileError("emit takes one spec.", got=", ".join(map(str, more)))
+        raise FileError(
+            "emit takes one spec.",
+            got=", ".join(map(str, more)),
+            needed="one SPEC.toml",
+        )
     source = api.emit(api.plan(read_spec(given), target, backend, read_fix(fix)))
     if output is not None:
         source.write(output)
         click.echo(f"wrote {output}", err=True)
     if as_json:
         _print_json(
-            {"text": source.text, "digest": source.digest, "path": output and str(output)}
+            {
+                "text": source.text,
+                "digest": source.digest,
+                "path": output and str(output),
+            }
         )
     elif output is None:
         click.echo(source.text, nl=False)
@@ -144,7 +158,11 @@ def _check_emitted(paths: list[Path], as_json: bool) -> None:
 
     found = [f for p in paths for f in (sorted(p.glob("*.py")) if p.is_dir() else [p])]
     if not found:
-        raise FileError("--check needs emitted files.", needed="FILE.py or a folder of them")
+        raise FileError(
+            "--check needs emitted files.",
+            got=", ".join(map(str, paths)) or "no path",
+            needed="FILE.py or a folder of them",
+        )
     results = {}
     for path in found:
         head = emitter.read_header(path)
@@ -161,7 +179,9 @@ def _check_emitted(paths: list[Path], as_json: bool) -> None:
 
 @main.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.")
-@click.option("--effort", default="estimate", show_default=True, help="How hard to search.")
+@click.option(
+    "--effort", default="estimate", show_default=True, help="How hard to search."
+)
 @plan_options
 def build(
     output: Path | None,
@@ -178,7 +198,8 @@ def build(
     spec = read_spec(given)
     with _status("certifying and validating …"):
         kernel = api.build(spec, target, backend, effort, read_fix(fix))
-    assert kernel.report is not None and kernel.certificate is not None
+    assert kernel.report is not None
+    assert kernel.certificate is not None
     if output is not None:
         kernel.source.write(output)
         beside = output.with_suffix(".certificate.json")
@@ -224,7 +245,11 @@ def validate(files: tuple[Path, ...], seed: int, as_json: bool) -> None:
 @main.command()
 @plan_options
 def certify(
-    target: str | None, backend: str | None, fix: tuple[str, ...], as_json: bool, **given: Any
+    target: str | None,
+    backend: str | None,
+    fix: tuple[str, ...],
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """Ask the target's own compiler what the best plan allocates.
 
@@ -237,7 +262,11 @@ def certify(
     with _status("compiling …"):
         certificate = api.certify(made)
     budget = spec.budget_bytes
-    fits = budget is None or certificate.temp_bytes is None or certificate.temp_bytes <= budget
+    fits = (
+        budget is None
+        or certificate.temp_bytes is None
+        or certificate.temp_bytes <= budget
+    )
     if as_json:
         _print_json(certificate.to_dict() | {"fits": fits})
     else:
@@ -285,13 +314,16 @@ def presets(name: str | None, as_json: bool) -> None:
         return
     if as_json:
         _print_json(
-            {n: {"spec": known.get(n).to_dict(), "source": known.source(n)} for n in known.names()}
+            {
+                n: {"spec": known.get(n).to_dict(), "source": known.source(n)}
+                for n in known.names()
+            }
         )
         return
     _table(("preset", "source"), [(n, known.source(n)) for n in known.names()])
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -308,7 +340,9 @@ def _not_built(name: str, instead: str) -> None:
     @main.command(name, context_settings={"ignore_unknown_options": True})
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
     def command(arguments: tuple[str, ...]) -> None:
-        raise NotBuiltError(f"`attngen {name}` isn't built yet.", got=name, hint=instead)
+        raise NotBuiltError(
+            f"`attngen {name}` isn't built yet.", got=name, needed="build", hint=instead
+        )
 
     command.help = f"Not built yet: {instead}."
     command.short_help = "Not built yet."

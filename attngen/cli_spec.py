@@ -15,7 +15,16 @@ from attngen.plans import Option
 from attngen.spec import AttentionSpec
 
 # option → field; integers, texts, and those that read a mask or scores
-_INTEGERS = ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "qk_dim", "v_dim", "kv_offset")
+_INTEGERS = (
+    "batch",
+    "q_heads",
+    "kv_heads",
+    "q_len",
+    "kv_len",
+    "qk_dim",
+    "v_dim",
+    "kv_offset",
+)
 _TEXTS = ("dtype", "out_dtype", "layout", "q_offset", "derivatives", "precision")
 _FLAGS = ("sink", "kv_lengths", "q_lengths")
 # a preset whose queries are its keys stays so when one of the two is changed
@@ -31,7 +40,10 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
         *(click.option(_name(f), f, type=int, metavar="N", help=f) for f in _INTEGERS),
         *(click.option(_name(f), f, metavar="TEXT", help=f) for f in _TEXTS),
         click.option("--scale", type=float, help="scale of q·k"),
-        *(click.option(f"{_name(f)}/--no-{_name(f)[2:]}", f, default=None) for f in _FLAGS),
+        *(
+            click.option(f"{_name(f)}/--no-{_name(f)[2:]}", f, default=None)
+            for f in _FLAGS
+        ),
         click.option("--outputs", metavar="out,lse", help="outputs, in order"),
     ]
     for option in reversed(options):
@@ -98,7 +110,9 @@ def read_file(path: Path) -> AttentionSpec:
     if path.suffix == ".toml":
         return AttentionSpec.from_toml(text)
     raise FileError(
-        f"{path} is no kind of spec.", got=path.suffix or "no suffix", needed=".toml or .json"
+        f"{path} is no kind of spec.",
+        got=path.suffix or "no suffix",
+        needed=".toml or .json",
     )
 
 

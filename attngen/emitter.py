@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attngen import __version__, files
+from attngen import files
 from attngen.backends import Backend
 from attngen.cost import square_flop
 from attngen.errors import FileError, InternalError
@@ -19,6 +19,7 @@ from attngen.expr import describe
 from attngen.plans import Option, Plan
 from attngen.spec import AttentionSpec
 from attngen.units import show_bytes, show_count
+from attngen.version import __version__
 
 WIDTH = 88
 
@@ -66,7 +67,9 @@ def emit(plan: Plan, backend: Backend) -> Source:
         autoescape=False,
     )
     name, context = backend.template(plan)
-    text = environment.get_template(name).render(header=header(plan, backend), **context)
+    text = environment.get_template(name).render(
+        header=header(plan, backend), **context
+    )
     try:
         compile(text, name, "exec", dont_inherit=True, flags=0)
     except SyntaxError as error:
@@ -78,13 +81,15 @@ def header(plan: Plan, backend: Backend) -> str:
     """The docstring of an emitted file: what it computes, how, and from what."""
     spec = plan.spec
     sections = {
-        "made by": f"attngen {__version__}, for {plan.target}; `attngen emit --check` compares this\n"
-        "file with what would be emitted now. It is yours: attngen claims no rights in it.",
+        "made by": f"attngen {__version__} for {plan.target}; `attngen emit --check` compares this file\n"
+        "with what would be emitted now. It is yours: attngen claims no rights in it.",
         "computes": _computes(spec),
         "plan": _describe_plan(plan, backend),
         "cost": _cost(plan),
         "spec": _data(spec.to_dict(defaults=False)),
-        "choices": _data({"backend": plan.backend, "target": plan.target, **plan.choice}),
+        "choices": _data(
+            {"backend": plan.backend, "target": plan.target, **plan.choice}
+        ),
     }
     lines = [_title(plan), ""]
     for label, text in sections.items():
@@ -119,7 +124,7 @@ def _computes(spec: AttentionSpec) -> str:
         lines.append("with exp(sink[h]) added to each denominator (not in lse)")
     for name in ("q", "k", "v", *(o.name for o in spec.operands), *spec.outputs):
         shape = ", ".join(map(str, spec.shape_of(name)))
-        lines.append(f"{name:<8}[{shape}]  {spec.dtype_of(name)}")
+        lines.append(f"{name:<7} [{shape}]  {spec.dtype_of(name)}")
     return "\n".join(lines)
 
 
@@ -152,7 +157,9 @@ def _filled(text: str) -> list[str]:
     ) or [""]
 
 
-_SECTION = re.compile(r"^(spec|choices) {2,}(\{.*?)(?=^\S|\Z)", re.MULTILINE | re.DOTALL)
+_SECTION = re.compile(
+    r"^(spec|choices) {2,}(\{.*?)(?=^\S|\Z)", re.MULTILINE | re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -177,7 +184,9 @@ def read_header(path: Path) -> Header:
     try:
         doc = ast.get_docstring(ast.parse(text), clean=False) or ""
     except SyntaxError as error:
-        raise FileError(f"{path} isn't Python.", got=str(error)) from error
+        raise FileError(
+            f"{path} isn't Python.", got=str(error), needed="an emitted file"
+        ) from error
     found = {m[1]: " ".join(m[2].split()) for m in _SECTION.finditer(doc)}
     try:
         spec = AttentionSpec.from_dict(json.loads(found["spec"]))

@@ -42,11 +42,11 @@ class AttngenError(Exception):
 
     def to_dict(self) -> dict[str, object]:
         """The error as plain values, as `--json` prints it."""
-        text = {"error": type(self).__name__, "what": self.what}
+        text: dict[str, object] = {"error": type(self).__name__, "what": self.what}
         for label in ("got", "needed", "hint"):
             value = getattr(self, label)
             text[label] = None if value is None else str(value)
-        return dict(text)
+        return text
 
 
 class SpecError(AttngenError, ValueError):

@@ -54,16 +54,22 @@ def _alternatives(plan: Plan, describe: object) -> list[str]:
         lines += ["", f"{'also legal':<48}{'temporary':>11}{'estimate':>11}"]
         for a in legal:
             name = describe(a.choice)  # type: ignore[operator]
-            figures = f"{show_bytes(a.temp_bytes or 0):>11}{show_time(a.time_s or 0):>11}"
+            figures = (
+                f"{show_bytes(a.temp_bytes or 0):>11}{show_time(a.time_s or 0):>11}"
+            )
             lines.append(f"  {_short(name):<46}{figures}   {a.reason}")
     if refused:
         lines += ["", "not legal"]
-        lines += [f"  {a.choice['algorithm']!s:<9} {a.reason}" for a in _one_each(refused)]
+        lines += [
+            f"  {a.choice['algorithm']!s:<9} {a.reason}" for a in _one_each(refused)
+        ]
     return lines
 
 
 def _short(name: str) -> str:
-    return name.removeprefix("running · ").removesuffix(" · fori").replace(" a step", "")
+    return (
+        name.removeprefix("running · ").removesuffix(" · fori").replace(" a step", "")
+    )
 
 
 def _one_each(refused: list[Alternative]) -> list[Alternative]:

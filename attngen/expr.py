@@ -21,14 +21,12 @@ from __future__ import annotations
 import math
 import operator as python_operator
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from attngen.errors import ExpressionError, OperandError
-
-Kind = Literal["bool", "int", "float"]
-Axis = str | int
+from attngen.operands import Kind, Operand
 
 COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 LOGIC = ("and", "or", "not")
@@ -41,91 +39,13 @@ ARITY = (
     | dict.fromkeys(("minimum", "maximum", "and", "or", *COMPARISONS), 2)
     | {"where": 3}
 )
-VARIABLES: dict[str, Kind] = {"b": "int", "h": "int", "q": "int", "k": "int", "s": "float"}
-LETTERS = ("b", "h", "q", "k")
-OPERAND_DTYPES = ("bool", "int32", "int64", "float16", "bfloat16", "float32", "float64")
-
-
-@dataclass(frozen=True, slots=True)
-class Operand:
-    """A tensor that a mask or score reads, passed to the kernel by name.
-
-    axes: for each dimension a letter (b, h, q, k: as long as the batch, the query heads,
-    the queries, the keys) or a length of its own.
-    """
-
-    name: str
-    axes: tuple[Axis, ...]
-    dtype: str
-
-    def __post_init__(self) -> None:
-        check_operand_name(self.name)
-        if not self.axes or not all(_is_axis(a) for a in self.axes):
-            raise OperandError(
-                f"Operand {self.name!r} has axes that can't be read.",
-                got=repr(self.axes),
-                needed="one or more of the letters b, h, q, k and positive lengths",
-                hint='for example axes="bk" or axes=("h", 32)',
-            )
-        letters = [a for a in self.axes if isinstance(a, str)]
-        if len(set(letters)) != len(letters):
-            raise OperandError(
-                f"Operand {self.name!r} has the same axis twice.",
-                got=repr(self.axes),
-                needed="each letter at most once",
-            )
-        if self.dtype not in OPERAND_DTYPES:
-            raise OperandError(
-                f"Operand {self.name!r} has a dtype that the language doesn't know.",
-                got=repr(self.dtype),
-                needed="one of " + ", ".join(OPERAND_DTYPES),
-            )
-
-    @property
-    def kind(self) -> Kind:
-        if self.dtype == "bool":
-            return "bool"
-        return "int" if self.dtype.startswith("int") else "float"
-
-    def shape(self, lengths: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape, given the length of each letter's axis."""
-        return tuple(a if isinstance(a, int) else lengths[a] for a in self.axes)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"axes": list(self.axes), "dtype": self.dtype}
-
-
-def _is_axis(axis: object) -> bool:
-    if isinstance(axis, str):
-        return axis in LETTERS
-    return isinstance(axis, int) and not isinstance(axis, bool) and axis > 0
-
-
-def check_operand_name(name: object) -> None:
-    """A name becomes a parameter of the emitted function: an identifier, and a free one."""
-    import keyword
-
-    from attngen.names import RESERVED
-
-    if (
-        not isinstance(name, str)
-        or not name.isascii()
-        or not name.isidentifier()
-        or len(name) > 32
-    ):
-        raise OperandError(
-            "An operand's name must be an identifier.",
-            got=repr(name),
-            needed="letters, digits and underscores, at most 32, not starting with a digit",
-        )
-    if keyword.iskeyword(name) or name in RESERVED or name.startswith("_") or "_at_" in name:
-        raise OperandError(
-            f"An operand can't be called {name!r}.",
-            got=name,
-            needed="a name that neither Python nor the emitted file uses itself "
-            "(no leading underscore, no '_at_')",
-            hint=f"call it {name.strip('_').replace('_at_', '_')}_values, say",
-        )
+VARIABLES: dict[str, Kind] = {
+    "b": "int",
+    "h": "int",
+    "q": "int",
+    "k": "int",
+    "s": "float",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +176,8 @@ _FOLD: dict[str, Callable[..., bool]] = {
     "not": lambda x: not x,
     "and": lambda x, y: x and y,
     "or": lambda x, y: x or y,
-} | {name: getattr(python_operator, name) for name in COMPARISONS}
+}
+_FOLD |= {name: getattr(python_operator, name) for name in COMPARISONS}
 
 
 def _folded(node: Expr) -> Expr:
@@ -279,7 +200,9 @@ def _float32(value: Any) -> float:
 def _checked(node: Expr) -> Expr:
     if node.op in ("floordiv", "mod", "div") and node.args[1] in (const(0), const(0.0)):
         raise ExpressionError(
-            "A mask or score divides by zero.", got=describe(node), needed="another divisor"
+            "A mask or score divides by zero.",
+            got=describe(node),
+            needed="another divisor",
         )
     return node
 
@@ -370,53 +293,6 @@ def describe(node: Expr) -> str:
 
 
 def _described_level(node: Expr) -> int:
-    return _described_level(node.args[0]) if node.op in ("int", "float") else level(node)
-
-
-def to_data(node: Expr) -> Any:
-    """The tree as JSON values: numbers, variable names, and lists that open with an op."""
-    if node.op == "const":
-        if isinstance(node.value, float):
-            if math.isinf(node.value):
-                return ["const", "inf" if node.value > 0 else "-inf"]
-            return ["const", node.value]
-        return node.value
-    if node.op == "var":
-        return node.value
-    head = [node.op]
-    if isinstance(node.value, Operand):
-        head.append(node.value.name)
-    return head + [to_data(a) for a in node.args]
-
-
-def from_data(data: Any, declared: Mapping[str, Operand]) -> Expr:
-    """The tree that `to_data` wrote, with every node checked as if it had been traced."""
-    if isinstance(data, bool | int):
-        return const(data)
-    if isinstance(data, str) and data in VARIABLES:
-        return var(data)
-    if isinstance(data, list) and data and isinstance(data[0], str):
-        op, *rest = data
-        if op == "const" and len(rest) == 1:
-            number = rest[0]
-            if number in ("inf", "-inf"):
-                return const(float(number))
-            if isinstance(number, int | float) and not isinstance(number, bool):
-                if number == number:  # NaN isn't a constant of the language
-                    return convert(const(number), "float")
-        elif op == "load" and rest and isinstance(rest[0], str):
-            if rest[0] not in declared:
-                raise OperandError(
-                    f"An expression reads an operand {rest[0]!r} that isn't declared.",
-                    got=rest[0],
-                    needed="one of " + (", ".join(declared) or "none"),
-                )
-            return load(declared[rest[0]], tuple(from_data(a, declared) for a in rest[1:]))
-        elif op in ARITY:
-            return apply(op, *(from_data(a, declared) for a in rest))
-    raise ExpressionError(
-        "An expression in a file can't be read.",
-        got=repr(data)[:200],
-        needed="a number, one of b, h, q, k, s, or a list that opens with an operation",
-        hint="write it in Python and take what spec.to_json() prints",
+    return (
+        _described_level(node.args[0]) if node.op in ("int", "float") else level(node)
     )

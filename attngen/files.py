@@ -42,7 +42,10 @@ def write(path: Path, text: str) -> None:
             raise
     except OSError as error:
         raise FileError(
-            f"{path} can't be written.", got=error.strerror, hint="name another path"
+            f"{path} can't be written.",
+            got=error.strerror,
+            needed="a place that can be written",
+            hint="name another path, or another cache folder in ATTNGEN_CACHE",
         ) from error
 
 
@@ -55,6 +58,10 @@ def read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise FileError(f"{path} can't be read.", got=error.strerror) from error
+        raise FileError(
+            f"{path} can't be read.", got=error.strerror, needed="a readable file"
+        ) from error
     except UnicodeDecodeError as error:
-        raise FileError(f"{path} isn't text.", got=str(error), needed="UTF-8") from error
+        raise FileError(
+            f"{path} isn't text.", got=str(error), needed="UTF-8"
+        ) from error

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from attngen.expr import Operand
+from attngen.operands import Operand
 from attngen.reference import Array, numpy_dtype
 from attngen.spec import AttentionSpec
 
@@ -34,7 +34,11 @@ def arrays(spec: AttentionSpec, *, seed: int = 0, nan: bool = True) -> dict[str,
     if nan and spec.kv_lengths:
         for b, count in enumerate(made["kv_lengths"]):
             for name in ("k", "v"):
-                keys = made[name][b] if spec.layout == "bthd" else made[name][b].swapaxes(0, 1)
+                keys = (
+                    made[name][b]
+                    if spec.layout == "bthd"
+                    else made[name][b].swapaxes(0, 1)
+                )
                 keys[count:] = np.nan
     return made
 
@@ -53,6 +57,6 @@ def _operand(spec: AttentionSpec, operand: Operand, generator: Any) -> Array:
         return np.asarray(generator.random(shape) < 0.7)
     if operand.kind == "int":
         values = generator.integers(0, SMALL, shape)
-        return np.sort(values, axis=-1).astype(operand.dtype)  # type: ignore[no-any-return]
+        return np.sort(values, axis=-1).astype(operand.dtype)
     values = generator.standard_normal(shape, dtype=np.float32)
     return np.asarray(values.astype(numpy_dtype(operand.dtype)))

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from attngen import expr
 from attngen.errors import ExpressionError, OperandError
-from attngen.expr import Expr, Operand, describe
+from attngen.expr import Expr, describe
+from attngen.operands import Operand
 from attngen.spec import AttentionSpec
 
 Interval = tuple[float, float]
@@ -198,7 +199,7 @@ def examine(spec: AttentionSpec) -> Ranges:
                         needed="values within ±2**63",
                     )
                 wide = wide or high > 2**31 - 1 or low < -(2**31)
-            if node.op in ("floordiv", "mod", "div"):
+            if node.op in expr.INTEGER_ONLY:  # floats divide as IEEE says
                 _check_divisor(node, env)
             if node.op == "load":
                 _check_index(node, env)
@@ -208,9 +209,6 @@ def examine(spec: AttentionSpec) -> Ranges:
 
 def _check_divisor(node: Expr, env: Mapping[str, Interval]) -> None:
     divisor = node.args[1]
-    if divisor.kind != "int" or "load" in {n.op for n in expr.walk(divisor)}:
-        if node.op == "div":
-            return  # floats divide as IEEE says
     low, high = interval(divisor, env)
     if low <= 0 <= high:
         raise ExpressionError(

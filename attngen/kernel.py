@@ -44,7 +44,8 @@ class Kernel:
     def __post_init__(self) -> None:
         names = ("q", "k", "v", *(o.name for o in self.spec.operands))
         expected = {
-            n: (self.spec.shape_of(n), numpy_dtype(self.spec.dtype_of(n))) for n in names
+            n: (self.spec.shape_of(n), numpy_dtype(self.spec.dtype_of(n)))
+            for n in names
         }
         object.__setattr__(self, "_expected", expected)
 
@@ -85,7 +86,9 @@ class Kernel:
             got = f"{x.dtype}{list(x.shape)}"
         layout = f" ({self.spec.layout})" if name in ("q", "k", "v") else ""
         return kind(
-            f"{name} doesn't match the spec.", got=got, needed=f"{dtype}{list(shape)}{layout}"
+            f"{name} doesn't match the spec.",
+            got=got,
+            needed=f"{dtype}{list(shape)}{layout}",
         )
 
     def __str__(self) -> str:

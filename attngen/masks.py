@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from attngen.errors import ExpressionError
-from attngen.expr import Axis
+from attngen.operands import Axis
 from attngen.tracing import Mask, library, mask, operand
 
 
@@ -89,9 +89,13 @@ def dense(name: str = "mask", axes: tuple[Axis, ...] | str = "bhqk") -> Mask:
 def _letter(axis: Axis) -> str:
     if axis not in ("b", "h", "q", "k"):
         raise ExpressionError(
-            "A dense operand has the axes b, h, q, k.", got=repr(axis), needed="b, h, q or k"
+            "A dense operand has the axes b, h, q, k.",
+            got=repr(axis),
+            needed="b, h, q or k",
         )
     return str(axis)
 
 
-LIBRARY: dict[str, Any] = {f.__name__: f for f in (causal, sliding_window, prefix, documents, dense)}
+LIBRARY: dict[str, Any] = {
+    f.__name__: f for f in (causal, sliding_window, prefix, documents, dense)
+}

@@ -1,6 +1,38 @@
 """The names that emitted files use themselves, which no operand may take.
 
-tests/test_names.py reads every emitted file and fails when one is missing here.
+tests/test_names.py reads emitted files and fails when one is missing here.
 """
 
-RESERVED: frozenset[str] = frozenset()
+from __future__ import annotations
+
+import builtins
+import keyword
+import re
+
+# of the language and the contract
+_OWN = "attention b h q k s v sink kv_lengths q_lengths q_offset"
+# of the JAX templates
+_JAX = """
+    jax jnp lax
+    B T S H G R D QK_DIM V_DIM SCALE Q_OFFSET K_OFFSET
+    B_CHUNK G_CHUNK Q_CHUNK K_CHUNK Q_CHUNKS
+    queries tile interior edge step carried carry c i g
+    q_start k_start at q_here k_here v_here rows kc vc
+    b_index h_index q_index k_index q_pos k_pos kv_length q_length
+    kv_count q_count offset q_lo q_hi first last full_first full_last
+    seen there m m_safe m_sink p acc total rescale
+    out lse out_all lse_all
+"""
+RESERVED = frozenset((*_OWN.split(), *_JAX.split(), *dir(builtins)))
+# steps of long expressions, slices of operands
+_PATTERN = re.compile(r"(part|index|limit|score\d*)(_\d+)+|.*_at_.*|_.*")
+
+
+def is_free(name: str) -> bool:
+    """Whether an operand may be called so: Python and emitted files don't use the name."""
+    return not (
+        keyword.iskeyword(name)
+        or keyword.issoftkeyword(name)
+        or name in RESERVED
+        or _PATTERN.fullmatch(name)
+    )

@@ -125,7 +125,9 @@ def _split(
             if reason is None:
                 legal.append(choice)
             else:
-                refused.setdefault((algorithm, reason), Alternative(choice, None, None, reason))
+                refused.setdefault(
+                    (algorithm, reason), Alternative(choice, None, None, reason)
+                )
     return legal, list(refused.values())
 
 
@@ -165,7 +167,8 @@ def no_fit(
     got = "what the target's memory leaves" if budget is None else show_bytes(budget)
     return BudgetError(
         f"No plan fits {got} on {target.name}.",
-        got=f"memory_budget = {got}" + (f" ({budget} bytes)" if budget is not None else ""),
+        got=f"memory_budget = {got}"
+        + (f" ({budget} bytes)" if budget is not None else ""),
         needed=f"at least {show_bytes(need)} ({need} bytes, "
         f"{'certified' if certified else 'modelled'}): {backend.describe(choice)}",
         hint=f"raise memory_budget to {need}",
@@ -186,7 +189,9 @@ def _alternatives(
             over.append(Alternative(choice, cost.temp_bytes, cost.time_s, reason))
         elif choice is not chosen[0]:
             late = cost.time_s - chosen[2].time_s
-            reason = f"slower by {show_time(late)}" if late > 0 else "as fast, more memory"
+            reason = (
+                f"slower by {show_time(late)}" if late > 0 else "as fast, more memory"
+            )
             slower.append(Alternative(choice, cost.temp_bytes, cost.time_s, reason))
     dense = [a for a in (*over, *slower) if a.choice["algorithm"] == "dense"][:1]
     shown = [*slower[:SHOWN], *over[: SHOWN // 2]]

@@ -101,7 +101,9 @@ class Plan:
         }
 
     def to_json(self, *, indent: int = 2) -> str:
-        return msgspec.json.format(msgspec.json.encode(self.to_dict()), indent=indent).decode()
+        return msgspec.json.format(
+            msgspec.json.encode(self.to_dict()), indent=indent
+        ).decode()
 
     @classmethod
     def from_dict(cls, data: Any) -> Plan:
@@ -111,7 +113,11 @@ class Plan:
             FileError: a field is missing, unknown, or of the wrong type.
         """
         if not isinstance(data, dict):
-            raise FileError("A plan is a table of fields.", got=type(data).__name__)
+            raise FileError(
+                "A plan is a table of fields.",
+                got=type(data).__name__,
+                needed="what plan.to_json() writes",
+            )
         try:
             fields = dict(data)
             fields["spec"] = AttentionSpec.from_dict(fields.get("spec"))  # type: ignore[arg-type]
@@ -124,7 +130,9 @@ class Plan:
             if isinstance(error, FileError) or hasattr(error, "what"):
                 raise
             raise FileError(
-                "This isn't a plan.", got=str(error), needed="what plan.to_json() writes"
+                "This isn't a plan.",
+                got=str(error),
+                needed="what plan.to_json() writes",
             ) from error
 
     @classmethod

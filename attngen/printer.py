@@ -81,9 +81,14 @@ class ArrayPrinter:
     def _fit(self, node: Expr, room: int, width: int) -> str:
         """Text that fits the room left in its line, after steps where it wouldn't."""
         text = self.text(node)
-        if len(text) <= room or not node.args or node.op == "load" or node in self._named:
+        if (
+            len(text) <= room
+            or not node.args
+            or node.op == "load"
+            or node in self._named
+        ):
             return text
-        left, *others = node.args
+        left = node.args[0]
         if node.op in INFIX and left.op == node.op and left not in self._named:
             return self._chain(node, width)  # x = a + b, then x = x + c
         parts = [self._part(a) for a in node.args]

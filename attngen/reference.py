@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from attngen import expr
-from attngen.expr import Expr, Operand
+from attngen.expr import Expr
+from attngen.operands import Operand
 from attngen.spec import AttentionSpec
 
 Array = np.ndarray[Any, Any]
@@ -33,7 +34,8 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     if name == "bfloat16":
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
     return np.dtype(name)
 
 
@@ -73,7 +75,9 @@ def attention(
     how = rounding or exact(spec)
     rows = np.arange(spec.q_len) if rows is None else np.asarray(rows)
     swap = spec.layout == "bthd"
-    q, k, v = (np.swapaxes(np.asarray(x), 1, 2) if swap else np.asarray(x) for x in (q, k, v))
+    q, k, v = (
+        np.swapaxes(np.asarray(x), 1, 2) if swap else np.asarray(x) for x in (q, k, v)
+    )
     out = np.zeros((spec.batch, spec.q_heads, len(rows), spec.v_dim), how.wide)
     lse = np.zeros(out.shape[:-1], how.wide)
     known = {name: np.asarray(x) for name, x in operands.items()}
@@ -101,7 +105,9 @@ def pick(spec: AttentionSpec, name: str, output: Array, rows: Array) -> Array:
 def offsets(spec: AttentionSpec, operands: Mapping[str, Array]) -> Array:
     """The position of query 0 for each batch."""
     if spec.q_offset == "operand":
-        return np.broadcast_to(np.asarray(operands["q_offset"], np.int64), (spec.batch,))
+        return np.broadcast_to(
+            np.asarray(operands["q_offset"], np.int64), (spec.batch,)
+        )
     if spec.static_q_offset is None:
         return np.asarray(operands["kv_lengths"], np.int64) - spec.q_len
     return np.full((spec.batch,), spec.static_q_offset, np.int64)
@@ -118,6 +124,7 @@ def _scores(
     operands: Mapping[str, Array],
 ) -> tuple[Array, Array]:
     """Scores [rows, kv_len] of one head, and which keys are there."""
+    s: Array
     with np.errstate(all="ignore"):
         s = (queries @ keys.T) * how.wide(spec.scale_value)
     k_index = np.arange(spec.kv_len)
@@ -148,8 +155,8 @@ def _softmax(
 ) -> tuple[Array, Array]:
     """out [rows, v_dim] and lse [rows] of one head's scores."""
     zero = how.wide(0)
-    m = s.max(-1, keepdims=True)
-    m = np.where(m == -np.inf, zero, m)
+    m: Array = s.max(-1, keepdims=True)
+    m = np.asarray(np.where(m == -np.inf, zero, m))
     with np.errstate(all="ignore"):
         p = np.where(there, np.exp(s - m), zero)
         total = p.sum(-1, dtype=how.wide)
@@ -160,8 +167,10 @@ def _softmax(
             total = total * np.exp(m[:, 0] - top) + np.exp(sink - top)
         weighted = _weighted(p.astype(how.product).astype(how.wide), there, values)
         out = np.where(total[:, None] > 0, weighted / total[:, None], zero)
+    total = np.asarray(total)
     out = np.where(np.isnan(total)[:, None], total[:, None], out)
-    return np.where(there.any(-1)[:, None], out, zero), lse
+    seen = np.asarray(there.any(-1))
+    return np.where(seen[:, None], out, zero), lse
 
 
 def _weighted(p: Array, there: Array, values: Array) -> Array:
@@ -237,10 +246,12 @@ def _read(
     index = []
     for i in node.args:
         name = f"{i.value}_index" if i.op == "var" and i.value in ("q", "k") else None
-        index.append(np.asarray(env[name] if name else evaluate(i, env, operands, wide)))
+        index.append(
+            np.asarray(env[name] if name else evaluate(i, env, operands, wide))
+        )
     inside = np.ones((), bool)
-    for i, size in zip(index, table.shape, strict=True):
-        inside = inside & (i >= 0) & (i < size)
+    for at, size in zip(index, table.shape, strict=True):
+        inside = inside & (at >= 0) & (at < size)
     if not inside.all():
         index = [np.clip(i, 0, n - 1) for i, n in zip(index, table.shape, strict=True)]
     values = table[tuple(np.broadcast_arrays(*index))]

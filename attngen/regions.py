@@ -57,12 +57,14 @@ def _span(node: Expr, *, negated: bool) -> Span:
         x, y = (_span(a, negated=negated) for a in node.args)
         return _both(x, y) if (node.op == "and") != negated else _either(x, y)
     if node.op == "const":
-        return Span() if bool(node.value) != negated else Span(some=False, any_full=False)
+        return (
+            Span() if bool(node.value) != negated else Span(some=False, any_full=False)
+        )
     if node.op in _OPPOSITE:
         op = _OPPOSITE[node.op] if negated else node.op
-        x, y = (affine(a) for a in node.args)
-        if x is not None and y is not None:
-            return _comparison(op, tuple(i - j for i, j in zip(x, y, strict=True)))
+        left, right = (affine(a) for a in node.args)
+        if left is not None and right is not None:
+            return _comparison(op, *(i - j for i, j in zip(left, right, strict=True)))
     return EDGE
 
 
@@ -76,7 +78,8 @@ def affine(node: Expr) -> tuple[int, int, int] | None:
     if node.op not in ("add", "sub", "mul", "neg") or None in parts:
         return None
     x, y = parts[0], parts[-1]
-    assert x is not None and y is not None
+    assert x is not None
+    assert y is not None
     if node.op == "neg":
         return (-x[0], -x[1], -x[2])
     if node.op == "mul":
@@ -87,9 +90,8 @@ def affine(node: Expr) -> tuple[int, int, int] | None:
     return (x[0] + sign * y[0], x[1] + sign * y[1], x[2] + sign * y[2])
 
 
-def _comparison(op: str, difference: tuple[int, ...]) -> Span:
+def _comparison(op: str, a: int, b: int, c: int) -> Span:
     """The span of a·q + b·k + c (op) 0."""
-    a, b, c = difference
     if op == "eq":
         return _both(_at_most(a, b, c), _at_most(-a, -b, -c))
     if op == "ne":
@@ -157,13 +159,17 @@ def _either(x: Span, y: Span) -> Span:
     if not x.some or not y.some:
         return y if not x.some else x
     low = None if x.low is None or y.low is None else _join("minimum", x.low, y.low)
-    high = None if x.high is None or y.high is None else _join("maximum", x.high, y.high)
+    high = (
+        None if x.high is None or y.high is None else _join("maximum", x.high, y.high)
+    )
     full = y if not x.any_full else x
     full_low, full_high = full.full_low, full.full_high
     if x.any_full and y.any_full:
         if x.full_low == y.full_low:
             unlimited = x.full_high is None or y.full_high is None
-            full_high = None if unlimited else _join("maximum", x.full_high, y.full_high)
+            full_high = (
+                None if unlimited else _join("maximum", x.full_high, y.full_high)
+            )
         elif x.full_high == y.full_high:
             unlimited = x.full_low is None or y.full_low is None
             full_low = None if unlimited else _join("minimum", x.full_low, y.full_low)

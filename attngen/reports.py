@@ -14,7 +14,9 @@ T = TypeVar("T")
 
 
 def _encode(value: Any, indent: int) -> str:
-    return msgspec.json.format(msgspec.json.encode(asdict(value)), indent=indent).decode()
+    return msgspec.json.format(
+        msgspec.json.encode(asdict(value)), indent=indent
+    ).decode()
 
 
 def _decode(text: str | bytes, kind: type[T]) -> T:
@@ -66,7 +68,8 @@ class Report:
     def max_error(self) -> float:
         """The largest absolute error of any output; inf where NaNs or infinities differ."""
         return max(
-            (float("inf") if c.error is None else c.error for c in self.checks), default=0.0
+            (float("inf") if c.error is None else c.error for c in self.checks),
+            default=0.0,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,6 +101,8 @@ class Certificate:
 
     Args:
         temp_bytes: of temporaries beyond inputs and outputs.
+        scratch_bytes: the part of temp_bytes that the compiler's own figure leaves out (see
+            backends/jax/scratch.py).
         argument_bytes, output_bytes: of inputs and outputs.
         spill_bytes: of registers that didn't suffice.
         estimated_cycles: the compiler's own estimate, weighted by the plan.
@@ -109,6 +114,7 @@ class Certificate:
     target: str
     compiler: str
     temp_bytes: int | None
+    scratch_bytes: int | None = None
     argument_bytes: int | None = None
     output_bytes: int | None = None
     spill_bytes: int | None = None

@@ -9,9 +9,10 @@ import math
 from typing import Any
 
 from attngen.errors import ExpressionError
-from attngen.expr import Axis
 from attngen.masks import _count, _letter
-from attngen.tracing import Score, library, maximum, minimum, operand, score, tanh
+from attngen.operands import Axis
+from attngen.symbols import maximum, minimum, tanh
+from attngen.tracing import Score, library, operand, score
 
 
 @library
@@ -21,8 +22,14 @@ def softcap(cap: float) -> Score:
     Raises:
         ExpressionError: cap isn't a positive number.
     """
-    if isinstance(cap, bool) or not isinstance(cap, int | float) or not 0 < cap < math.inf:
-        raise ExpressionError("softcap's cap can't be that.", got=repr(cap), needed="cap > 0")
+    if (
+        isinstance(cap, bool)
+        or not isinstance(cap, int | float)
+        or not 0 < cap < math.inf
+    ):
+        raise ExpressionError(
+            "softcap's cap can't be that.", got=repr(cap), needed="cap > 0"
+        )
     return score(lambda s, b, h, q, k: float(cap) * tanh(s / float(cap)))
 
 
@@ -103,7 +110,9 @@ def relative_buckets(
 
 def _reaches(distance: int, near: int, far: int, step: int, steps: int) -> bool:
     """Whether (distance / near) ** steps >= (far / near) ** step, in exact integers."""
-    return distance**steps * near**step >= far**step * near**steps
+    return bool(distance**steps * near**step >= far**step * near**steps)
 
 
-LIBRARY: dict[str, Any] = {f.__name__: f for f in (softcap, alibi, bias, relative_buckets)}
+LIBRARY: dict[str, Any] = {
+    f.__name__: f for f in (softcap, alibi, bias, relative_buckets)
+}

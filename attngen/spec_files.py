@@ -14,9 +14,9 @@ from typing import Any
 
 import msgspec
 
-from attngen import expr, masks, scores
+from attngen import expr_data, masks, scores
 from attngen.errors import ExpressionError, FileError, SpecError
-from attngen.expr import Operand
+from attngen.operands import Operand
 from attngen.spec import FIELDS, AttentionSpec
 from attngen.tracing import Mask, Score, mask_of, score_of
 
@@ -75,7 +75,9 @@ def from_dict(data: Any) -> AttentionSpec:
     if fields.get("mask") is not None:
         fields["mask"] = read_mask(fields["mask"])
     if "score" in fields:
-        listed = fields["score"] if isinstance(fields["score"], list) else [fields["score"]]
+        listed = (
+            fields["score"] if isinstance(fields["score"], list) else [fields["score"]]
+        )
         fields["score"] = tuple(read_score(s) for s in listed)
     return AttentionSpec(**fields)
 
@@ -96,7 +98,11 @@ def read_mask(form: Any) -> Mask:
         if name in ("and", "or") and isinstance(argument, list) and argument:
             joined = read_mask(argument[0])
             for other in argument[1:]:
-                joined = joined & read_mask(other) if name == "and" else joined | read_mask(other)
+                joined = (
+                    joined & read_mask(other)
+                    if name == "and"
+                    else joined | read_mask(other)
+                )
             return joined
         if name == "not":
             return ~read_mask(argument)
@@ -116,12 +122,15 @@ def _read(form: Any, library: dict[str, Any], what: str, of: Callable[..., Any])
     if isinstance(form, str):
         form = {form: {}}
     if isinstance(form, dict) and "expr" in form and set(form) <= {"expr", "operands"}:
-        return of(expr.from_data(form["expr"], _declared(form.get("operands", {}))))
+        return of(
+            expr_data.from_data(form["expr"], _declared(form.get("operands", {})))
+        )
     if isinstance(form, dict) and len(form) == 1:
         (name, arguments), *_ = form.items()
         if name in library and isinstance(arguments, dict):
             given = {
-                key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()
+                key: tuple(v) if isinstance(v, list) else v
+                for key, v in arguments.items()
             }
             try:
                 return library[name](**given)
@@ -144,7 +153,9 @@ def _read(form: Any, library: dict[str, Any], what: str, of: Callable[..., Any])
 
 def _declared(operands: Any) -> dict[str, Operand]:
     if not isinstance(operands, dict) or not all(
-        isinstance(o, dict) and set(o) == {"axes", "dtype"} and isinstance(o["axes"], list)
+        isinstance(o, dict)
+        and set(o) == {"axes", "dtype"}
+        and isinstance(o["axes"], list)
         for o in operands.values()
     ):
         raise ExpressionError(
@@ -152,18 +163,25 @@ def _declared(operands: Any) -> dict[str, Operand]:
             got=repr(operands)[:200],
             needed='a table such as {ids = {axes = ["b", "k"], dtype = "int32"}}',
         )
-    return {name: Operand(name, tuple(o["axes"]), o["dtype"]) for name, o in operands.items()}
+    return {
+        name: Operand(name, tuple(o["axes"]), o["dtype"])
+        for name, o in operands.items()
+    }
 
 
 def to_json(spec: AttentionSpec, *, indent: int = 2) -> str:
-    return msgspec.json.format(msgspec.json.encode(to_dict(spec)), indent=indent).decode()
+    return msgspec.json.format(
+        msgspec.json.encode(to_dict(spec)), indent=indent
+    ).decode()
 
 
 def from_json(text: str | bytes) -> AttentionSpec:
     try:
         data = msgspec.json.decode(text)
     except msgspec.DecodeError as error:
-        raise FileError("This isn't JSON.", got=str(error), needed="what spec.to_json() writes") from error
+        raise FileError(
+            "This isn't JSON.", got=str(error), needed="what spec.to_json() writes"
+        ) from error
     return from_dict(data)
 
 
@@ -180,5 +198,7 @@ def from_toml(text: str) -> AttentionSpec:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise FileError("This isn't TOML.", got=str(error), needed="a table of spec fields") from error
+        raise FileError(
+            "This isn't TOML.", got=str(error), needed="a table of spec fields"
+        ) from error
     return from_dict(data)

@@ -34,7 +34,9 @@ def _cpu() -> Target:
         architecture="cpu",
         description="this machine's processor",
         memory_bytes=page * pages if page > 0 and pages > 0 else None,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1,
         backends=("jax",),
         certifier="XLA:CPU",
     )

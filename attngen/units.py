@@ -25,7 +25,9 @@ def parse_bytes(size: int | str) -> int:
     if isinstance(size, str) and (match := _SIZE.fullmatch(size)):
         unit = UNITS.get(match[2].upper() or "B")
         if unit is not None:
-            number = int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
+            number = (
+                int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
+            )
     if number is None or number <= 0:
         raise BudgetError(
             "A number of bytes can't be read.",

@@ -22,7 +22,9 @@ from attngen.regions import largest_constant
 from attngen.reports import OutputCheck, Report
 from attngen.spec import AttentionSpec
 
-ELEMENTS = 2**22  # of the reference's scores in one case: more rows than that are sampled
+ELEMENTS = (
+    2**22
+)  # of the reference's scores in one case: more rows than that are sampled
 SECONDS = 30.0  # modelled: a kernel slower than this isn't run at full size
 
 Function = Callable[..., Any]
@@ -139,7 +141,9 @@ def sample_rows(spec: AttentionSpec, q_chunk: int) -> Array:
     return np.unique(np.concatenate([ends, more]))
 
 
-def shrink(spec: AttentionSpec, plan: Plan) -> tuple[AttentionSpec, dict[str, Any]] | None:
+def shrink(
+    spec: AttentionSpec, plan: Plan
+) -> tuple[AttentionSpec, dict[str, Any]] | None:
     """A smaller spec and choices that keep the plan's loops, with every kind of tile.
 
     None where the spec can't be made smaller (an operand that is read at a fixed index

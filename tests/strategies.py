@@ -10,7 +10,8 @@ import functools
 
 from hypothesis import strategies as st
 
-from attngen.expr import COMPARISONS, Expr, Operand, apply, const, load, var
+from attngen.expr import COMPARISONS, Expr, apply, const, load, var
+from attngen.operands import Operand
 from attngen.tracing import mask_of, score_of
 
 IDS = Operand("ids", ("b", "k"), "int32")

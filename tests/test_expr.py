@@ -11,21 +11,20 @@ from hypothesis import strategies as st
 from refusals import refused
 from strategies import IDS, OPERANDS, TABLE, expressions
 
-from attngen import expr, tracing
+from attngen import expr, expr_data, tracing
 from attngen.errors import ExpressionError, OperandError
-from attngen.expr import ARITY, Operand, apply, const, load, var
-from attngen.tracing import (
+from attngen.expr import ARITY, apply, const, load, var
+from attngen.operands import OPERAND_DTYPES, Operand
+from attngen.symbols import (
     Symbol,
     exp,
     log,
-    mask,
     maximum,
     minimum,
-    operand,
-    score,
     tanh,
     where,
 )
+from attngen.tracing import mask, operand, score
 
 KINDS = ("bool", "int", "float")
 DECLARED = {o.name: o for o in OPERANDS}
@@ -171,7 +170,7 @@ def test_numpy_scalars_are_numbers():
         )
     )
     assert typed == plain
-    assert json.dumps(expr.to_data(typed)) == json.dumps(expr.to_data(plain))
+    assert json.dumps(expr_data.to_data(typed)) == json.dumps(expr_data.to_data(plain))
 
 
 # What is refused.
@@ -346,7 +345,7 @@ def test_an_operand_has_a_dtype_of_the_language(dtype):
         operand("ids", axes="b", dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", expr.OPERAND_DTYPES)
+@pytest.mark.parametrize("dtype", OPERAND_DTYPES)
 def test_the_kind_of_an_operand_is_its_dtypes(dtype):
     kind = {"b": "bool", "i": "int", "f": "float"}
     kind = "float" if dtype == "bfloat16" else kind[dtype[0]]
@@ -371,8 +370,8 @@ def test_two_operands_of_one_name_are_refused():
 
 @given(ANY)
 def test_data_is_read_as_it_was_written(node):
-    data = json.loads(json.dumps(expr.to_data(node)))
-    assert expr.from_data(data, DECLARED) == node
+    data = json.loads(json.dumps(expr_data.to_data(node)))
+    assert expr_data.from_data(data, DECLARED) == node
 
 
 @given(ANY)
@@ -386,8 +385,8 @@ def test_an_expression_is_a_value(node):
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, 2.0, 0.1, 1e300, 5e-324])
 def test_a_float_constant_survives(value):
-    data = json.loads(json.dumps(expr.to_data(const(value)), allow_nan=False))
-    assert expr.from_data(data, {}) == const(value)
+    data = json.loads(json.dumps(expr_data.to_data(const(value)), allow_nan=False))
+    assert expr_data.from_data(data, {}) == const(value)
 
 
 MALFORMED = [
@@ -405,14 +404,14 @@ MALFORMED = [
 @pytest.mark.parametrize("data", MALFORMED, ids=repr)
 def test_malformed_data_is_refused(data):
     with refused(ExpressionError):
-        expr.from_data(data, DECLARED)
+        expr_data.from_data(data, DECLARED)
 
 
 def test_an_undeclared_operand_is_refused():
     with refused(OperandError):
-        expr.from_data(["load", "other", "b"], DECLARED)
+        expr_data.from_data(["load", "other", "b"], DECLARED)
     with refused(OperandError):
-        expr.from_data(["load", "other", "b"], {})
+        expr_data.from_data(["load", "other", "b"], {})
 
 
 # Constants.

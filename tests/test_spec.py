@@ -283,7 +283,7 @@ def test_where_nothing_relates_q_to_k_no_offset_is_needed(fields):
 # Operands within their axes.
 
 IDS = operand("ids", axes="bk", dtype="int32")
-ROWS = operand("rows", axes="q", dtype="int32")
+ROWS = operand("row_table", axes="q", dtype="int32")
 TABLE = operand("table", axes=("h", 6), dtype="float32")
 
 

@@ -34,7 +34,9 @@ class Backend(Protocol):
     ) -> Mapping[str, Mapping[str, Sequence[Option]]]:
         """For each algorithm, the values of each choice that are worth considering."""
 
-    def illegal(self, spec: AttentionSpec, target: Target, choice: Choice) -> str | None:
+    def illegal(
+        self, spec: AttentionSpec, target: Target, choice: Choice
+    ) -> str | None:
         """The reason why a candidate can't be emitted, or None."""
 
     def cost(
@@ -76,7 +78,9 @@ def get(name: str | None = None) -> Backend:
     name = "jax" if name is None else name
     if name not in _PACKAGES:
         raise BackendError(
-            f"There is no backend {name!r}.", got=name, needed="one of " + ", ".join(_PACKAGES)
+            f"There is no backend {name!r}.",
+            got=name,
+            needed="one of " + ", ".join(_PACKAGES),
         )
     backend: Backend = importlib.import_module(_PACKAGES[name]).BACKEND
     return backend

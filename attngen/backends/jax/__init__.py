@@ -33,7 +33,9 @@ class JaxBackend:
     ) -> Mapping[str, Mapping[str, Sequence[Option]]]:
         return candidates.space(spec)
 
-    def illegal(self, spec: AttentionSpec, target: Target, choice: Choice) -> str | None:
+    def illegal(
+        self, spec: AttentionSpec, target: Target, choice: Choice
+    ) -> str | None:
         return candidates.illegal(spec, choice)
 
     def cost(

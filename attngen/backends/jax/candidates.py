@@ -15,7 +15,10 @@ LARGEST_CHUNK = 8192  # that the planner considers by itself
 
 # field → (the values that are built, what to do instead)
 _BUILT: dict[str, tuple[tuple[object, ...], str]] = {
-    "derivatives": ((None,), "dataclasses.replace(spec, derivatives=None) computes forward"),
+    "derivatives": (
+        (None,),
+        "dataclasses.replace(spec, derivatives=None) computes forward",
+    ),
     "dropout": ((0.0,), "dataclasses.replace(spec, dropout=0.0)"),
     "storage": (("dense",), 'pad into storage="dense" with kv_lengths=True'),
     "kv_dtype": ((None,), "convert k and v to spec.dtype first"),
@@ -72,7 +75,11 @@ def _chunks(length: int) -> tuple[int, ...]:
 
 def _parts(heads: int) -> tuple[int, ...]:
     """A few divisors: 1, the powers of two, all."""
-    return tuple(n for n in range(1, heads + 1) if heads % n == 0 and (n & (n - 1) == 0 or n == heads))
+    return tuple(
+        n
+        for n in range(1, heads + 1)
+        if heads % n == 0 and (n & (n - 1) == 0 or n == heads)
+    )
 
 
 def illegal(spec: AttentionSpec, choice: Choice) -> str | None:
@@ -85,7 +92,11 @@ def illegal(spec: AttentionSpec, choice: Choice) -> str | None:
     }
     for name, (field, limit) in limits.items():
         value = choice[name]
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int)
+            or not 1 <= value <= limit
+        ):
             return f"{name} must be an integer from 1 to {field} = {limit}"
         if name in ("head_chunk", "batch_chunk") and limit % value:
             return f"{name} must divide {field} = {limit}"
@@ -98,7 +109,11 @@ def illegal(spec: AttentionSpec, choice: Choice) -> str | None:
     if not isinstance(choice["guard"], bool):
         return "guard must be true or false"
     if choice["algorithm"] == "dense":
-        return None if choice["loop"] == "unrolled" else "dense has no loop: loop = unrolled"
+        return (
+            None
+            if choice["loop"] == "unrolled"
+            else "dense has no loop: loop = unrolled"
+        )
     chunks = -(-spec.kv_len // int(choice["k_chunk"]))
     if choice["loop"] == "unrolled" and chunks > UNROLLED:
         return f"unrolled only for at most {UNROLLED} key chunks"
@@ -119,7 +134,9 @@ def describe(choice: Choice) -> str:
     """A candidate in a few words."""
     if choice["algorithm"] == "dense":
         return "dense"
-    heads = f"{choice['head_chunk']} kv head" + ("s" if choice["head_chunk"] != 1 else "")
+    heads = f"{choice['head_chunk']} kv head" + (
+        "s" if choice["head_chunk"] != 1 else ""
+    )
     batch = f" of {choice['batch_chunk']} batches" if choice["batch_chunk"] != 1 else ""
     text = f"running · {choice['q_chunk']} queries × {choice['k_chunk']} keys · {heads}{batch} a step"
     return f"{text} · {choice['loop']}"

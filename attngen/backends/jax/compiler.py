@@ -7,24 +7,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from attngen.backends.jax.scratch import scratch_bytes
+
 
 def certify(job: dict[str, Any]) -> dict[str, Any]:
     """Compile a job's program for its target and report the compiler's figures."""
+    import importlib.metadata
+
     import jax
 
     start = time.perf_counter()
     compiled = _compile(job)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    import jaxlib
-
+    scratch = scratch_bytes(compiled.as_text())
     return {
         "compiler": f"XLA:{jax.default_backend().upper()}",
-        "temp_bytes": int(memory.temp_size_in_bytes),
+        "temp_bytes": int(memory.temp_size_in_bytes) + scratch,
+        "scratch_bytes": scratch,
         "argument_bytes": int(memory.argument_size_in_bytes),
         "output_bytes": int(memory.output_size_in_bytes),
         "compile_s": round(seconds, 3),
-        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__},
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("jax", "jaxlib")
+        },
     }
 
 
@@ -39,7 +45,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     compiled = _compile(job)
     arrays = []
     for i, (_, shape, dtype) in enumerate(job["shapes"]):
-        arrays.append(jax.random.normal(jax.random.key(i), shape, jnp.float32).astype(dtype))
+        arrays.append(
+            jax.random.normal(jax.random.key(i), shape, jnp.float32).astype(dtype)
+        )
     jax.block_until_ready(compiled(*arrays))
     times = []
     for _ in range(job["rounds"]):

@@ -27,15 +27,23 @@ def load_function(path: Path) -> Callable[..., Any]:
     name = "attngen_emitted_" + hashlib.sha256(str(path).encode()).hexdigest()[:16]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise FileError(f"{path} can't be imported.", needed="a file that ends in .py")
+        raise FileError(
+            f"{path} can't be imported.",
+            got=path.name,
+            needed="a file that ends in .py",
+        )
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (OSError, SyntaxError, NameError, ImportError, AttributeError) as error:
-        raise FileError(f"{path} can't be imported.", got=str(error)) from error
+        raise FileError(
+            f"{path} can't be imported.", got=str(error), needed="a module that runs"
+        ) from error
     function = getattr(module, "attention", None)
     if not callable(function):
         raise FileError(
-            f"{path} defines no function attention.", needed="def attention(q, k, v, …)"
+            f"{path} defines no function attention.",
+            got=repr(function),
+            needed="def attention(q, k, v, …)",
         )
     return function  # type: ignore[no-any-return]

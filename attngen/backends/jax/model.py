@@ -5,7 +5,7 @@ from __future__ import annotations
 from attngen.cost import Cost
 from attngen.plans import Choice
 from attngen.regions import Tiles
-from attngen.spec import BYTES, AttentionSpec
+from attngen.spec import AttentionSpec
 from attngen.targets import Target
 
 

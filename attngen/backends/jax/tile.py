@@ -42,6 +42,16 @@ class Tile:
         return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
 
 
+@dataclass(frozen=True)
+class Starts:
+    """Text for where the tile begins: batch, kv head, query index, key index."""
+
+    b: str
+    g: str
+    q: str
+    k: str
+
+
 def tile(plan: Plan) -> Tile:
     spec = plan.spec
     counts = {
@@ -65,6 +75,6 @@ def heads(at: Tile) -> str:
 
 def order(layout: str, axes: str) -> str:
     """The letters of an array as it lies in memory: axes ⊂ b, t (as q or k), heads, d."""
-    batch, token, *head = axes
+    batch, token, *head = list(axes)
     inner = [token, *head] if layout == "bthd" else [*head, token]
     return "".join([batch, *inner])

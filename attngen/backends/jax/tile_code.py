@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from attngen import expr
-from attngen.backends.jax.tile import Tile, heads
-from attngen.expr import Expr, Operand
+from attngen.backends.jax.tile import Starts, Tile, heads
+from attngen.expr import Expr
 from attngen.intervals import domain, proven
+from attngen.operands import Operand
 from attngen.plans import Plan
 from attngen.printer import ArrayPrinter
 
@@ -30,17 +31,9 @@ class TileCode:
     edge: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Starts:
-    """Text for where the tile begins: batch, kv head, query index, key index."""
-
-    b: str
-    g: str
-    q: str
-    k: str
-
-
-def tile_code(plan: Plan, at: Tile, starts: Starts, indent: int, ragged: bool) -> TileCode:
+def tile_code(
+    plan: Plan, at: Tile, starts: Starts, indent: int, ragged: bool
+) -> TileCode:
     return _Writer(plan, at, starts, WIDTH - indent, ragged).write()
 
 
@@ -248,7 +241,13 @@ class _Writer:
             return
         assert isinstance(node.value, Operand)
         reads = expr.variables(node)
-        lines = self.code.score if "s" in reads else keys if "k" in reads else self.code.rows
+        lines = (
+            self.code.score
+            if "s" in reads
+            else keys
+            if "k" in reads
+            else self.code.rows
+        )
         name = f"{node.value.name}_at_{self.gathers}"
         self.gathers += 1
         index = []
@@ -265,7 +264,11 @@ class _Writer:
                 lines += printer.lines(step, i, width=self.width)
                 index.append(step)
         safe = proven(node, self.env)
-        how = ['mode="promise_in_bounds"'] if safe else ['mode="fill"', "fill_value=jnp.nan"]
+        how = (
+            ['mode="promise_in_bounds"']
+            if safe
+            else ['mode="fill"', "fill_value=jnp.nan"]
+        )
         read = f"{node.value.name}.at[{', '.join(index)}].get"
         lines += _call(name, [read, *how], "", self.width)
         self.gathered[node] = name

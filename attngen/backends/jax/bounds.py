@@ -1,0 +1,183 @@
+"""Which key chunks a chunk of queries visits: the closed-form bounds as emitted text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attngen.backends.jax.candidates import bounded
+from attngen.backends.jax.tile import Starts, Tile
+from attngen.expr import Expr
+from attngen.intervals import interval
+from attngen.plans import Plan
+from attngen.printer import ArrayPrinter
+from attngen.regions import analyse
+
+
+class Lengths:
+    """Run-time lengths and offsets of a tile's batches, as scalars for the bounds."""
+
+    def __init__(self, plan: Plan, at: Tile, starts: Starts) -> None:
+        self.many = "b" in at.letters
+        self.start = starts.b
+        self.size = at.sizes["b"]
+
+    def part(self, operand: str) -> str:
+        if not self.many:
+            return f"{operand}[{self.start}]"
+        if self.start == "0":
+            return operand
+        return f"lax.dynamic_slice({operand}, ({self.start},), ({self.size},))"
+
+    def extreme(self, name: str, which: str) -> str:
+        return f"{name}.{which}()" if self.many else name
+
+
+def bounds(
+    plan: Plan, at: Tile, starts: Starts, ragged: bool, lengths: Lengths
+) -> dict[str, Any]:
+    """The key chunks to visit: statements, and the loops with their ends as text."""
+    spec, span = plan.spec, analyse(plan.spec)
+    lines: list[str] = []
+    if spec.kv_lengths:
+        lines.append(f"kv_count = {lengths.part('kv_lengths')}")
+    if spec.q_lengths:
+        lines.append(f"q_count = {lengths.part('q_lengths')}")
+    whole = spec.kv_len // plan.k_chunk
+    chunks = whole + ragged
+    if not span.some:
+        return {"lines": [], "loops": [], "note": "No query sees any key."}
+    if chunks == 1:  # nothing to skip: the only chunk, with its mask if there is one
+        edge = bounded(spec) or not span.any_full
+        return {
+            "lines": [],
+            "loops": [("edge" if edge else "interior", "0", "1")],
+            "note": "",
+        }
+    limits = Limits(plan, lines, lengths)
+    first = limits.chunk("first", span.low, up=False, otherwise="0")
+    low_edge = span.any_full and span.full_low is not None
+    high_edge = span.full_high is not None or spec.kv_lengths
+    high = limits.high(span.high, lengths.extreme("kv_count", "max"))
+    last = limits.chunk("last", high, up=True, otherwise=str(chunks))
+    if spec.q_lengths:
+        q_most = lengths.extreme("q_count", "max")
+        lines.append(f"last = jnp.where({starts.q} < {q_most}, {last}, {first})")
+        last = "last"
+    if not span.any_full:
+        return {"lines": lines, "loops": [("edge", first, last)], "note": ""}
+    inner_first, inner_last = first, last
+    if low_edge:
+        text = limits.text(span.full_low, up=True)
+        lines.append(f"full_first = jnp.clip({text}, {first}, {last})")
+        inner_first = "full_first"
+    if high_edge:
+        full = limits.high(span.full_high, lengths.extreme("kv_count", "min"))
+        text = limits.text(full, up=False)
+        lines.append(f"full_last = jnp.clip({text}, {inner_first}, {last})")
+        inner_last = "full_last"
+    elif ragged and last == str(chunks):
+        inner_last = str(whole)
+    elif ragged:
+        lines.append(f"full_last = jnp.clip({whole}, {inner_first}, {last})")
+        inner_last = "full_last"
+    if spec.q_lengths:
+        every = f"{starts.q} + Q_CHUNK <= {lengths.extreme('q_count', 'min')}"
+        lines.append(f"full_last = jnp.where({every}, {inner_last}, {inner_first})")
+        inner_last = "full_last"
+    loops = [
+        ("edge", first, inner_first),
+        ("interior", inner_first, inner_last),
+        ("edge", inner_last, last),
+    ]
+    return {"lines": lines, "loops": [x for x in loops if x[1] != x[2]], "note": ""}
+
+
+class Limits:
+    """Limits in positions → key chunks, as text; defines q_lo and q_hi when first used."""
+
+    def __init__(self, plan: Plan, lines: list[str], lengths: Lengths) -> None:
+        self.plan, self.spec, self.lines, self.lengths = plan, plan.spec, lines, lengths
+        self.printer = ArrayPrinter("jnp", {"q_lo": "q_lo", "q_hi": "q_hi"}, repr)
+        self.defined = False
+        self.count = 0
+
+    def _define(self) -> None:
+        if self.defined:
+            return
+        self.defined = True
+        spec, static = self.spec, self.spec.static_q_offset
+        start = "q_start" if spec.q_len != self.plan.q_chunk else "0"
+        if self.plan.index_dtype == "int64":
+            start = f"jnp.int64({start})"
+        end = "Q_CHUNK" if start == "0" else f"{start} + Q_CHUNK"
+        low = start
+        if static is None:
+            self.lines.append(f"offset = {self.lengths.part('q_offset')}")
+            low += f" + {self.lengths.extreme('offset', 'min')}"
+            end += f" + {self.lengths.extreme('offset', 'max')}"
+        elif static:
+            low, end = f"{low} + Q_OFFSET", f"{end} + Q_OFFSET"
+        self.lines += [
+            "# q_lo and q_hi are positions, half-open",
+            f"q_lo = {low}",
+            f"q_hi = {end}",
+        ]
+
+    def _range(self, limit: Expr) -> tuple[float, float]:
+        spec, static = self.spec, self.spec.static_q_offset
+        if static is None:
+            return (float("-inf"), float("inf"))
+        last = spec.q_len - self.plan.q_chunk
+        env = {"q_lo": (static, static + last)}
+        env["q_hi"] = (static + self.plan.q_chunk, static + spec.q_len)
+        low, high = interval(limit, env)
+        return (low - spec.kv_offset, high - spec.kv_offset)
+
+    def high(self, limit: Expr | None, length: str) -> tuple[str, int] | None:
+        """An upper limit in key indices, no higher than the keys that are there.
+
+        As text with its precedence: 0 for a sum, 1 for what binds tighter.
+        """
+        if limit is None:
+            return (length, 1) if self.spec.kv_lengths else None
+        text, level = self._index(limit)
+        if self.spec.kv_lengths:
+            return (f"jnp.minimum({text}, {length})", 1)
+        if self._range(limit)[1] > self.spec.kv_len:
+            return (f"jnp.minimum({text}, S)", 1)
+        return (text, level)
+
+    def _index(self, limit: Expr) -> tuple[str, int]:
+        if limit.op != "const":
+            self._define()
+        text = self.printer.text(limit)
+        level = 0 if limit.op in ("add", "sub", "floordiv", "mul") else 1
+        if len(text) > 30 and limit.op != "const":  # a step of its own
+            self.count += 1
+            text, level = f"limit_{self.count}", 1
+            self.lines += self.printer.lines(text, limit, width=76)
+        if self.spec.kv_offset:
+            return (f"{text} - K_OFFSET", 0)
+        return (text, level)
+
+    def text(self, limit: Expr | tuple[str, int] | None, *, up: bool) -> str:
+        """The chunk that a limit falls into, rounded down, or up."""
+        assert limit is not None
+        text, level = limit if isinstance(limit, tuple) else self._index(limit)
+        inner = text if level else f"({text})"
+        return f"-(-{inner} // K_CHUNK)" if up else f"{inner} // K_CHUNK"
+
+    def chunk(
+        self,
+        name: str,
+        limit: Expr | tuple[str, int] | None,
+        *,
+        up: bool,
+        otherwise: str,
+    ) -> str:
+        if limit is None:
+            return otherwise
+        if isinstance(limit, Expr) and self._range(limit)[0] < 0:
+            limit = (f"jnp.maximum({self._index(limit)[0]}, 0)", 1)
+        self.lines.append(f"{name} = {self.text(limit, up=up)}")
+        return name

@@ -1,0 +1,44 @@
+"""Bytes that XLA:CPU's own figure leaves out: the inside of library fusions.
+
+XLA:CPU hands chains of products, reductions and exponentials to YNNPACK as one custom
+fusion. What is computed between its inputs and its output lives in memory that YNNPACK
+allocates, and `memory_analysis()` doesn't count it: plain attention over 4096 tokens of 8
+heads reports 24 MiB and takes a gigabyte more.
+"""
+
+from __future__ import annotations
+
+import re
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
+_CALLS = re.compile(r"calls=%?([\w.\-]+)")
+_RESULT = re.compile(r"^\s+(ROOT )?%?[\w.\-]+ = (\w+)\[([\d,]*)\]\S* ([\w\-]+)\(")
+_FREE = ("parameter", "constant", "bitcast", "broadcast", "iota", "get-tuple-element")
+_BITS = re.compile(r"(?:pred|[a-z]+?)(\d+)?\w*")
+
+
+def scratch_bytes(hlo: str) -> int:
+    """An upper bound of the memory inside the largest library fusion of a module.
+
+    Args:
+        hlo: the optimised module's text.
+    """
+    inside: dict[str, int] = {}
+    name = ""
+    for line in hlo.splitlines():
+        if head := _COMPUTATION.match(line):
+            name = head[1]
+            inside[name] = 0
+        elif (found := _RESULT.match(line)) and not found[1] and found[4] not in _FREE:
+            inside[name] += _bytes(found[2], found[3])
+    fusions = (line for line in hlo.splitlines() if "__ynn_fusion" in line)
+    called = [match[1] for line in fusions if (match := _CALLS.search(line))]
+    return max((inside.get(c, 0) for c in called), default=0)
+
+
+def _bytes(dtype: str, dims: str) -> int:
+    bits = _BITS.fullmatch(dtype)
+    size = max(1, int(bits[1]) // 8) if bits and bits[1] else 1
+    for n in dims.split(","):
+        size *= int(n) if n else 1
+    return size

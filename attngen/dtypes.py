@@ -1,0 +1,13 @@
+"""The dtypes of the language, by name, and their sizes."""
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+KV_DTYPES = (*DTYPES, "float8_e4m3", "int8")
+BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "float8_e4m3": 1,
+    "int8": 1,
+}
+BYTES |= {"int64": 8, "int32": 4, "bool": 1}
