@@ -27,7 +27,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix attngen tests benchmarks
 
 golden: $(INSTALLED)  ## emit the gallery anew
-	$(BIN)/python generated/gallery.py
+	$(BIN)/python tests/gallery.py
 
 bench: $(INSTALLED)  ## the committed benchmark
 	$(BIN)/python benchmarks/forward_cpu.py

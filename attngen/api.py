@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from attngen import backends, files, planner, targets
 from attngen.backends import Backend
+from attngen.calls import Call, spec_fields, split
 from attngen.errors import BackendError, NotBuiltError, PlanError, ValidationError
 from attngen.plans import Option, Plan
 from attngen.spec import AttentionSpec
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 EFFORTS = ("estimate", "measure", "patient")
 Fix = Mapping[str, Option]
+FixKey = tuple[tuple[str, Option], ...]
 
 
 def plan(
@@ -82,7 +84,7 @@ def build(
     by = backends.get(backend)
     ranked = planner.rank(spec, targets.get(target), by, fix)
     chosen, source, certificate = _first_certified(ranked, by)
-    function = by.load(_stored(source))
+    function = by.load(stored(source))
     report = _validate(chosen, by, function)
     if not report.passed:
         raise ValidationError(
@@ -110,7 +112,7 @@ def validate(kernel: Kernel | Source | str | Path, *, seed: int = 0) -> Report:
         return _validate(
             kernel.plan, backends.get(kernel.plan.backend), kernel.function, seed
         )
-    path = _stored(kernel) if isinstance(kernel, Source) else Path(kernel)
+    path = stored(kernel) if isinstance(kernel, Source) else Path(kernel)
     head = read_header(path)
     by = backends.get(head.backend)
     made = plan(head.spec, head.target, head.backend, head.choice)
@@ -219,7 +221,7 @@ def needs_x64(chosen: Plan) -> bool:
     return chosen.index_dtype == "int64" or bool({"float64", "int64"} & set(used))
 
 
-def _stored(source: Source) -> Path:
+def stored(source: Source) -> Path:
     """The source as a file in the cache: what is loaded is what was emitted."""
     path = files.cache_folder() / "kernels" / f"{source.digest}.py"
     if not path.exists() or files.read(path) != source.text:
@@ -233,7 +235,7 @@ def _validate(
     from attngen import validator
 
     def small(spec: AttentionSpec, choice: Fix) -> Any:
-        return by.load(_stored(emit(plan(spec, chosen.target, chosen.backend, choice))))
+        return by.load(stored(emit(plan(spec, chosen.target, chosen.backend, choice))))
 
     return validator.validate(
         chosen.spec,
@@ -275,27 +277,19 @@ def _check_effort(effort: str) -> None:
 # attention(): a spec from the arrays, and kernels kept by spec.
 
 
-@functools.lru_cache(maxsize=512)
-def _kept(
-    spec: AttentionSpec, target: str | None, fix: tuple[tuple[str, Option], ...]
-) -> Kernel:
-    return build(spec, target, "jax", fix=dict(fix))
+@functools.lru_cache(maxsize=1024)
+def _kernel_of(call: Call, traced: bool, target: str | None, fix: FixKey) -> Kernel:
+    """The kernel of a call, built once.
 
-
-@functools.lru_cache(maxsize=512)
-def _kept_traced(
-    spec: AttentionSpec, target: str | None, fix: tuple[tuple[str, Option], ...]
-) -> Kernel:
-    """As inside jit: planned and emitted; nothing is compiled, timed or validated."""
-    by = backends.get("jax")
+    Inside a trace it is planned and emitted only: nothing is compiled or validated.
+    """
+    spec = AttentionSpec(**spec_fields(call))
+    if not traced:
+        return build(spec, target, "jax", fix=dict(fix))
     chosen = plan(spec, target, "jax", dict(fix))
     source = emit(chosen)
-    return _kernel(chosen, source, by.load(_stored(source)), None, None)
-
-
-@functools.lru_cache(maxsize=512)
-def _spec_of(key: tuple[tuple[str, Any], ...]) -> AttentionSpec:
-    return AttentionSpec(**dict(key))
+    function = backends.get("jax").load(stored(source))
+    return _kernel(chosen, source, function, None, None)
 
 
 def attention(
@@ -327,12 +321,9 @@ def attention(
     Raises:
         CallError: q, k, v don't fit together, and what `build` raises.
     """
-    from attngen.calls import split_options
-
     if backend not in (None, "jax"):
         raise BackendError("attention() takes JAX arrays.", got=backend, needed="jax")
     _check_effort(effort)
-    key, operands, traced = split_options(q, k, v, options)
-    kept = _kept_traced if traced else _kept
-    kernel = kept(_spec_of(key), target, tuple(sorted((fix or {}).items())))
-    return kernel(q, k, v, **operands)
+    call, operands, traced = split(q, k, v, options)
+    fixed = tuple(sorted(fix.items())) if fix else ()
+    return _kernel_of(call, traced, target, fixed)(q, k, v, **operands)

@@ -2,82 +2,121 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
-from attngen.errors import CallError
+from attngen.errors import CallError, SpecError
 from attngen.spec import FIELDS
 
 # Fields that the arrays say themselves.
-_FROM_ARRAYS = (
-    "batch",
-    "q_heads",
-    "kv_heads",
-    "q_len",
-    "kv_len",
-    "qk_dim",
-    "v_dim",
-    "dtype",
+_FROM_ARRAYS = frozenset(
+    ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "qk_dim", "v_dim", "dtype")
 )
-_OPTIONS = frozenset(FIELDS) - frozenset(_FROM_ARRAYS)
-_ARRAYS = ("kv_lengths", "q_lengths", "q_offset", "sink")  # True, or the operand itself
+_OPTIONS = frozenset(FIELDS) - _FROM_ARRAYS
+_ARRAYS = (
+    "kv_lengths",
+    "q_lengths",
+    "q_offset",
+    "sink",
+)  # a field, or the operand itself
 
-Key = tuple[tuple[str, Any], ...]
+
+class Call(NamedTuple):
+    """What decides which kernel a call needs: hashable, and made in microseconds."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[Any, ...]
+    options: tuple[tuple[str, Any], ...]
 
 
-def split_options(
+@functools.cache
+def _tracer() -> type:
+    """JAX's type of what is traced: an import costs microseconds, even a repeated one."""
+    from jax.core import Tracer
+
+    return Tracer  # type: ignore[no-any-return]
+
+
+def split(
     q: Any, k: Any, v: Any, options: dict[str, Any]
-) -> tuple[Key, dict[str, Any], bool]:
-    """The spec's fields as a hashable key, the operands, and whether anything is traced.
+) -> tuple[Call, dict[str, Any], bool]:
+    """The call, the operands, and whether anything is traced by JAX.
 
     Raises:
-        CallError: an array has the wrong rank, or the three don't fit together.
+        CallError: q, k or v is no array.
+        SpecError: an option can't be a field's value.
     """
-    import jax
-
-    layout = options.get("layout", "bthd")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if len(getattr(x, "shape", ())) != 4:
-            raise CallError(
-                f"{name} must have four axes.",
-                got=f"{type(x).__name__} of shape {getattr(x, 'shape', None)}",
-                needed="[batch, tokens, heads, dim], or [batch, heads, tokens, dim] with "
-                'layout="bhtd"',
-            )
-    token, head = (1, 2) if layout == "bthd" else (2, 1)
-    if (
-        k.shape[:3] != v.shape[:3]
-        or q.shape[0] != k.shape[0]
-        or q.shape[3] != k.shape[3]
-    ):
-        raise CallError(
-            "q, k and v don't fit together.",
-            got=f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}",
-            needed="one batch; k and v of the same tokens and heads; q and k of one dim",
-        )
-    if not q.dtype == k.dtype == v.dtype:
-        raise CallError(
-            "q, k and v have different dtypes.",
-            got=f"{q.dtype}, {k.dtype}, {v.dtype}",
-            needed="one dtype",
-        )
-    fields: dict[str, Any] = {
-        "batch": q.shape[0],
-        "q_heads": q.shape[head],
-        "kv_heads": k.shape[head],
-        "q_len": q.shape[token],
-        "kv_len": k.shape[token],
-        "qk_dim": q.shape[3],
-        "v_dim": v.shape[3],
-        "dtype": str(q.dtype),
-    }
+    fields: list[tuple[str, Any]] = []
     operands: dict[str, Any] = {}
     for name, value in options.items():
         if name in _ARRAYS and hasattr(value, "shape"):
             operands[name] = value
-            fields[name] = "operand" if name == "q_offset" else True
+            fields.append((name, "operand" if name == "q_offset" else True))
         elif name in _OPTIONS:
-            fields[name] = tuple(value) if isinstance(value, list) else value
+            fields.append((name, tuple(value) if isinstance(value, list) else value))
         else:
             operands[name] = value
-    traced = any(isinstance(x, jax.core.Tracer) for x in (q, k, v, *operands.values()))
-    return tuple(fields.items()), operands, traced
+    try:
+        call = Call(
+            (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), tuple(fields)
+        )
+        hash(call)
+    except AttributeError:
+        raise CallError(
+            "q, k and v must be arrays.",
+            got=", ".join(type(x).__name__ for x in (q, k, v)),
+            needed="JAX or NumPy arrays",
+        ) from None
+    except TypeError:
+        raise SpecError(
+            "An option of attention() can't be a field's value.",
+            got=", ".join(f"{n}={type(x).__name__}" for n, x in fields),
+            needed="numbers, names, masks, tuples of scores",
+        ) from None
+    tracer = _tracer()
+    traced = isinstance(q, tracer) or isinstance(k, tracer) or isinstance(v, tracer)
+    traced = traced or any(isinstance(x, tracer) for x in operands.values())
+    return call, operands, traced
+
+
+def spec_fields(call: Call) -> dict[str, Any]:
+    """The fields of the spec that a call asks for.
+
+    Raises:
+        CallError: an array has the wrong rank, or the three don't fit together.
+    """
+    options = dict(call.options)
+    layout = options.get("layout", "bthd")
+    for name, shape in zip("qkv", call.shapes, strict=True):
+        if len(shape) != 4:
+            raise CallError(
+                f"{name} must have four axes.",
+                got=f"an array of shape {shape}",
+                needed="[batch, tokens, heads, dim], or [batch, heads, tokens, dim] with "
+                'layout="bhtd"',
+            )
+    q, k, v = call.shapes
+    if k[:3] != v[:3] or q[0] != k[0] or q[3] != k[3]:
+        raise CallError(
+            "q, k and v don't fit together.",
+            got=f"q {list(q)}, k {list(k)}, v {list(v)}",
+            needed="one batch; k and v of the same tokens and heads; q and k of one dim",
+        )
+    dtypes = [str(d) for d in call.dtypes]
+    if len(set(dtypes)) > 1:
+        raise CallError(
+            "q, k and v have different dtypes.",
+            got=", ".join(dtypes),
+            needed="one dtype",
+        )
+    token, head = (2, 1) if layout == "bhtd" else (1, 2)
+    return options | {
+        "batch": q[0],
+        "q_heads": q[head],
+        "kv_heads": k[head],
+        "q_len": q[token],
+        "kv_len": k[token],
+        "qk_dim": q[3],
+        "v_dim": v[3],
+        "dtype": dtypes[0],
+    }

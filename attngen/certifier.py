@@ -6,6 +6,7 @@ process. One process a job: the job goes in as a JSON file, the result comes out
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -140,9 +141,9 @@ def _crash(code: int, tail: str) -> CompileError:
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """End the child and all that it started, also where the parent is interrupted."""
-    if process.poll() is None:
+    with contextlib.suppress(ProcessLookupError):  # none of them is left
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()
 
 
 def _search_path() -> list[str]:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import msgspec
 
+from attngen import files
+
 
 def main(job_path: str, result_path: str) -> None:
     job = msgspec.json.decode(Path(job_path).read_bytes())
@@ -24,7 +26,7 @@ def main(job_path: str, result_path: str) -> None:
     except Exception as error:  # noqa: BLE001  the boundary: everything becomes data
         traceback.print_exc()
         result = {"error": f"{type(error).__name__}: {error}"}
-    Path(result_path).write_bytes(msgspec.json.encode(result))
+    files.write(Path(result_path), msgspec.json.encode(result).decode())
 
 
 if __name__ == "__main__":

@@ -23,16 +23,20 @@ CHECK_FAILED, WRONG_REQUEST = 1, 2
 class Group(click.Group):
     """Turns a user's mistake into its message and exit code, never into a traceback."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["attngen.json"] = "--json" in args
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except AttngenError as error:
-            _fail(error, as_json="--json" in sys.argv)
+            _fail(error, as_json=ctx.meta["attngen.json"])
 
 
 def _fail(error: AttngenError, *, as_json: bool) -> NoReturn:
     if as_json:
-        _print_json(error.to_dict())
+        _print_json(error.to_dict(), err=True)
     else:
         from rich.console import Console
 
@@ -42,10 +46,11 @@ def _fail(error: AttngenError, *, as_json: bool) -> NoReturn:
     sys.exit(CHECK_FAILED if isinstance(error, ValidationError) else WRONG_REQUEST)
 
 
-def _print_json(value: Any) -> None:
+def _print_json(value: Any, *, err: bool = False) -> None:
     import msgspec
 
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    click.echo(text, err=err)
 
 
 def _status(text: str) -> Any:

@@ -117,9 +117,10 @@ def read_file(path: Path) -> AttentionSpec:
 
 
 def _number(text: str) -> int | str:
-    """An integer where the text is one."""
+    """An integer where the text is one (of no more digits than any limit has)."""
     digits = text.removeprefix("-")
-    return int(text) if digits.isascii() and digits.isdigit() else text
+    whole = digits.isascii() and digits.isdigit() and len(digits) < 40
+    return int(text) if whole else text
 
 
 def read_fix(items: tuple[str, ...]) -> dict[str, Option]:

@@ -101,6 +101,22 @@ class FileError(AttngenError, OSError):
     """A file can't be read, written, or isn't what it should be."""
 
 
+# What code that isn't attngen's own (an edited file, say) raises where it is wrong.
+FAULTS: tuple[type[Exception], ...] = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
 class InternalError(RuntimeError):
     """A fault of attngen itself, never of its user."""
 

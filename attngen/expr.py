@@ -22,7 +22,7 @@ import math
 import operator as python_operator
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from attngen.errors import ExpressionError, OperandError
@@ -39,6 +39,7 @@ ARITY = (
     | dict.fromkeys(("minimum", "maximum", "and", "or", *COMPARISONS), 2)
     | {"where": 3}
 )
+DEEPEST = 256  # operations inside each other: functions over trees call themselves
 VARIABLES: dict[str, Kind] = {
     "b": "int",
     "h": "int",
@@ -53,13 +54,28 @@ class Expr:
     """A node: its operation, its arguments, and the kind of its value.
 
     `const` holds its value in `value`, `var` its name, `load` its Operand; the other
-    operations have `value=None`.
+    operations have `value=None`. `depth` counts the operations inside each other.
+
+    Raises:
+        ExpressionError: there are more than DEEPEST of them.
     """
 
     op: str
     args: tuple[Expr, ...]
     kind: Kind
     value: bool | int | float | str | Operand | None = None
+    depth: int = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        depth = 1 + max((a.depth for a in self.args), default=0)
+        if depth > DEEPEST:
+            raise ExpressionError(
+                "A mask or score is nested too deeply.",
+                got=f"{depth} operations inside each other",
+                needed=f"at most {DEEPEST}",
+                hint="read an operand instead of joining many constants",
+            )
+        object.__setattr__(self, "depth", depth)
 
     def __repr__(self) -> str:
         return f"Expr({describe(self)})"

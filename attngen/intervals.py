@@ -6,10 +6,11 @@ A bool is an interval of 0 and 1: (0, 0) never, (1, 1) always, (0, 1) perhaps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from attngen import expr
+from attngen.dtypes import FLOAT32_LIMIT
 from attngen.errors import ExpressionError, OperandError
 from attngen.expr import Expr, describe
 from attngen.operands import Operand
@@ -18,6 +19,7 @@ from attngen.spec import AttentionSpec
 Interval = tuple[float, float]
 INT_LIMITS = {"int32": 2**30, "int64": 2**62}
 EVERYTHING: Interval = (-math.inf, math.inf)
+SCORES: Interval = (-1e30, 1e30)  # where q·k is taken to lie
 
 
 def interval(node: Expr, env: Mapping[str, Interval]) -> Interval:
@@ -154,7 +156,7 @@ _OPERATIONS: dict[str, Callable[..., Interval]] = {
 
 
 def domain(spec: AttentionSpec) -> dict[str, Interval]:
-    """Where the variables of the spec's mask and scores can lie; s is finite."""
+    """Where the variables of the spec's mask and scores can lie."""
     static = spec.static_q_offset
     if static is not None:
         offset = (static, static)
@@ -167,7 +169,9 @@ def domain(spec: AttentionSpec) -> dict[str, Interval]:
         "h": (0, spec.q_heads - 1),
         "q": (offset[0], offset[1] + spec.q_len - 1),
         "k": (spec.kv_offset, spec.kv_offset + spec.kv_len - 1),
-        "s": (-1e30, 1e30),
+        "s": EVERYTHING,
+        "q_index": (0, spec.q_len - 1),
+        "k_index": (0, spec.kv_len - 1),
     }
 
 
@@ -179,15 +183,20 @@ class Ranges:
     drops_keys: bool  # whether a score can be −inf
 
 
-def examine(spec: AttentionSpec) -> Ranges:
+def examine(spec: AttentionSpec, limits: Iterable[Expr] = ()) -> Ranges:
     """Check divisors and indices against the spec's sizes; find the integer width.
+
+    Args:
+        limits: of the key loops, expressions of q_lo and q_hi (see regions.py).
 
     Raises:
         ExpressionError: a divisor can be zero, an integer can leave int64.
         OperandError: an index is sure to leave its axis, or could in an integer operand.
     """
     env = domain(spec)
-    wide = False
+    wide = any(
+        _leaves_int32(n, spec, env) for limit in limits for n in expr.walk(limit)
+    )
     for root in spec.expressions:
         for node in expr.walk(root):
             if node.kind == "int":
@@ -203,8 +212,20 @@ def examine(spec: AttentionSpec) -> Ranges:
                 _check_divisor(node, env)
             if node.op == "load":
                 _check_index(node, env)
-    drops = any(interval(s.expr, env)[0] == -math.inf for s in spec.score)
+    limit = math.inf if spec.stats_dtype == "float64" else FLOAT32_LIMIT
+    drops, env["s"] = False, SCORES
+    for score in spec.score:
+        env["s"] = interval(score.expr, env)
+        drops = drops or not env["s"][0] > -limit
     return Ranges("int64" if wide else "int32", drops)
+
+
+def _leaves_int32(node: Expr, spec: AttentionSpec, env: dict[str, Interval]) -> bool:
+    """Whether a part of a limit can, as a position or as an index of a key."""
+    low, high = env["q"]
+    low, high = interval(node, {"q_lo": (low, high), "q_hi": (low + 1, high + 1)})
+    shift = spec.kv_offset
+    return max(high, high - shift) > 2**31 - 1 or min(low, low - shift) < -(2**31)
 
 
 def _check_divisor(node: Expr, env: Mapping[str, Interval]) -> None:
@@ -233,8 +254,7 @@ def proven(node: Expr, env: Mapping[str, Interval]) -> bool:
 def _index_interval(index: Expr, env: Mapping[str, Interval]) -> Interval:
     """A bare q or k is an index, not a position."""
     if index.op == "var" and index.value in ("q", "k"):
-        low, high = env[str(index.value)]
-        return (0, high - low)
+        return env[f"{index.value}_index"]
     return interval(index, env)
 
 

@@ -10,7 +10,7 @@ from attngen.backends import Backend
 from attngen.cost import Cost, executed_flop
 from attngen.errors import BudgetError, PlanError
 from attngen.intervals import examine
-from attngen.plans import Alternative, Choice, Option, Plan
+from attngen.plans import Alternative, Choice, Option, Plan, check_fix
 from attngen.regions import Span, Tiles, analyse, count_tiles
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
@@ -33,9 +33,9 @@ def rank(
         BudgetError: nothing fits; the error names the least that would.
     """
     backend.refuse(spec)
-    fix = dict(fix or {})
-    ranges = examine(spec)
+    fix = check_fix(fix)
     span = analyse(spec)
+    ranges = examine(spec, span.limits)
     legal, refused = _split(spec, target, backend, fix)
     if not legal:
         raise _nothing_legal(fix, refused)

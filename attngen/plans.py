@@ -8,12 +8,28 @@ from typing import Any
 
 import msgspec
 
-from attngen.errors import FileError, InternalError
+from attngen.errors import FileError, InternalError, PlanError
 from attngen.regions import Tiles
 from attngen.spec import AttentionSpec
 
 Option = int | str | bool
 Choice = Mapping[str, Option]
+
+
+def check_fix(fix: Mapping[Any, Any] | None) -> dict[str, Option]:
+    """The choices that a user makes, as a dictionary of plain values.
+
+    Raises:
+        PlanError: a name isn't text, or a value is no integer, text or truth value.
+    """
+    for name, value in (fix or {}).items():
+        if not isinstance(name, str) or not isinstance(value, int | str):
+            raise PlanError(
+                "A fixed choice can't be that.",
+                got=f"{name}={value!r:.80}",
+                needed="a name, and an integer, text, True or False",
+            )
+    return dict(fix or {})
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from attngen.dtypes import FLOAT32_LIMIT
 from attngen.errors import InternalError
 from attngen.expr import INFIX, POSTFIX, UNARY, Expr, infix, level, walk, wrap
 
@@ -137,6 +138,10 @@ class ArrayPrinter:
         raise InternalError(f"The printer doesn't know the operation {op!r}.")
 
     def _const(self, value: object) -> str:
+        if isinstance(value, float) and self.float_dtype == "float32":
+            value = (
+                value if abs(value) < FLOAT32_LIMIT else math.copysign(math.inf, value)
+            )
         if isinstance(value, float) and math.isinf(value):
             return f"{'-' if value < 0 else ''}{self.namespace}.inf"
         return repr(value)

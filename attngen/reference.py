@@ -125,6 +125,7 @@ def _scores(
 ) -> tuple[Array, Array]:
     """Scores [rows, kv_len] of one head, and which keys are there."""
     s: Array
+    stats = np.dtype(spec.stats_dtype).type
     with np.errstate(all="ignore"):
         s = (queries @ keys.T) * how.wide(spec.scale_value)
     k_index = np.arange(spec.kv_len)
@@ -137,7 +138,7 @@ def _scores(
         "k": k_index[None, :] + spec.kv_offset,
     }
     for score in spec.score:
-        s = evaluate(score.expr, env | {"s": s}, operands, how.wide)
+        s = evaluate(score.expr, env | {"s": s}, operands, how.wide, stats)
         s = np.broadcast_to(s, (len(rows), spec.kv_len))
     there = np.ones(s.shape, bool)
     if spec.mask is not None:
@@ -146,7 +147,8 @@ def _scores(
         there &= k_index[None, :] < operands["kv_lengths"][b]
     if spec.q_lengths:
         there &= rows[:, None] < operands["q_lengths"][b]
-    there &= s != -np.inf
+    with np.errstate(all="ignore"):  # below all of float32, a score is −∞
+        there &= s.astype(stats) != -np.inf
     return np.where(there, s, how.wide(-np.inf)), there
 
 
@@ -213,22 +215,27 @@ _NUMPY: dict[str, Callable[..., Any]] = {
 
 
 def evaluate(
-    node: Expr, env: Mapping[str, Any], operands: Mapping[str, Array], wide: Any
+    node: Expr,
+    env: Mapping[str, Any],
+    operands: Mapping[str, Array],
+    wide: Any,
+    compared: Any = np.float32,
 ) -> Any:
     """The value of an expression, element by element.
 
     Integers are int64. Floats are `wide`, but a comparison that doesn't read the score is
-    made in float32, as everywhere.
+    made in the dtype `compared`, as everywhere.
     """
     if node.op == "const":
-        return wide(node.value) if node.kind == "float" else node.value
+        with np.errstate(over="ignore"):
+            return wide(node.value) if node.kind == "float" else node.value
     if node.op == "var":
         return env[str(node.value)]
     if node.op == "load":
-        return _read(node, env, operands, wide)
+        return _read(node, env, operands, wide, compared)
     if node.op in expr.COMPARISONS and "s" not in expr.variables(node):
-        wide = np.float32
-    args = [evaluate(a, env, operands, wide) for a in node.args]
+        wide = compared
+    args = [evaluate(a, env, operands, wide, compared) for a in node.args]
     if node.op == "float":
         return np.asarray(args[0]).astype(wide)
     if node.op == "int":
@@ -238,7 +245,11 @@ def evaluate(
 
 
 def _read(
-    node: Expr, env: Mapping[str, Any], operands: Mapping[str, Array], wide: Any
+    node: Expr,
+    env: Mapping[str, Any],
+    operands: Mapping[str, Array],
+    wide: Any,
+    compared: Any,
 ) -> Any:
     """A read of an operand; outside its axes NaN."""
     assert isinstance(node.value, Operand)
@@ -247,7 +258,9 @@ def _read(
     for i in node.args:
         name = f"{i.value}_index" if i.op == "var" and i.value in ("q", "k") else None
         index.append(
-            np.asarray(env[name] if name else evaluate(i, env, operands, wide))
+            np.asarray(
+                env[name] if name else evaluate(i, env, operands, wide, compared)
+            )
         )
     inside = np.ones((), bool)
     for at, size in zip(index, table.shape, strict=True):

@@ -36,6 +36,12 @@ class Span:
     some: bool = True
     any_full: bool = True
 
+    @property
+    def limits(self) -> tuple[Expr, ...]:
+        """Those that there are."""
+        known = (self.low, self.high, self.full_low, self.full_high)
+        return tuple(limit for limit in known if limit is not None)
+
 
 EDGE = Span(any_full=False)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from attngen import expr_data, masks, scores
+from attngen import expr, expr_data, masks, scores
 from attngen.errors import ExpressionError, FileError, SpecError
 from attngen.operands import Operand
 from attngen.spec import FIELDS, AttentionSpec
@@ -72,13 +72,19 @@ def from_dict(data: Any) -> AttentionSpec:
             needed="at least q_heads, q_len and qk_dim",
         )
     fields = dict(data)
-    if fields.get("mask") is not None:
-        fields["mask"] = read_mask(fields["mask"])
-    if "score" in fields:
-        listed = (
-            fields["score"] if isinstance(fields["score"], list) else [fields["score"]]
-        )
-        fields["score"] = tuple(read_score(s) for s in listed)
+    try:
+        if fields.get("mask") is not None:
+            fields["mask"] = read_mask(fields["mask"])
+        if "score" in fields:
+            given = fields["score"]
+            listed = given if isinstance(given, list) else [given]
+            fields["score"] = tuple(read_score(s) for s in listed)
+    except RecursionError:
+        raise ExpressionError(
+            "A mask or score in a file is nested too deeply.",
+            got="more tables or lists inside each other than can be read",
+            needed=f"at most {expr.DEEPEST}",
+        ) from None
     return AttentionSpec(**fields)
 
 
@@ -178,7 +184,7 @@ def to_json(spec: AttentionSpec, *, indent: int = 2) -> str:
 def from_json(text: str | bytes) -> AttentionSpec:
     try:
         data = msgspec.json.decode(text)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise FileError(
             "This isn't JSON.", got=str(error), needed="what spec.to_json() writes"
         ) from error
@@ -197,7 +203,7 @@ def from_toml(text: str) -> AttentionSpec:
 
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise FileError(
             "This isn't TOML.", got=str(error), needed="a table of spec fields"
         ) from error

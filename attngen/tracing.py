@@ -55,6 +55,15 @@ class Mask:
 
     expr: Expr
     form: Any = field(compare=False, repr=False)
+    _hash: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash(self.expr))
+
+    def __hash__(
+        self,
+    ) -> int:  # of a whole tree: computed once, looked up at every call
+        return self._hash
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -92,6 +101,15 @@ class Score:
 
     expr: Expr
     form: Any = field(compare=False, repr=False)
+    _hash: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash(self.expr))
+
+    def __hash__(
+        self,
+    ) -> int:  # of a whole tree: computed once, looked up at every call
+        return self._hash
 
     @property
     def operands(self) -> tuple[Operand, ...]:

@@ -346,7 +346,7 @@ SPECS = {
         memory_budget="64MiB",
     ),
     "an explicit None": spec_of(mask=masks.sliding_window(3, None)),
-    "axes in a tuple": spec_of(mask=masks.dense("seen", axes=("b", "k"))),
+    "axes in a tuple": spec_of(mask=masks.dense("visible", axes=("b", "k"))),
     "a traced mask": spec_of(mask=mask(lambda b, h, q, k: IDS[b, q] == IDS[b, k])),
     "a traced score": spec_of(**reads(lambda b, h, q, k: TABLE[h, (k - q) % 6] / 3)),
     "an infinity": spec_of(

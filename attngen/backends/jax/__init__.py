@@ -57,6 +57,10 @@ class JaxBackend:
     def array(self, values: Any, dtype: str) -> Any:
         import jax.numpy as jnp
 
+        from attngen.backends.jax.loader import check_x64
+
+        if dtype in ("float64", "int64"):
+            check_x64(dtype)
         return jnp.asarray(values, dtype)
 
 

@@ -75,7 +75,7 @@ def bounds(
         text = limits.text(full, up=False)
         lines.append(f"full_last = jnp.clip({text}, {inner_first}, {last})")
         inner_last = "full_last"
-    elif ragged and last == str(chunks):
+    elif ragged and (inner_first, last) == ("0", str(chunks)):
         inner_last = str(whole)
     elif ragged:
         lines.append(f"full_last = jnp.clip({whole}, {inner_first}, {last})")

@@ -123,9 +123,11 @@ def illegal(spec: AttentionSpec, choice: Choice) -> str | None:
 
 
 def bounded(spec: AttentionSpec) -> bool:
-    """Whether the key chunks to visit depend on the query chunk or on lengths."""
+    """Whether the key chunks to visit, or to mask, depend on queries or on lengths."""
     span = analyse(spec)
-    limits = (span.low, span.high) if span.some else ()
+    limits = [span.low, span.high]
+    if span.any_full:
+        limits += [span.full_low, span.full_high]
     own = spec.kv_lengths or spec.q_lengths
     return own or not span.some or any(x is not None for x in limits)
 

@@ -3,41 +3,43 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from attngen.errors import FileError
+from attngen import files
+from attngen.errors import FAULTS, BackendError, FileError
 
 
 def load(path: Path) -> Callable[..., Any]:
-    """Import an emitted file and jit its `attention`.
+    """Run an emitted file and jit its `attention`.
 
     Raises:
-        FileError: it can't be imported, or defines no `attention`.
+        FileError: it can't be run, or defines no `attention`.
+        BackendError: it computes with 64-bit numbers, which JAX has turned off.
     """
     import jax
 
-    return jax.jit(load_function(path))  # type: ignore[no-any-return]
+    function = jax.jit(load_function(path))
+    if "jax_enable_x64" in files.read(path):
+        check_x64(path.name)
+    return function  # type: ignore[no-any-return]
 
 
 def load_function(path: Path) -> Callable[..., Any]:
-    """The plain function of an emitted file."""
+    """The plain function of an emitted file, from its text as it is now: no .pyc."""
+    text = files.read(path)
     name = "attngen_emitted_" + hashlib.sha256(str(path).encode()).hexdigest()[:16]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    module = types.ModuleType(name)
+    module.__file__ = str(path)
+    try:
+        exec(compile(text, str(path), "exec", dont_inherit=True), module.__dict__)
+    except FAULTS as error:
         raise FileError(
             f"{path} can't be imported.",
-            got=path.name,
-            needed="a file that ends in .py",
-        )
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (OSError, SyntaxError, NameError, ImportError, AttributeError) as error:
-        raise FileError(
-            f"{path} can't be imported.", got=str(error), needed="a module that runs"
+            got=f"{type(error).__name__}: {error}",
+            needed="a module that runs",
         ) from error
     function = getattr(module, "attention", None)
     if not callable(function):
@@ -47,3 +49,17 @@ def load_function(path: Path) -> Callable[..., Any]:
             needed="def attention(q, k, v, …)",
         )
     return function  # type: ignore[no-any-return]
+
+
+def check_x64(what: str) -> None:
+    """Raise BackendError where JAX has 64-bit numbers turned off."""
+    import jax
+
+    if not jax.config.jax_enable_x64:
+        raise BackendError(
+            "JAX has 64-bit numbers turned off.",
+            got=what,
+            needed="jax_enable_x64",
+            hint='jax.config.update("jax_enable_x64", True), or JAX_ENABLE_X64=1 in the '
+            "environment",
+        )

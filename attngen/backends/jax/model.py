@@ -1,13 +1,107 @@
-"""The model of XLA's temporaries and time, from which candidates are ranked."""
+"""The model of XLA's temporaries and time, from which candidates are ranked.
+
+Temporaries: fitted to XLA:CPU's own figures (with what library fusions hide, see
+scratch.py) as an upper bound; benchmarks/model_cpu.py measures how well it holds.
+Time: a sum over tiles of what each costs, with the constants measured on the machine that
+benchmarks/results names; a guide for ranking, not a clock.
+"""
 
 from __future__ import annotations
 
-from attngen.cost import Cost
+from dataclasses import dataclass
+
+from attngen.cost import Cost, tile_flop
+from attngen.dtypes import BYTES
+from attngen.intervals import examine
 from attngen.plans import Choice
 from attngen.regions import Tiles
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
 
+OVERHEAD_BYTES = 8192  # loop counters, starts of slices, XLA's alignment
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one tile holds, in elements of the statistics' dtype."""
+
+    batches: int  # matrices that are multiplied at once: batches × kv heads
+    rows: int  # of all of them: queries × query heads of a group
+    keys: int  # of one of them
+
+    @property
+    def scores(self) -> int:
+        return self.rows * self.keys
+
+
+def shape(spec: AttentionSpec, choice: Choice) -> Shape:
+    batches = int(choice["batch_chunk"]) * int(choice["head_chunk"])
+    rows = batches * spec.repeats * int(choice["q_chunk"])
+    return Shape(batches, rows, int(choice["k_chunk"]))
+
 
 def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> Cost:
-    return Cost(1, 1.0)
+    """Modelled bytes and seconds of a candidate."""
+    return Cost(temp_bytes(spec, choice), time_s(spec, choice, tiles))
+
+
+def temp_bytes(spec: AttentionSpec, choice: Choice) -> int:
+    """Tiles of scores that live at once, the rows' state, the slices of keys and values."""
+    tile = shape(spec, choice)
+    size = BYTES[spec.stats_dtype]
+    scores = tile.scores * size * _live_tiles(spec, choice)
+    if choice["algorithm"] == "running":
+        # rows, and the weighted sum twice: as carried and as added
+        rows = tile.rows * size * (1.1 * spec.qk_dim + 2.15 * spec.v_dim + 4)
+    else:
+        rows = tile.rows * size * (spec.qk_dim + spec.v_dim + 4)
+    keys = 1.02 * tile.batches * tile.keys * (spec.qk_dim + spec.v_dim) * size
+    chunks = -(-spec.kv_len // tile.keys)
+    if choice["loop"] == "unrolled":
+        keys *= chunks
+    if chunks > 1 and spec.kv_len % tile.keys:  # the last chunk has buffers of its own
+        rows, keys = 2.4 * rows, 1.6 * keys
+    bound = scores + rows + keys + OVERHEAD_BYTES
+    if (
+        choice["algorithm"] == "running"
+        and not choice["guard"]
+        and spec.dtype != spec.stats_dtype
+    ):
+        bound += (BYTES[spec.stats_dtype]) * _elements(spec)  # converted as a whole
+    return int(bound)
+
+
+def _elements(spec: AttentionSpec) -> int:
+    """Of q, k and v together."""
+    queries = spec.q_heads * spec.q_len * spec.qk_dim
+    keys = spec.kv_heads * spec.kv_len * (spec.qk_dim + spec.v_dim)
+    return spec.batch * (queries + keys)
+
+
+def _live_tiles(spec: AttentionSpec, choice: Choice) -> float:
+    """How many tiles of scores XLA:CPU keeps at once, as fitted."""
+    tile = shape(spec, choice)
+    chunks = -(-spec.kv_len // tile.keys)
+    ragged = spec.kv_len % tile.keys != 0
+    edges = spec.mask is not None or ragged or spec.kv_lengths or spec.q_lengths
+    edges = edges or examine(spec).drops_keys
+    matrix = (
+        tile.batches == 1 and spec.repeats == 1
+    )  # XLA shares buffers of plain matrices
+    dense = sum({"q", "k"} <= set(o.axes) for o in spec.operands)
+    if chunks == 1:  # one library fusion, with everything inside it
+        return 3.45 + dense
+    live = 1.0 + dense
+    if edges:
+        live += 0.25 if matrix else 1.25
+    if ragged:
+        live = max(live + 1.25, 3.3 + dense)
+    return live * (1.8 * chunks if choice["loop"] == "unrolled" else 1.0)
+
+
+def time_s(spec: AttentionSpec, choice: Choice, tiles: Tiles) -> float:
+    """Seconds on two cores, as fitted."""
+    tile = shape(spec, choice)
+    steps = spec.batch * spec.kv_heads / tile.batches
+    flop = tile_flop(spec, tile.rows, tile.keys)
+    return steps * tiles.visited * (30e-6 + flop / 140e9 + tile.scores * 0.4e-9)

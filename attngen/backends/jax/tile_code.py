@@ -47,7 +47,7 @@ class _Writer:
         self.rows_defined: set[str] = set()
         self.keys_defined: set[str] = set()
         self.gathered: dict[Expr, str] = {}
-        self.gathers = 0
+        self.gathers = self.indices = 0
         self.env = domain(plan.spec)
 
     def write(self) -> TileCode:
@@ -56,6 +56,11 @@ class _Writer:
             self._needs(score.expr, self.code.keys, dtype)
             printer = self._printer(dtype, f"score{i}")
             self.code.score += printer.lines("s", score.expr, width=self.width)
+            if "s" not in expr.variables(score.expr):  # perhaps not of every axis
+                shape = self.at.shape(self.at.letters)
+                self.code.score.append(f"s = jnp.broadcast_to(s, {shape})")
+            for node in [n for n in self.gathered if "s" in expr.variables(n)]:
+                del self.gathered[node]  # the next score has another s
         self.keys_defined, self.gathered = set(), {}  # the mask is a scope of its own
         self._mask()
         return self.code
@@ -251,7 +256,8 @@ class _Writer:
         name = f"{node.value.name}_at_{self.gathers}"
         self.gathers += 1
         index = []
-        for i in node.args:
+        safe = proven(node, self.env)
+        for axis, i in zip(node.value.axes, node.args, strict=True):
             if i.op == "var":
                 index_lines = keys if i.value == "k" else self.code.rows
                 self._define(f"{i.value}_index", index_lines)
@@ -259,11 +265,13 @@ class _Writer:
             elif i.op == "const":
                 index.append(str(i.value))
             else:
-                step = f"index_{self.gathers}"
+                self.indices += 1
+                step = f"index_{self.indices}"
                 printer = self._printer(float_dtype, step)
                 lines += printer.lines(step, i, width=self.width)
+                if not safe:  # JAX counts negative indices from the end
+                    lines.append(f"{step} = jnp.where({step} < 0, {axis}, {step})")
                 index.append(step)
-        safe = proven(node, self.env)
         how = (
             ['mode="promise_in_bounds"']
             if safe

@@ -1,0 +1,202 @@
+"""The model against the compiler: bytes of random legal plans, and the order of times.
+
+For each workload class, seeded random plans: the modelled temporaries beside XLA:CPU's own
+figure (library fusions included), and, for those that are quick to run, the modelled time
+beside the measured one, as a rank correlation. A run is divided by a matrix product timed
+just before and after it, since times here swing. Writes benchmarks/results/model_cpu.json.
+
+    python benchmarks/model_cpu.py [plans of a class] [seed]
+"""
+
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attngen import AttentionSpec, api, backends, inputs, masks, scores, targets
+from attngen.backends.jax import model
+from attngen.backends.jax.loader import load_function
+from attngen.backends.jax.scratch import scratch_bytes
+from attngen.plans import Plan
+from attngen.regions import analyse, count_tiles
+
+RESULTS = Path(__file__).parent / "results"
+JAX, CPU = backends.get("jax"), targets.get("cpu")
+QUICK = 1.5  # modelled seconds: a plan slower than this isn't run
+CLASSES = {
+    "plain": AttentionSpec(q_heads=8, q_len=4096, qk_dim=64),
+    "ragged": AttentionSpec(q_heads=4, q_len=3000, qk_dim=40, outputs=("out", "lse")),
+    "causal, GQA": AttentionSpec(
+        q_heads=16, kv_heads=4, q_len=4096, qk_dim=128, mask=masks.causal()
+    ),
+    "bfloat16": AttentionSpec(
+        q_heads=1, q_len=8192, qk_dim=64, dtype="bfloat16", out_dtype="float32"
+    ),
+    "window, bfloat16": AttentionSpec(
+        batch=2,
+        q_heads=16,
+        kv_heads=4,
+        q_len=2048,
+        qk_dim=64,
+        dtype="bfloat16",
+        mask=masks.causal() & masks.sliding_window(512),
+    ),
+    "bias, float16": AttentionSpec(
+        batch=2, q_heads=4, q_len=1024, qk_dim=64, dtype="float16",
+        score=(scores.bias(axes="hqk"),),
+    ),
+    "lengths": AttentionSpec(batch=8, q_heads=12, q_len=512, qk_dim=64, kv_lengths=True),
+    "softcap": AttentionSpec(
+        q_heads=8, kv_heads=4, q_len=2048, qk_dim=256, layout="bhtd",
+        mask=masks.causal(), score=(scores.softcap(50.0),),
+    ),
+    "cross": AttentionSpec(q_heads=8, q_len=4096, kv_len=77, qk_dim=40),
+    "documents": AttentionSpec(q_heads=4, q_len=2000, qk_dim=64, mask=masks.documents()),
+    "decode": AttentionSpec(
+        q_heads=32, kv_heads=8, q_len=1, kv_len=32768, qk_dim=128,
+        mask=masks.causal(), q_offset="bottom_right",
+    ),
+}  # fmt: skip
+
+
+def random_choice(spec: AttentionSpec, generator: random.Random) -> dict[str, Any]:
+    """A legal candidate that a person might wait for."""
+    space = JAX.space(spec, CPU)
+    while True:
+        algorithm = generator.choices(["running", "dense"], [9, 1])[0]
+        choice: dict[str, Any] = {"algorithm": algorithm}
+        choice |= {n: generator.choice(list(v)) for n, v in space[algorithm].items()}
+        if algorithm == "running":
+            choice["loop"] = generator.choice(["fori", "fori", "scan", "unrolled"])
+        few = model.shape(spec, choice).scores * 4 <= 2**30
+        if few and JAX.illegal(spec, CPU, choice) is None:
+            tiles = count_tiles(
+                spec, analyse(spec), choice["q_chunk"], choice["k_chunk"], exact=False
+            )
+            if model.time_s(spec, choice, tiles) < 4 * QUICK:
+                return choice
+
+
+def compiled(plan: Plan) -> Callable[..., Any]:
+    spec = plan.spec
+    function = load_function(api.stored(api.emit(plan)))
+    names = ("q", "k", "v", *(o.name for o in spec.operands))
+    structs = {
+        n: jax.ShapeDtypeStruct(spec.shape_of(n), spec.dtype_of(n)) for n in names
+    }
+    return jax.jit(function).lower(**structs).compile()
+
+
+def yardstick() -> float:
+    """Seconds of a fixed matrix product."""
+    start = time.perf_counter()
+    jax.block_until_ready(_product(_MATRIX))
+    return time.perf_counter() - start
+
+
+_MATRIX = jnp.ones((1024, 1024), jnp.float32)
+_product = jax.jit(lambda a: a @ a @ a @ a)
+
+
+def relative_time(function: Callable[..., Any], arrays: dict[str, Any]) -> float:
+    """Median over five runs, each in yardsticks."""
+    jax.block_until_ready(function(**arrays))
+    ratios = []
+    for _ in range(5):
+        before = yardstick()
+        start = time.perf_counter()
+        jax.block_until_ready(function(**arrays))
+        seconds = time.perf_counter() - start
+        ratios.append(2 * seconds / (before + yardstick()))
+    return statistics.median(ratios)
+
+
+def rank_correlation(x: list[float], y: list[float]) -> float:
+    """Spearman's."""
+    ranks = [np.argsort(np.argsort(v)) for v in (x, y)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def main(count: int = 12, seed: int = 0) -> None:
+    yardstick()
+    rows = []
+    for name, spec in CLASSES.items():
+        generator = random.Random(f"{seed} {name}")
+        made = inputs.arrays(spec, nan=False)
+        arrays = {n: JAX.array(x, spec.dtype_of(n)) for n, x in made.items()}
+        for i in range(count):
+            print(
+                f"\r{name}: {i + 1} of {count}   ", end="", file=sys.stderr, flush=True
+            )
+            plan = api.plan(spec, fix=random_choice(spec, generator))
+            program = compiled(plan)
+            actual = program.memory_analysis().temp_size_in_bytes  # type: ignore[attr-defined]
+            actual += scratch_bytes(program.as_text())  # type: ignore[attr-defined]
+            row = {
+                "class": name,
+                "choice": plan.choice,
+                "temp_bytes": actual,
+                "modelled_bytes": plan.temp_bytes,
+                "modelled_s": plan.time_s,
+            }
+            if plan.time_s < QUICK:
+                row["yardsticks"] = relative_time(program, arrays)
+            rows.append(row)
+    print(file=sys.stderr)
+    report(rows, count, seed)
+
+
+def report(rows: list[dict[str, Any]], count: int, seed: int) -> None:
+    below = [r for r in rows if r["modelled_bytes"] < r["temp_bytes"]]
+    close = [
+        r
+        for r in rows
+        if r["modelled_bytes"] - r["temp_bytes"] <= max(0.15 * r["temp_bytes"], 2**18)
+    ]
+    timed = [r for r in rows if "yardsticks" in r]
+    correlations = {}
+    for name in CLASSES:
+        own = [r for r in timed if r["class"] == name]
+        if len(own) > 3:
+            correlations[name] = rank_correlation(
+                [r["modelled_s"] for r in own], [r["yardsticks"] for r in own]
+            )
+    summary = {
+        "plans": len(rows),
+        "below_the_compiler": len(below),
+        "within_15_percent_or_256_KiB": len(close) / len(rows),
+        "rank_correlation": correlations,
+        "rank_correlation_of_all": rank_correlation(
+            [r["modelled_s"] for r in timed], [r["yardsticks"] for r in timed]
+        ),
+    }
+    result = {
+        "benchmark": "model against XLA:CPU",
+        "plans_of_a_class": count,
+        "seed": seed,
+        "versions": {n: version(n) for n in ("attngen", "jax", "jaxlib")},
+        "summary": summary,
+        "rows": rows,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / "model_cpu.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(summary, indent=2))
+    for r in below:
+        print(
+            f"below: {r['class']} {r['choice']}: {r['modelled_bytes']} < {r['temp_bytes']}"
+        )
+    print(f"wrote {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,106 @@
+"""The gallery: what each file of generated/ is emitted from.
+
+`python tests/gallery.py` (or `make golden`) emits them anew; test_gallery.py holds them
+byte for byte and runs them.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import attngen
+from attngen import AttentionSpec, masks, presets, scores
+
+FOLDER = Path(__file__).parent.parent / "generated"
+
+
+def causal_alibi() -> AttentionSpec:
+    """A score of the user's own beside the library's mask, heads first."""
+    return AttentionSpec(
+        q_heads=8,
+        q_len=1000,
+        qk_dim=72,
+        layout="bhtd",
+        mask=masks.causal(),
+        score=(scores.alibi(),),
+        outputs=("out", "lse"),
+    )
+
+
+def packed_documents() -> AttentionSpec:
+    """Several documents in one row, each causal."""
+    return AttentionSpec(
+        batch=2,
+        q_heads=4,
+        q_len=2048,
+        qk_dim=64,
+        mask=masks.causal() & masks.documents(),
+        dtype="bfloat16",
+    )
+
+
+def prefix_lm() -> AttentionSpec:
+    """The first 300 tokens see each other, the rest is causal."""
+    return AttentionSpec(
+        q_heads=8, q_len=2048, qk_dim=64, mask=masks.causal() | masks.prefix(300)
+    )
+
+
+def decode_step() -> AttentionSpec:
+    """One function for every step of a decode loop: the position comes at run time."""
+    return AttentionSpec(
+        batch=4,
+        q_heads=16,
+        kv_heads=2,
+        q_len=1,
+        kv_len=4096,
+        qk_dim=128,
+        mask=masks.causal(),
+        q_offset="operand",
+        kv_lengths=True,
+        outputs=("out", "lse"),
+    )
+
+
+def checkerboard() -> AttentionSpec:
+    """A mask that no library has, written by hand."""
+    board = attngen.mask(lambda b, h, q, k: ((q // 64 + k // 64 + h) % 2 == 0) | (q == k))
+    return AttentionSpec(q_heads=2, q_len=512, qk_dim=96, v_dim=40, mask=board)
+
+
+def of_preset(name: str, **changes: object):
+    return lambda: dataclasses.replace(presets.get(name), **changes)
+
+
+# file → (spec, budget, fixed choices)
+ENTRIES = {
+    "paper_16k": (of_preset("paper-16k"), "4MiB", {}),
+    "llama3_8b": (of_preset("llama3-8b", dtype="float32", q_len=4096, kv_len=4096), "16MiB", {}),
+    "gemma2_9b": (of_preset("gemma2-9b"), "64MiB", {}),
+    "mistral_7b": (of_preset("mistral-7b"), "32MiB", {}),
+    "gpt_oss_20b": (of_preset("gpt-oss-20b"), "64MiB", {}),
+    "bert_base": (of_preset("bert-base"), "32MiB", {}),
+    "t5_large": (of_preset("t5-large"), "64MiB", {}),
+    "sd15_cross": (of_preset("sd15-cross"), "16MiB", {}),
+    "decode_llama3": (of_preset("decode-llama3"), "16MiB", {}),
+    "causal_alibi": (causal_alibi, "8MiB", {"q_chunk": 256, "k_chunk": 128}),
+    "packed_documents": (packed_documents, "16MiB", {}),
+    "prefix_lm": (prefix_lm, "8MiB", {}),
+    "decode_step": (decode_step, "8MiB", {}),
+    "checkerboard": (checkerboard, None, {"algorithm": "dense"}),
+}
+
+
+def source(name: str):
+    """What is emitted for an entry now."""
+    spec, budget, fix = ENTRIES[name]
+    made = dataclasses.replace(spec(), memory_budget=budget)
+    return attngen.emit(attngen.plan(made, target="cpu", backend="jax", fix=fix))
+
+
+def main() -> None:
+    for name in ENTRIES:
+        print("wrote", source(name).write(FOLDER / f"{name}.py").name)
+
+
+if __name__ == "__main__":
+    main()
