@@ -9,9 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from attngen import backends, files, planner, targets
 from attngen.backends import Backend
-from attngen.calls import Call, spec_fields, split
-from attngen.errors import BackendError, NotBuiltError, PlanError, ValidationError
-from attngen.plans import Option, Plan
+from attngen.calls import Call, InsideTrace, check_trace, spec_fields, split
+from attngen.errors import (
+    AttngenError,
+    BackendError,
+    FileError,
+    NotBuiltError,
+    PlanError,
+    ValidationError,
+)
+from attngen.plans import Option, Plan, check_fix
 from attngen.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -104,20 +111,39 @@ def validate(kernel: Kernel | Source | str | Path, *, seed: int = 0) -> Report:
 
     Raises:
         FileError: the file can't be read, or attngen didn't emit it.
+        ValidationError: it raises, or returns something else than its spec says.
     """
-    from attngen.emitter import Source, read_header
+    from attngen.emitter import Source
     from attngen.kernel import Kernel
 
     if isinstance(kernel, Kernel):
-        return _validate(
-            kernel.plan, backends.get(kernel.plan.backend), kernel.function, seed
-        )
+        by = backends.get(kernel.plan.backend)
+        return _validate(kernel.plan, by, kernel.function, seed)
     path = stored(kernel) if isinstance(kernel, Source) else Path(kernel)
-    head = read_header(path)
-    by = backends.get(head.backend)
-    made = plan(head.spec, head.target, head.backend, head.choice)
+    made = plan_of(path)
+    by = backends.get(made.backend)
     edited = emit(made).text != files.read(path)
     return _validate(made, by, by.load(path), seed, rebuild=not edited)
+
+
+def plan_of(path: Path) -> Plan:
+    """The plan that the header of an emitted file describes.
+
+    Raises:
+        FileError: it can't be read, attngen didn't emit it, or its header has no plan.
+    """
+    from attngen.emitter import read_header
+
+    head = read_header(path)
+    try:
+        return plan(head.spec, head.target, head.backend, head.choice)
+    except AttngenError as error:
+        raise FileError(
+            f"{path} has a header that can't be met: {error.what}",
+            got=error.got,
+            needed=error.needed,
+            hint=error.hint,
+        ) from error
 
 
 def certify(f: Any, *shapes: Any, target: str | None = None) -> Certificate:
@@ -224,7 +250,7 @@ def needs_x64(chosen: Plan) -> bool:
 def stored(source: Source) -> Path:
     """The source as a file in the cache: what is loaded is what was emitted."""
     path = files.cache_folder() / "kernels" / f"{source.digest}.py"
-    if not path.exists() or files.read(path) != source.text:
+    if not path.exists() or path.read_bytes() != source.text.encode():
         source.write(path)
     return path
 
@@ -285,6 +311,7 @@ def _kernel_of(call: Call, traced: bool, target: str | None, fix: FixKey) -> Ker
     """
     spec = AttentionSpec(**spec_fields(call))
     if not traced:
+        check_trace()
         return build(spec, target, "jax", fix=dict(fix))
     chosen = plan(spec, target, "jax", dict(fix))
     source = emit(chosen)
@@ -325,5 +352,9 @@ def attention(
         raise BackendError("attention() takes JAX arrays.", got=backend, needed="jax")
     _check_effort(effort)
     call, operands, traced = split(q, k, v, options)
-    fixed = tuple(sorted(fix.items())) if fix else ()
-    return _kernel_of(call, traced, target, fixed)(q, k, v, **operands)
+    fixed = tuple(sorted(check_fix(fix).items())) if fix else ()
+    try:
+        kernel = _kernel_of(call, traced, target, fixed)
+    except InsideTrace:
+        kernel = _kernel_of(call, True, target, fixed)
+    return kernel(q, k, v, **operands)

@@ -79,6 +79,18 @@ def split(
     return call, operands, traced
 
 
+class InsideTrace(Exception):
+    """JAX is tracing, although no argument is traced: a closure's arrays, say."""
+
+
+def check_trace() -> None:
+    """Raise InsideTrace where jit would trace what is computed now."""
+    import jax.numpy as jnp
+
+    if isinstance(jnp.zeros(()), _tracer()):
+        raise InsideTrace
+
+
 def spec_fields(call: Call) -> dict[str, Any]:
     """The fields of the spec that a call asks for.
 

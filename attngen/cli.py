@@ -159,7 +159,7 @@ def emit(
 
 
 def _check_emitted(paths: list[Path], as_json: bool) -> None:
-    from attngen import api, emitter, files
+    from attngen import api, files
 
     found = [f for p in paths for f in (sorted(p.glob("*.py")) if p.is_dir() else [p])]
     if not found:
@@ -170,9 +170,7 @@ def _check_emitted(paths: list[Path], as_json: bool) -> None:
         )
     results = {}
     for path in found:
-        head = emitter.read_header(path)
-        made = api.plan(head.spec, head.target, head.backend, head.choice)
-        results[str(path)] = api.emit(made).text == files.read(path)
+        results[str(path)] = api.emit(api.plan_of(path)).text == files.read(path)
     if as_json:
         _print_json({"same": all(results.values()), "files": results})
     else:

@@ -14,7 +14,7 @@ from typing import Any
 from attngen import files
 from attngen.backends import Backend
 from attngen.cost import square_flop
-from attngen.errors import FileError, InternalError
+from attngen.errors import AttngenError, FileError, InternalError
 from attngen.expr import describe
 from attngen.plans import Option, Plan
 from attngen.spec import AttentionSpec
@@ -131,7 +131,7 @@ def _computes(spec: AttentionSpec) -> str:
 def _describe_plan(plan: Plan, backend: Backend) -> str:
     tiles = plan.tiles
     lines = [backend.describe(plan.choice)]
-    lines.append(
+    lines += _filled(
         f"tiles of a head: {tiles.total}; {tiles.full} full, {tiles.edge} on an edge, "
         f"{tiles.empty} empty and never visited"
     )
@@ -180,21 +180,28 @@ def read_header(path: Path) -> Header:
     """
     import ast
 
+    import msgspec
+
     text = files.read(path)
     try:
         doc = ast.get_docstring(ast.parse(text), clean=False) or ""
-    except SyntaxError as error:
+    except (SyntaxError, ValueError, RecursionError) as error:
         raise FileError(
             f"{path} isn't Python.", got=str(error), needed="an emitted file"
         ) from error
     found = {m[1]: " ".join(m[2].split()) for m in _SECTION.finditer(doc)}
     try:
         spec = AttentionSpec.from_dict(json.loads(found["spec"]))
-        choices = json.loads(found["choices"])
-        target, backend = choices.pop("target"), choices.pop("backend")
-    except (KeyError, ValueError) as error:
-        if hasattr(error, "what"):
-            raise
+        choices = msgspec.json.decode(found["choices"], type=dict[str, Option])
+        target, backend = str(choices.pop("target")), str(choices.pop("backend"))
+    except AttngenError as error:
+        raise FileError(
+            f"{path} has a header whose spec isn't one: {error.what}",
+            got=error.got,
+            needed=error.needed,
+            hint=error.hint,
+        ) from error
+    except (KeyError, ValueError, RecursionError) as error:
         raise FileError(
             f"{path} isn't a file that attngen emitted.",
             got="a docstring without readable 'spec' and 'choices' sections",

@@ -6,7 +6,7 @@ from typing import Any
 
 from attngen.backends.jax.candidates import bounded
 from attngen.backends.jax.tile import Starts, Tile
-from attngen.expr import Expr
+from attngen.expr import Expr, variables
 from attngen.intervals import interval
 from attngen.plans import Plan
 from attngen.printer import ArrayPrinter
@@ -45,13 +45,13 @@ def bounds(
     whole = spec.kv_len // plan.k_chunk
     chunks = whole + ragged
     if not span.some:
-        return {"lines": [], "loops": [], "note": "No query sees any key."}
+        return {"lines": [], "loops": [], "about": ["No query sees any key."]}
     if chunks == 1:  # nothing to skip: the only chunk, with its mask if there is one
         edge = bounded(spec) or not span.any_full
         return {
             "lines": [],
             "loops": [("edge" if edge else "interior", "0", "1")],
-            "note": "",
+            "about": [],
         }
     limits = Limits(plan, lines, lengths)
     first = limits.chunk("first", span.low, up=False, otherwise="0")
@@ -64,7 +64,8 @@ def bounds(
         lines.append(f"last = jnp.where({starts.q} < {q_most}, {last}, {first})")
         last = "last"
     if not span.any_full:
-        return {"lines": lines, "loops": [("edge", first, last)], "note": ""}
+        about = [f"Key chunks [{first}, {last}) hold what any query here sees."]
+        return {"lines": lines, "loops": [("edge", first, last)], "about": about}
     inner_first, inner_last = first, last
     if low_edge:
         text = limits.text(span.full_low, up=True)
@@ -89,7 +90,11 @@ def bounds(
         ("interior", inner_first, inner_last),
         ("edge", inner_last, last),
     ]
-    return {"lines": lines, "loops": [x for x in loops if x[1] != x[2]], "note": ""}
+    about = [
+        f"Key chunks [{first}, {last}) hold what any query here sees, and",
+        f"[{inner_first}, {inner_last}) only what every one of them sees.",
+    ]
+    return {"lines": lines, "loops": [x for x in loops if x[1] != x[2]], "about": about}
 
 
 class Limits:
@@ -117,11 +122,18 @@ class Limits:
             end += f" + {self.lengths.extreme('offset', 'max')}"
         elif static:
             low, end = f"{low} + Q_OFFSET", f"{end} + Q_OFFSET"
-        self.lines += [
-            "# q_lo and q_hi are positions, half-open",
-            f"q_lo = {low}",
-            f"q_hi = {end}",
-        ]
+        read = self._read()
+        self.lines.append(f"# {' and '.join(read)}: positions, half-open")
+        texts = {"q_lo": low, "q_hi": end}
+        self.lines += [f"{name} = {texts[name]}" for name in read]
+
+    def _read(self) -> list[str]:
+        """Which of q_lo and q_hi the mask's limits read."""
+        span = analyse(self.spec)
+        limits = [span.low, span.high]
+        limits += [span.full_low, span.full_high] if span.any_full else []
+        read = {name for x in limits if x is not None for name in variables(x)}
+        return [name for name in ("q_lo", "q_hi") if name in read]
 
     def _range(self, limit: Expr) -> tuple[float, float]:
         spec, static = self.spec, self.spec.static_q_offset

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from attngen.cost import Cost, tile_flop
 from attngen.dtypes import BYTES
+from attngen.expr import Expr, walk
 from attngen.intervals import examine
 from attngen.plans import Choice
 from attngen.regions import Tiles
@@ -99,9 +100,35 @@ def _live_tiles(spec: AttentionSpec, choice: Choice) -> float:
     return live * (1.8 * chunks if choice["loop"] == "unrolled" else 1.0)
 
 
+# Seconds of a CPU of two cores, fitted with benchmarks/model_cpu.py.
+FLOP_S = 155e9  # of the products, where nothing else holds them up
+STEP_S = 20e-6  # of a step of the key loop
+SCORE_S = 0.45e-9  # of an element's maximum, exponential and sum
+SCORES_S = {"exp": 2e-9, "tanh": 3e-9, "log": 2e-9, "load": 0.5e-9}  # in a score, each
+MASK_S = 0.4e-9  # of an element of an edge tile
+ROW_S = 0.15e-9  # of an element of the weighted sum, rescaled in each step
+SLICE_S = (1e-9, 2e-9)  # of an element of keys or values: of one matrix, of several
+FAULT_S = 0.25e-9  # of a byte of temporaries: its page is fresh in every call
+SMALL = 2**15  # a tile of so many elements occupies one core half of the time
+
+
 def time_s(spec: AttentionSpec, choice: Choice, tiles: Tiles) -> float:
-    """Seconds on two cores, as fitted."""
+    """Modelled seconds: what a tile costs, times the tiles that are visited."""
     tile = shape(spec, choice)
-    steps = spec.batch * spec.kv_heads / tile.batches
-    flop = tile_flop(spec, tile.rows, tile.keys)
-    return steps * tiles.visited * (30e-6 + flop / 140e9 + tile.scores * 0.4e-9)
+    groups = spec.batch * spec.kv_heads / tile.batches
+    element = SCORE_S + sum(_score_s(s.expr) for s in spec.score)
+    work = tile_flop(spec, tile.rows, tile.keys) / FLOP_S + tile.scores * element
+    work *= 1 + SMALL / (SMALL + tile.scores)
+    keys = tile.batches * tile.keys * (spec.qk_dim + spec.v_dim)
+    whole = tile.keys == spec.kv_len  # read where they lie, by a library fusion
+    slices = 0.5e-9 if whole else SLICE_S[tile.batches > 1]
+    moved = keys * slices + tile.rows * spec.v_dim * ROW_S
+    edges = tiles.edge * tile.scores * MASK_S
+    fresh = temp_bytes(spec, choice) * FAULT_S
+    return float(groups * (tiles.visited * (STEP_S + work + moved) + edges) + fresh)
+
+
+def _score_s(node: Expr) -> float:
+    return sum(
+        SCORES_S.get(n.op, 0.1e-9) for n in walk(node) if n.op not in ("var", "const")
+    )

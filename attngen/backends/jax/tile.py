@@ -67,6 +67,13 @@ def tile(plan: Plan) -> Tile:
     return Tile(letters, sizes)
 
 
+def reshape(shape: str) -> str:
+    """The call that reshapes to a tuple's text; a formatter wants no comma of one."""
+    if shape == "()":
+        return ".reshape(())"
+    return f".reshape{shape.replace(',)', ')')}"
+
+
 def heads(at: Tile) -> str:
     """How many query heads a tile has, as text: G_CHUNK * R without its ones."""
     factors = [at.sizes[a] for a in "gr" if at.sizes[a] != "1"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from attngen import expr
-from attngen.backends.jax.tile import Starts, Tile, heads
+from attngen.backends.jax.tile import Starts, Tile, heads, reshape
 from attngen.expr import Expr
 from attngen.intervals import domain, proven
 from attngen.operands import Operand
@@ -169,9 +169,9 @@ class _Writer:
         if size == "1":
             return [f"{name} = {operand}[{self.starts.b}]"]
         if self.starts.b == "0":
-            return [f"{name} = {operand}.reshape{shape}"]
+            return [f"{name} = {operand}{reshape(shape)}"]
         call = ["lax.dynamic_slice", operand, f"({self.starts.b},)", f"({size},)"]
-        return _call(name, call, f".reshape{shape}", self.width)
+        return _call(name, call, reshape(shape), self.width)
 
     def _range(self, start: str, letters: str, size: str) -> str:
         """start, start + 1, … along some axes of the tile."""
@@ -186,7 +186,7 @@ class _Writer:
             after = len(self.at.letters) - self.at.letters.index(present[0]) - 1
             numbers += f"[:{', None' * after}]" if after else ""
         else:
-            numbers += f".reshape{shape}"
+            numbers += reshape(shape)
         return numbers if start == "0" else f"{start} + {numbers}"
 
     # Operands.
@@ -221,7 +221,7 @@ class _Writer:
             moved.sort(key=lambda i: "bhqk".index(str(node.args[i].value)))
             tail = f".transpose{_tuple([str(i) for i in fixed + moved])}"
         target = "".join({"h": "gr"}.get(a, a) for a in ordered)
-        tail += f".reshape{self.at.spread(target)}"
+        tail += f"{reshape(self.at.spread(target))}"
         lines += _call(name, text, tail, self.width)
 
     def _begin(self, letter: str) -> str:

@@ -1,0 +1,106 @@
+"""Attention in chunks of 512 queries and 512 keys, with a running softmax.
+
+made by   attngen 0.1.0 for cpu; `attngen emit --check` compares this file
+          with what would be emitted now. It is yours: attngen claims no rights in it.
+computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
+          and its index < kv_lengths[b]
+          q       [8, 512, 12, 64]  float32
+          k       [8, 512, 12, 64]  float32
+          v       [8, 512, 12, 64]  float32
+          kv_lengths [8]  int32
+          out     [8, 512, 12, 64]  float32
+plan      running · 512 queries × 512 keys · 2 kv heads a step · fori
+          tiles of a head: 1; 1 full, 0 on an edge, 0 empty and never visited
+cost      6.44 GFLOP (6.44 GFLOP without skipping), 8.2 MiB of temporaries (modelled)
+spec      {"batch": 8, "q_heads": 12, "kv_heads": 12, "q_len": 512, "kv_len": 512,
+          "qk_dim": 64, "v_dim": 64, "kv_lengths": true, "memory_budget": "32MiB"}
+choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 512,
+          "k_chunk": 512, "head_chunk": 2, "batch_chunk": 1, "loop": "fori",
+          "product_dtype": "float32", "guard": false}
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+B, T, S = 8, 512, 512  # batch, queries, keys
+H, G = 12, 12  # query heads, kv heads
+R = H // G  # query heads that share a kv head
+D = 64  # head dim
+Q_CHUNK, K_CHUNK = 512, 512  # of a tile
+G_CHUNK = 2  # kv heads of a tile
+SCALE = 0.125
+
+
+def attention(q, k, v, *, kv_lengths):
+    """Attention of the arrays that are checked first -> out.
+
+    out (B, T, H, D), 0 where a query sees no key
+    """
+    _check("q", q, (B, T, H, D), "float32")
+    _check("k", k, (B, S, G, D), "float32")
+    _check("v", v, (B, S, G, D), "float32")
+    _check("kv_lengths", kv_lengths, (B,), "int32")
+
+    def queries(step, out_all):
+        """One chunk of queries of the heads that are computed together."""
+        g = step % (G // G_CHUNK) * G_CHUNK
+        b = step // (G // G_CHUNK)
+        at = (b, 0, g, 0)
+        rows = lax.dynamic_slice(q, at, (1, Q_CHUNK, G_CHUNK, D))
+        rows = rows.reshape(Q_CHUNK, G_CHUNK, D)
+        rows = rows.transpose(1, 0, 2)
+        rows = rows * SCALE
+        kv_length = kv_lengths[b]
+
+        def tile(c):
+            """Scores (G_CHUNK, Q_CHUNK, K_CHUNK) and values of key chunk c."""
+            k_start = c * K_CHUNK
+            at = (b, k_start, g, 0)
+            kc = lax.dynamic_slice(k, at, (1, K_CHUNK, G_CHUNK, D))
+            vc = lax.dynamic_slice(v, at, (1, K_CHUNK, G_CHUNK, D))
+            kc = kc.reshape(K_CHUNK, G_CHUNK, D)
+            vc = vc.reshape(K_CHUNK, G_CHUNK, D)
+            s = jnp.einsum("gqd,kgd->gqk", rows, kc)
+            return s, vc
+
+        def edge(c, carry):
+            s, vc = tile(c)
+            k_start = c * K_CHUNK
+            k_index = k_start + jnp.arange(K_CHUNK)
+            seen = k_index < kv_length
+            s = jnp.where(seen, s, -jnp.inf)
+            there = (s != -jnp.inf).any(1).transpose(1, 0)
+            vc = jnp.where(there[..., None], vc, 0)  # a NaN that no query sees
+            return _add(carry, s, vc)
+
+        m = jnp.full((G_CHUNK, Q_CHUNK), -jnp.inf, jnp.float32)
+        total = jnp.zeros((G_CHUNK, Q_CHUNK), jnp.float32)
+        acc = jnp.zeros((G_CHUNK, Q_CHUNK, D), jnp.float32)
+        carry = m, total, acc
+        carry = edge(0, carry)
+        m, total, acc = carry
+        total = jnp.where(total == 0, 1, total)  # a row that saw no key is 0
+        out = acc / total[..., None]
+        out = out.transpose(1, 0, 2)
+        out = out.reshape(1, Q_CHUNK, G_CHUNK, D)
+        out_all = lax.dynamic_update_slice(out_all, out, (b, 0, g, 0))
+        return out_all
+
+    out_all = jnp.zeros((B, T, H, D), jnp.float32)
+    return lax.fori_loop(0, B * (G // G_CHUNK), queries, out_all)
+
+
+def _check(name, x, shape, dtype):
+    if x.shape != shape or x.dtype != dtype:
+        raise TypeError(f"{name} is {x.dtype}{x.shape}, not {dtype}{shape}")
+
+
+def _add(carry, s, vc):
+    """The running maximum, sum, and weighted sum of values, with one more tile."""
+    m, total, acc = carry
+    m_new = jnp.maximum(m, s.max(-1))
+    m_safe = jnp.where(m_new == -jnp.inf, 0, m_new)  # a row that saw no key yet
+    p = jnp.exp(s - m_safe[..., None])
+    rescale = jnp.exp(m - m_safe)
+    pv = jnp.einsum("gqk,kgd->gqd", p, vc)
+    return m_new, total * rescale + p.sum(-1), acc * rescale[..., None] + pv

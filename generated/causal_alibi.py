@@ -1,0 +1,134 @@
+"""Attention in chunks of 256 queries and 128 keys, with a running softmax.
+
+made by   attngen 0.1.0 for cpu; `attngen emit --check` compares this file
+          with what would be emitted now. It is yours: attngen claims no rights in it.
+computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
+          then    s = s + slopes[h] * (k - q)
+          key k is there for query q where k <= q
+          q       [1, 8, 1000, 72]  float32
+          k       [1, 8, 1000, 72]  float32
+          v       [1, 8, 1000, 72]  float32
+          slopes  [8]  float32
+          out     [1, 8, 1000, 72]  float32
+          lse     [1, 8, 1000]  float32
+plan      running · 256 queries × 128 keys · 4 kv heads a step · fori
+          tiles of a head: 32; 11 full, 9 on an edge, 12 empty and never visited
+cost      1.51 GFLOP (2.3 GFLOP without skipping), 4.4 MiB of temporaries (modelled)
+spec      {"q_heads": 8, "kv_heads": 8, "q_len": 1000, "kv_len": 1000, "qk_dim": 72,
+          "v_dim": 72, "layout": "bhtd", "mask": "causal", "score": ["alibi"],
+          "outputs": ["out", "lse"], "memory_budget": "8MiB"}
+choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 256,
+          "k_chunk": 128, "head_chunk": 4, "batch_chunk": 1, "loop": "fori",
+          "product_dtype": "float32", "guard": false}
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+B, T, S = 1, 1000, 1000  # batch, queries, keys
+H, G = 8, 8  # query heads, kv heads
+R = H // G  # query heads that share a kv head
+D = 72  # head dim
+Q_CHUNK, K_CHUNK = 256, 128  # of a tile
+G_CHUNK = 4  # kv heads of a tile
+SCALE = 0.11785113019775792
+Q_CHUNKS = -(-T // Q_CHUNK)
+
+
+def attention(q, k, v, *, slopes):
+    """Attention of the arrays that are checked first -> out, lse.
+
+    out (B, H, T, D), 0 where a query sees no key
+    lse (B, H, T): log of the sum of exp(s), -inf where a query sees no key
+    """
+    _check("q", q, (B, H, T, D), "float32")
+    _check("k", k, (B, G, S, D), "float32")
+    _check("v", v, (B, G, S, D), "float32")
+    _check("slopes", slopes, (H,), "float32")
+
+    def queries(step, carried):
+        """One chunk of queries of the heads that are computed together."""
+        out_all, lse_all = carried
+        i = step % Q_CHUNKS
+        g = step // Q_CHUNKS * G_CHUNK
+        q_start = jnp.minimum(i * Q_CHUNK, T - Q_CHUNK)  # the last overlaps
+        at = (0, g, q_start, 0)
+        rows = lax.dynamic_slice(q, at, (1, G_CHUNK, Q_CHUNK, D))
+        rows = rows.reshape(G_CHUNK, Q_CHUNK, D)
+        rows = rows * SCALE
+        slopes_at_h = lax.dynamic_slice(slopes, (g,), (G_CHUNK,))
+        slopes_at_h = slopes_at_h.reshape(G_CHUNK, 1, 1)
+        q_index = q_start + jnp.arange(Q_CHUNK)[:, None]
+
+        # Key chunks [0, last) hold what any query here sees, and
+        # [0, full_last) only what every one of them sees.
+        # q_lo and q_hi: positions, half-open
+        q_lo = q_start
+        q_hi = q_start + Q_CHUNK
+        last = -(-q_hi // K_CHUNK)
+        full_last = jnp.clip((q_lo + 1) // K_CHUNK, 0, last)
+
+        def tile(c):
+            """Scores (G_CHUNK, Q_CHUNK, K_CHUNK) and values of key chunk c."""
+            k_start = jnp.minimum(c * K_CHUNK, S - K_CHUNK)  # the last overlaps
+            at = (0, g, k_start, 0)
+            kc = lax.dynamic_slice(k, at, (1, G_CHUNK, K_CHUNK, D))
+            vc = lax.dynamic_slice(v, at, (1, G_CHUNK, K_CHUNK, D))
+            kc = kc.reshape(G_CHUNK, K_CHUNK, D)
+            vc = vc.reshape(G_CHUNK, K_CHUNK, D)
+            s = jnp.einsum("gqd,gkd->gqk", rows, kc)
+            k_index = k_start + jnp.arange(K_CHUNK)
+            s = s + slopes_at_h * jnp.float32(k_index - q_index)
+            return s, vc
+
+        def interior(c, carry):
+            s, vc = tile(c)
+            there = (s != -jnp.inf).any(1)
+            vc = jnp.where(there[..., None], vc, 0)  # a NaN that no query sees
+            return _add(carry, s, vc)
+
+        def edge(c, carry):
+            s, vc = tile(c)
+            k_start = jnp.minimum(c * K_CHUNK, S - K_CHUNK)
+            k_index = k_start + jnp.arange(K_CHUNK)
+            seen = k_index <= q_index
+            seen &= k_index >= c * K_CHUNK
+            s = jnp.where(seen, s, -jnp.inf)
+            there = (s != -jnp.inf).any(1)
+            vc = jnp.where(there[..., None], vc, 0)  # a NaN that no query sees
+            return _add(carry, s, vc)
+
+        m = jnp.full((G_CHUNK, Q_CHUNK), -jnp.inf, jnp.float32)
+        total = jnp.zeros((G_CHUNK, Q_CHUNK), jnp.float32)
+        acc = jnp.zeros((G_CHUNK, Q_CHUNK, D), jnp.float32)
+        carry = m, total, acc
+        carry = lax.fori_loop(0, full_last, interior, carry)
+        carry = lax.fori_loop(full_last, last, edge, carry)
+        m, total, acc = carry
+        lse = (m + jnp.log(total)).reshape(1, G_CHUNK, Q_CHUNK)
+        total = jnp.where(total == 0, 1, total)  # a row that saw no key is 0
+        out = acc / total[..., None]
+        out = out.reshape(1, G_CHUNK, Q_CHUNK, D)
+        out_all = lax.dynamic_update_slice(out_all, out, (0, g, q_start, 0))
+        lse_all = lax.dynamic_update_slice(lse_all, lse, (0, g, q_start))
+        return out_all, lse_all
+
+    out_all = jnp.zeros((B, H, T, D), jnp.float32)
+    lse_all = jnp.zeros((B, H, T), jnp.float32)
+    return lax.fori_loop(0, (G // G_CHUNK) * Q_CHUNKS, queries, (out_all, lse_all))
+
+
+def _check(name, x, shape, dtype):
+    if x.shape != shape or x.dtype != dtype:
+        raise TypeError(f"{name} is {x.dtype}{x.shape}, not {dtype}{shape}")
+
+
+def _add(carry, s, vc):
+    """The running maximum, sum, and weighted sum of values, with one more tile."""
+    m, total, acc = carry
+    m_new = jnp.maximum(m, s.max(-1))
+    m_safe = jnp.where(m_new == -jnp.inf, 0, m_new)  # a row that saw no key yet
+    p = jnp.exp(s - m_safe[..., None])
+    rescale = jnp.exp(m - m_safe)
+    pv = jnp.einsum("gqk,gkd->gqd", p, vc)
+    return m_new, total * rescale + p.sum(-1), acc * rescale[..., None] + pv

@@ -1,0 +1,121 @@
+"""Attention in chunks of 1 queries and 8192 keys, with a running softmax.
+
+made by   attngen 0.1.0 for cpu; `attngen emit --check` compares this file
+          with what would be emitted now. It is yours: attngen claims no rights in it.
+computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
+          key k is there for query q where k <= q
+          positions: query 0 is at bottom_right, key 0 at 0
+          q       [1, 1, 32, 128]  bfloat16
+          k       [1, 32768, 8, 128]  bfloat16
+          v       [1, 32768, 8, 128]  bfloat16
+          out     [1, 1, 32, 128]  bfloat16
+plan      running · 1 queries × 8192 keys · 1 kv head a step · fori
+          tiles of a head: 4; 4 full, 0 on an edge, 0 empty and never visited
+cost      537 MFLOP (537 MFLOP without skipping), 8.5 MiB of temporaries (modelled)
+spec      {"q_heads": 32, "kv_heads": 8, "q_len": 1, "kv_len": 32768, "qk_dim": 128,
+          "v_dim": 128, "dtype": "bfloat16", "q_offset": "bottom_right", "mask":
+          "causal", "memory_budget": "16MiB"}
+choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 1,
+          "k_chunk": 8192, "head_chunk": 1, "batch_chunk": 1, "loop": "fori",
+          "product_dtype": "float32", "guard": true}
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+B, T, S = 1, 1, 32768  # batch, queries, keys
+H, G = 32, 8  # query heads, kv heads
+R = H // G  # query heads that share a kv head
+D = 128  # head dim
+Q_CHUNK, K_CHUNK = 1, 8192  # of a tile
+SCALE = 0.08838834764831845
+Q_OFFSET = 32767  # position of query 0
+
+
+def attention(q, k, v):
+    """Attention of the arrays that are checked first -> out.
+
+    out (B, T, H, D), 0 where a query sees no key
+    """
+    _check("q", q, (B, T, H, D), "bfloat16")
+    _check("k", k, (B, S, G, D), "bfloat16")
+    _check("v", v, (B, S, G, D), "bfloat16")
+
+    def queries(step, out_all):
+        """One chunk of queries of the heads that are computed together."""
+        g = step
+        at = (0, 0, g * R, 0)
+        # barriers, here and below: else XLA converts all of q, k, v outside the loops
+        q_here, at = lax.optimization_barrier((q, at))
+        rows = lax.dynamic_slice(q_here, at, (1, Q_CHUNK, R, D))
+        rows = rows.reshape(Q_CHUNK, R, D)
+        rows = rows.transpose(1, 0, 2)
+        rows = rows.astype(jnp.float32) * SCALE
+        q_index = jnp.arange(Q_CHUNK)[:, None]
+        q_pos = q_index + Q_OFFSET
+
+        # Key chunks [0, last) hold what any query here sees, and
+        # [0, full_last) only what every one of them sees.
+        # q_lo and q_hi: positions, half-open
+        q_lo = 0 + Q_OFFSET
+        q_hi = Q_CHUNK + Q_OFFSET
+        last = -(-q_hi // K_CHUNK)
+        full_last = jnp.clip((q_lo + 1) // K_CHUNK, 0, last)
+
+        def tile(c):
+            """Scores (R, Q_CHUNK, K_CHUNK) and values of key chunk c."""
+            k_start = c * K_CHUNK
+            at = (0, k_start, g, 0)
+            k_here, v_here, at = lax.optimization_barrier((k, v, at))
+            kc = lax.dynamic_slice(k_here, at, (1, K_CHUNK, 1, D))
+            vc = lax.dynamic_slice(v_here, at, (1, K_CHUNK, 1, D))
+            kc = kc.reshape(K_CHUNK, D).astype(jnp.float32)
+            vc = vc.reshape(K_CHUNK, D).astype(jnp.float32)
+            s = jnp.einsum("rqd,kd->rqk", rows, kc)
+            return s, vc
+
+        def interior(c, carry):
+            return _add(carry, *tile(c))
+
+        def edge(c, carry):
+            s, vc = tile(c)
+            k_start = c * K_CHUNK
+            k_index = k_start + jnp.arange(K_CHUNK)
+            seen = k_index <= q_pos
+            s = jnp.where(seen, s, -jnp.inf)
+            there = (s != -jnp.inf).any((0, 1))
+            vc = jnp.where(there[..., None], vc, 0)  # a NaN that no query sees
+            return _add(carry, s, vc)
+
+        m = jnp.full((R, Q_CHUNK), -jnp.inf, jnp.float32)
+        total = jnp.zeros((R, Q_CHUNK), jnp.float32)
+        acc = jnp.zeros((R, Q_CHUNK, D), jnp.float32)
+        carry = m, total, acc
+        carry = lax.fori_loop(0, full_last, interior, carry)
+        carry = lax.fori_loop(full_last, last, edge, carry)
+        m, total, acc = carry
+        total = jnp.where(total == 0, 1, total)  # a row that saw no key is 0
+        out = acc / total[..., None]
+        out = out.transpose(1, 0, 2)
+        out = out.reshape(1, Q_CHUNK, R, D).astype(jnp.bfloat16)
+        out_all = lax.dynamic_update_slice(out_all, out, (0, 0, g * R, 0))
+        return out_all
+
+    out_all = jnp.zeros((B, T, H, D), jnp.bfloat16)
+    return lax.fori_loop(0, G, queries, out_all)
+
+
+def _check(name, x, shape, dtype):
+    if x.shape != shape or x.dtype != dtype:
+        raise TypeError(f"{name} is {x.dtype}{x.shape}, not {dtype}{shape}")
+
+
+def _add(carry, s, vc):
+    """The running maximum, sum, and weighted sum of values, with one more tile."""
+    m, total, acc = carry
+    m_new = jnp.maximum(m, s.max(-1))
+    m_safe = jnp.where(m_new == -jnp.inf, 0, m_new)  # a row that saw no key yet
+    p = jnp.exp(s - m_safe[..., None])
+    rescale = jnp.exp(m - m_safe)
+    pv = jnp.einsum("rqk,kd->rqd", p, vc)
+    return m_new, total * rescale + p.sum(-1), acc * rescale[..., None] + pv

@@ -1,0 +1,120 @@
+"""Attention in chunks of 1 queries and 4096 keys, with a running softmax.
+
+made by   attngen 0.1.0 for cpu; `attngen emit --check` compares this file
+          with what would be emitted now. It is yours: attngen claims no rights in it.
+computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
+          key k is there for query q where k <= q
+          and its index < kv_lengths[b]
+          positions: query 0 is at operand, key 0 at 0
+          q       [4, 1, 16, 128]  float32
+          k       [4, 4096, 2, 128]  float32
+          v       [4, 4096, 2, 128]  float32
+          kv_lengths [4]  int32
+          q_offset [4]  int32
+          out     [4, 1, 16, 128]  float32
+          lse     [4, 16, 1]  float32
+plan      running · 1 queries × 4096 keys · 1 kv head a step · fori
+          tiles of a head: 1; 1 full, 0 on an edge, 0 empty and never visited
+cost      134 MFLOP (134 MFLOP without skipping), 4.5 MiB of temporaries (modelled)
+spec      {"batch": 4, "q_heads": 16, "kv_heads": 2, "q_len": 1, "kv_len": 4096,
+          "qk_dim": 128, "v_dim": 128, "q_offset": "operand", "mask": "causal",
+          "kv_lengths": true, "outputs": ["out", "lse"], "memory_budget": "8MiB"}
+choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 1,
+          "k_chunk": 4096, "head_chunk": 1, "batch_chunk": 1, "loop": "fori",
+          "product_dtype": "float32", "guard": false}
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+B, T, S = 4, 1, 4096  # batch, queries, keys
+H, G = 16, 2  # query heads, kv heads
+R = H // G  # query heads that share a kv head
+D = 128  # head dim
+Q_CHUNK, K_CHUNK = 1, 4096  # of a tile
+SCALE = 0.08838834764831845
+
+
+def attention(q, k, v, *, kv_lengths, q_offset):
+    """Attention of the arrays that are checked first -> out, lse.
+
+    out (B, T, H, D), 0 where a query sees no key
+    lse (B, H, T): log of the sum of exp(s), -inf where a query sees no key
+    """
+    q_offset = jnp.broadcast_to(q_offset, (B,))  # [B] or a scalar
+    _check("q", q, (B, T, H, D), "float32")
+    _check("k", k, (B, S, G, D), "float32")
+    _check("v", v, (B, S, G, D), "float32")
+    _check("kv_lengths", kv_lengths, (B,), "int32")
+
+    def queries(step, carried):
+        """One chunk of queries of the heads that are computed together."""
+        out_all, lse_all = carried
+        g = step % G
+        b = step // G
+        at = (b, 0, g * R, 0)
+        rows = lax.dynamic_slice(q, at, (1, Q_CHUNK, R, D))
+        rows = rows.reshape(Q_CHUNK, R, D)
+        rows = rows.transpose(1, 0, 2)
+        rows = rows * SCALE
+        q_index = jnp.arange(Q_CHUNK)[:, None]
+        offset_at_b = q_offset[b]
+        q_pos = q_index + offset_at_b
+        kv_length = kv_lengths[b]
+
+        def tile(c):
+            """Scores (R, Q_CHUNK, K_CHUNK) and values of key chunk c."""
+            k_start = c * K_CHUNK
+            at = (b, k_start, g, 0)
+            kc = lax.dynamic_slice(k, at, (1, K_CHUNK, 1, D))
+            vc = lax.dynamic_slice(v, at, (1, K_CHUNK, 1, D))
+            kc = kc.reshape(K_CHUNK, D)
+            vc = vc.reshape(K_CHUNK, D)
+            s = jnp.einsum("rqd,kd->rqk", rows, kc)
+            return s, vc
+
+        def edge(c, carry):
+            s, vc = tile(c)
+            k_start = c * K_CHUNK
+            k_index = k_start + jnp.arange(K_CHUNK)
+            seen = k_index <= q_pos
+            seen &= k_index < kv_length
+            s = jnp.where(seen, s, -jnp.inf)
+            there = (s != -jnp.inf).any((0, 1))
+            vc = jnp.where(there[..., None], vc, 0)  # a NaN that no query sees
+            return _add(carry, s, vc)
+
+        m = jnp.full((R, Q_CHUNK), -jnp.inf, jnp.float32)
+        total = jnp.zeros((R, Q_CHUNK), jnp.float32)
+        acc = jnp.zeros((R, Q_CHUNK, D), jnp.float32)
+        carry = m, total, acc
+        carry = edge(0, carry)
+        m, total, acc = carry
+        lse = (m + jnp.log(total)).reshape(1, R, Q_CHUNK)
+        total = jnp.where(total == 0, 1, total)  # a row that saw no key is 0
+        out = acc / total[..., None]
+        out = out.transpose(1, 0, 2)
+        out = out.reshape(1, Q_CHUNK, R, D)
+        out_all = lax.dynamic_update_slice(out_all, out, (b, 0, g * R, 0))
+        lse_all = lax.dynamic_update_slice(lse_all, lse, (b, g * R, 0))
+        return out_all, lse_all
+
+    out_all = jnp.zeros((B, T, H, D), jnp.float32)
+    lse_all = jnp.zeros((B, H, T), jnp.float32)
+    return lax.fori_loop(0, B * G, queries, (out_all, lse_all))
+
+
+def _check(name, x, shape, dtype):
+    if x.shape != shape or x.dtype != dtype:
+        raise TypeError(f"{name} is {x.dtype}{x.shape}, not {dtype}{shape}")
+
+
+def _add(carry, s, vc):
+    """The running maximum, sum, and weighted sum of values, with one more tile."""
+    m, total, acc = carry
+    m_new = jnp.maximum(m, s.max(-1))
+    m_safe = jnp.where(m_new == -jnp.inf, 0, m_new)  # a row that saw no key yet
+    p = jnp.exp(s - m_safe[..., None])
+    rescale = jnp.exp(m - m_safe)
+    pv = jnp.einsum("rqk,kd->rqd", p, vc)
+    return m_new, total * rescale + p.sum(-1), acc * rescale[..., None] + pv

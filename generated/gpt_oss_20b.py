@@ -1,0 +1,134 @@
+"""Attention in chunks of 64 queries and 64 keys, with a running softmax.
+
+made by   attngen 0.1.0 for cpu; `attngen emit --check` compares this file
+          with what would be emitted now. It is yours: attngen claims no rights in it.
+computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
+          key k is there for query q where (k <= q) & (k > q - 128)
+          with exp(sink[h]) added to each denominator (not in lse)
+          q       [1, 8192, 64, 64]  bfloat16
+          k       [1, 8192, 8, 64]  bfloat16
+          v       [1, 8192, 8, 64]  bfloat16
+          sink    [64]  float32
+          out     [1, 8192, 64, 64]  bfloat16
+plan      running · 64 queries × 64 keys · 8 kv heads a step · fori
+          tiles of a head: 16384; 127 full, 254 on an edge, 16003 empty and never
+          visited
+cost      25.6 GFLOP (1.1 TFLOP without skipping), 5.8 MiB of temporaries (modelled)
+spec      {"q_heads": 64, "kv_heads": 8, "q_len": 8192, "kv_len": 8192, "qk_dim": 64,
+          "v_dim": 64, "dtype": "bfloat16", "mask": {"and": ["causal",
+          {"sliding_window": {"left": 128}}]}, "sink": true, "memory_budget": "64MiB"}
+choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 64,
+          "k_chunk": 64, "head_chunk": 8, "batch_chunk": 1, "loop": "fori",
+          "product_dtype": "float32", "guard": true}
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+B, T, S = 1, 8192, 8192  # batch, queries, keys
+H, G = 64, 8  # query heads, kv heads
+R = H // G  # query heads that share a kv head
+D = 64  # head dim
+Q_CHUNK, K_CHUNK = 64, 64  # of a tile
+G_CHUNK = 8  # kv heads of a tile
+SCALE = 0.125
+Q_CHUNKS = -(-T // Q_CHUNK)
+
+
+def attention(q, k, v, *, sink):
+    """Attention of the arrays that are checked first -> out.
+
+    out (B, T, H, D), 0 where a query sees no key
+    """
+    _check("q", q, (B, T, H, D), "bfloat16")
+    _check("k", k, (B, S, G, D), "bfloat16")
+    _check("v", v, (B, S, G, D), "bfloat16")
+    _check("sink", sink, (H,), "float32")
+
+    def queries(step, out_all):
+        """One chunk of queries of the heads that are computed together."""
+        i = step
+        q_start = i * Q_CHUNK
+        at = (0, q_start, 0, 0)
+        # barriers, here and below: else XLA converts all of q, k, v outside the loops
+        q_here, at = lax.optimization_barrier((q, at))
+        rows = lax.dynamic_slice(q_here, at, (1, Q_CHUNK, G_CHUNK * R, D))
+        rows = rows.reshape(Q_CHUNK, G_CHUNK, R, D)
+        rows = rows.transpose(1, 2, 0, 3)
+        rows = rows.astype(jnp.float32) * SCALE
+        q_index = q_start + jnp.arange(Q_CHUNK)[:, None]
+        sink_at_h = sink.reshape(G_CHUNK, R, 1).astype(jnp.float32)
+
+        # Key chunks [first, last) hold what any query here sees, and
+        # [full_first, full_last) only what every one of them sees.
+        # q_lo and q_hi: positions, half-open
+        q_lo = q_start
+        q_hi = q_start + Q_CHUNK
+        first = jnp.maximum(q_lo - 127, 0) // K_CHUNK
+        last = -(-q_hi // K_CHUNK)
+        full_first = jnp.clip(-(-(q_hi - 128) // K_CHUNK), first, last)
+        full_last = jnp.clip((q_lo + 1) // K_CHUNK, full_first, last)
+
+        def tile(c):
+            """Scores (G_CHUNK, R, Q_CHUNK, K_CHUNK) and values of key chunk c."""
+            k_start = c * K_CHUNK
+            at = (0, k_start, 0, 0)
+            k_here, v_here, at = lax.optimization_barrier((k, v, at))
+            kc = lax.dynamic_slice(k_here, at, (1, K_CHUNK, G_CHUNK, D))
+            vc = lax.dynamic_slice(v_here, at, (1, K_CHUNK, G_CHUNK, D))
+            kc = kc.reshape(K_CHUNK, G_CHUNK, D).astype(jnp.float32)
+            vc = vc.reshape(K_CHUNK, G_CHUNK, D).astype(jnp.float32)
+            s = jnp.einsum("grqd,kgd->grqk", rows, kc)
+            return s, vc
+
+        def interior(c, carry):
+            return _add(carry, *tile(c))
+
+        def edge(c, carry):
+            s, vc = tile(c)
+            k_start = c * K_CHUNK
+            k_index = k_start + jnp.arange(K_CHUNK)
+            seen = (k_index <= q_index) & (k_index > q_index - 128)
+            s = jnp.where(seen, s, -jnp.inf)
+            there = (s != -jnp.inf).any((1, 2)).transpose(1, 0)
+            vc = jnp.where(there[..., None], vc, 0)  # a NaN that no query sees
+            return _add(carry, s, vc)
+
+        m = jnp.full((G_CHUNK, R, Q_CHUNK), -jnp.inf, jnp.float32)
+        total = jnp.zeros((G_CHUNK, R, Q_CHUNK), jnp.float32)
+        acc = jnp.zeros((G_CHUNK, R, Q_CHUNK, D), jnp.float32)
+        carry = m, total, acc
+        carry = lax.fori_loop(first, full_first, edge, carry)
+        carry = lax.fori_loop(full_first, full_last, interior, carry)
+        carry = lax.fori_loop(full_last, last, edge, carry)
+        m, total, acc = carry
+        m_sink = jnp.maximum(m, sink_at_h)
+        m_sink = jnp.where(m_sink == -jnp.inf, 0, m_sink)
+        rescale = jnp.exp(m - m_sink)
+        total = total * rescale + jnp.exp(sink_at_h - m_sink)
+        acc = acc * rescale[..., None]
+        total = jnp.where(total == 0, 1, total)  # a row that saw no key is 0
+        out = acc / total[..., None]
+        out = out.transpose(2, 0, 1, 3)
+        out = out.reshape(1, Q_CHUNK, G_CHUNK * R, D).astype(jnp.bfloat16)
+        out_all = lax.dynamic_update_slice(out_all, out, (0, q_start, 0, 0))
+        return out_all
+
+    out_all = jnp.zeros((B, T, H, D), jnp.bfloat16)
+    return lax.fori_loop(0, Q_CHUNKS, queries, out_all)
+
+
+def _check(name, x, shape, dtype):
+    if x.shape != shape or x.dtype != dtype:
+        raise TypeError(f"{name} is {x.dtype}{x.shape}, not {dtype}{shape}")
+
+
+def _add(carry, s, vc):
+    """The running maximum, sum, and weighted sum of values, with one more tile."""
+    m, total, acc = carry
+    m_new = jnp.maximum(m, s.max(-1))
+    m_safe = jnp.where(m_new == -jnp.inf, 0, m_new)  # a row that saw no key yet
+    p = jnp.exp(s - m_safe[..., None])
+    rescale = jnp.exp(m - m_safe)
+    pv = jnp.einsum("grqk,kgd->grqd", p, vc)
+    return m_new, total * rescale + p.sum(-1), acc * rescale[..., None] + pv

@@ -1,0 +1,95 @@
+"""Attention in chunks of 2048 queries and 256 keys, with a running softmax.
+
+made by   attngen 0.1.0 for cpu; `attngen emit --check` compares this file
+          with what would be emitted now. It is yours: attngen claims no rights in it.
+computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
+          q       [1, 16384, 1, 64]  bfloat16
+          k       [1, 16384, 1, 64]  bfloat16
+          v       [1, 16384, 1, 64]  bfloat16
+          out     [1, 16384, 1, 64]  float32
+plan      running · 2048 queries × 256 keys · 1 kv head a step · fori
+          tiles of a head: 512; 512 full, 0 on an edge, 0 empty and never visited
+cost      68.7 GFLOP (68.7 GFLOP without skipping), 3.8 MiB of temporaries (modelled)
+spec      {"q_heads": 1, "kv_heads": 1, "q_len": 16384, "kv_len": 16384, "qk_dim": 64,
+          "v_dim": 64, "dtype": "bfloat16", "out_dtype": "float32", "memory_budget":
+          "4MiB"}
+choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 2048,
+          "k_chunk": 256, "head_chunk": 1, "batch_chunk": 1, "loop": "fori",
+          "product_dtype": "float32", "guard": true}
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+B, T, S = 1, 16384, 16384  # batch, queries, keys
+H, G = 1, 1  # query heads, kv heads
+R = H // G  # query heads that share a kv head
+D = 64  # head dim
+Q_CHUNK, K_CHUNK = 2048, 256  # of a tile
+SCALE = 0.125
+Q_CHUNKS = -(-T // Q_CHUNK)
+
+
+def attention(q, k, v):
+    """Attention of the arrays that are checked first -> out.
+
+    out (B, T, H, D)
+    """
+    _check("q", q, (B, T, H, D), "bfloat16")
+    _check("k", k, (B, S, G, D), "bfloat16")
+    _check("v", v, (B, S, G, D), "bfloat16")
+
+    def queries(step, out_all):
+        """One chunk of queries of the heads that are computed together."""
+        i = step
+        q_start = i * Q_CHUNK
+        at = (0, q_start, 0, 0)
+        # barriers, here and below: else XLA converts all of q, k, v outside the loops
+        q_here, at = lax.optimization_barrier((q, at))
+        rows = lax.dynamic_slice(q_here, at, (1, Q_CHUNK, 1, D))
+        rows = rows.reshape(Q_CHUNK, D)
+        rows = rows.astype(jnp.float32) * SCALE
+
+        def tile(c):
+            """Scores (Q_CHUNK, K_CHUNK) and values of key chunk c."""
+            k_start = c * K_CHUNK
+            at = (0, k_start, 0, 0)
+            k_here, v_here, at = lax.optimization_barrier((k, v, at))
+            kc = lax.dynamic_slice(k_here, at, (1, K_CHUNK, 1, D))
+            vc = lax.dynamic_slice(v_here, at, (1, K_CHUNK, 1, D))
+            kc = kc.reshape(K_CHUNK, D).astype(jnp.float32)
+            vc = vc.reshape(K_CHUNK, D).astype(jnp.float32)
+            s = jnp.einsum("qd,kd->qk", rows, kc)
+            return s, vc
+
+        def interior(c, carry):
+            return _add(carry, *tile(c))
+
+        m = jnp.full((Q_CHUNK,), -jnp.inf, jnp.float32)
+        total = jnp.zeros((Q_CHUNK,), jnp.float32)
+        acc = jnp.zeros((Q_CHUNK, D), jnp.float32)
+        carry = m, total, acc
+        carry = lax.fori_loop(0, 64, interior, carry)
+        m, total, acc = carry
+        out = acc / total[..., None]
+        out = out.reshape(1, Q_CHUNK, 1, D)
+        out_all = lax.dynamic_update_slice(out_all, out, (0, q_start, 0, 0))
+        return out_all
+
+    out_all = jnp.zeros((B, T, H, D), jnp.float32)
+    return lax.fori_loop(0, Q_CHUNKS, queries, out_all)
+
+
+def _check(name, x, shape, dtype):
+    if x.shape != shape or x.dtype != dtype:
+        raise TypeError(f"{name} is {x.dtype}{x.shape}, not {dtype}{shape}")
+
+
+def _add(carry, s, vc):
+    """The running maximum, sum, and weighted sum of values, with one more tile."""
+    m, total, acc = carry
+    m_new = jnp.maximum(m, s.max(-1))
+    p = jnp.exp(s - m_new[..., None])
+    rescale = jnp.exp(m - m_new)
+    pv = jnp.einsum("qk,kd->qd", p, vc)
+    return m_new, total * rescale + p.sum(-1), acc * rescale[..., None] + pv

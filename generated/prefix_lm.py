@@ -1,0 +1,116 @@
+"""Attention in chunks of 512 queries and 512 keys, with a running softmax.
+
+made by   attngen 0.1.0 for cpu; `attngen emit --check` compares this file
+          with what would be emitted now. It is yours: attngen claims no rights in it.
+computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
+          key k is there for query q where (k <= q) | (k < 300)
+          q       [1, 2048, 8, 64]  float32
+          k       [1, 2048, 8, 64]  float32
+          v       [1, 2048, 8, 64]  float32
+          out     [1, 2048, 8, 64]  float32
+plan      running · 512 queries × 512 keys · 1 kv head a step · fori
+          tiles of a head: 16; 6 full, 4 on an edge, 6 empty and never visited
+cost      5.37 GFLOP (8.59 GFLOP without skipping), 1.9 MiB of temporaries (modelled)
+spec      {"q_heads": 8, "kv_heads": 8, "q_len": 2048, "kv_len": 2048, "qk_dim": 64,
+          "v_dim": 64, "mask": {"or": ["causal", {"prefix": {"length": 300}}]},
+          "memory_budget": "8MiB"}
+choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 512,
+          "k_chunk": 512, "head_chunk": 1, "batch_chunk": 1, "loop": "fori",
+          "product_dtype": "float32", "guard": false}
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+B, T, S = 1, 2048, 2048  # batch, queries, keys
+H, G = 8, 8  # query heads, kv heads
+R = H // G  # query heads that share a kv head
+D = 64  # head dim
+Q_CHUNK, K_CHUNK = 512, 512  # of a tile
+SCALE = 0.125
+Q_CHUNKS = -(-T // Q_CHUNK)
+
+
+def attention(q, k, v):
+    """Attention of the arrays that are checked first -> out.
+
+    out (B, T, H, D), 0 where a query sees no key
+    """
+    _check("q", q, (B, T, H, D), "float32")
+    _check("k", k, (B, S, G, D), "float32")
+    _check("v", v, (B, S, G, D), "float32")
+
+    def queries(step, out_all):
+        """One chunk of queries of the heads that are computed together."""
+        i = step % Q_CHUNKS
+        g = step // Q_CHUNKS
+        q_start = i * Q_CHUNK
+        at = (0, q_start, g, 0)
+        rows = lax.dynamic_slice(q, at, (1, Q_CHUNK, 1, D))
+        rows = rows.reshape(Q_CHUNK, D)
+        rows = rows * SCALE
+        q_index = q_start + jnp.arange(Q_CHUNK)[:, None]
+
+        # Key chunks [0, last) hold what any query here sees, and
+        # [0, full_last) only what every one of them sees.
+        # q_lo and q_hi: positions, half-open
+        q_lo = q_start
+        q_hi = q_start + Q_CHUNK
+        last = -(-jnp.maximum(q_hi, 300) // K_CHUNK)
+        full_last = jnp.clip(jnp.maximum(q_lo + 1, 300) // K_CHUNK, 0, last)
+
+        def tile(c):
+            """Scores (Q_CHUNK, K_CHUNK) and values of key chunk c."""
+            k_start = c * K_CHUNK
+            at = (0, k_start, g, 0)
+            kc = lax.dynamic_slice(k, at, (1, K_CHUNK, 1, D))
+            vc = lax.dynamic_slice(v, at, (1, K_CHUNK, 1, D))
+            kc = kc.reshape(K_CHUNK, D)
+            vc = vc.reshape(K_CHUNK, D)
+            s = jnp.einsum("qd,kd->qk", rows, kc)
+            return s, vc
+
+        def interior(c, carry):
+            return _add(carry, *tile(c))
+
+        def edge(c, carry):
+            s, vc = tile(c)
+            k_start = c * K_CHUNK
+            k_index = k_start + jnp.arange(K_CHUNK)
+            seen = (k_index <= q_index) | (k_index < 300)
+            s = jnp.where(seen, s, -jnp.inf)
+            there = (s != -jnp.inf).any(0)
+            vc = jnp.where(there[..., None], vc, 0)  # a NaN that no query sees
+            return _add(carry, s, vc)
+
+        m = jnp.full((Q_CHUNK,), -jnp.inf, jnp.float32)
+        total = jnp.zeros((Q_CHUNK,), jnp.float32)
+        acc = jnp.zeros((Q_CHUNK, D), jnp.float32)
+        carry = m, total, acc
+        carry = lax.fori_loop(0, full_last, interior, carry)
+        carry = lax.fori_loop(full_last, last, edge, carry)
+        m, total, acc = carry
+        total = jnp.where(total == 0, 1, total)  # a row that saw no key is 0
+        out = acc / total[..., None]
+        out = out.reshape(1, Q_CHUNK, 1, D)
+        out_all = lax.dynamic_update_slice(out_all, out, (0, q_start, g, 0))
+        return out_all
+
+    out_all = jnp.zeros((B, T, H, D), jnp.float32)
+    return lax.fori_loop(0, G * Q_CHUNKS, queries, out_all)
+
+
+def _check(name, x, shape, dtype):
+    if x.shape != shape or x.dtype != dtype:
+        raise TypeError(f"{name} is {x.dtype}{x.shape}, not {dtype}{shape}")
+
+
+def _add(carry, s, vc):
+    """The running maximum, sum, and weighted sum of values, with one more tile."""
+    m, total, acc = carry
+    m_new = jnp.maximum(m, s.max(-1))
+    m_safe = jnp.where(m_new == -jnp.inf, 0, m_new)  # a row that saw no key yet
+    p = jnp.exp(s - m_safe[..., None])
+    rescale = jnp.exp(m - m_safe)
+    pv = jnp.einsum("qk,kd->qd", p, vc)
+    return m_new, total * rescale + p.sum(-1), acc * rescale[..., None] + pv
