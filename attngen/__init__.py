@@ -6,8 +6,12 @@ that is proven to compute it and proven to fit.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from attngen import masks, presets, scores
 from attngen.api import attention, build, certify, emit, plan, tune, validate
+from attngen.plans import Plan
+from attngen.reports import Certificate, Report
 from attngen.spec import AttentionSpec
 from attngen.symbols import (
     exp,
@@ -17,6 +21,7 @@ from attngen.symbols import (
     tanh,
     where,
 )
+from attngen.targets import Target
 from attngen.tracing import (
     Mask,
     Score,
@@ -26,10 +31,20 @@ from attngen.tracing import (
 )
 from attngen.version import __version__
 
+if TYPE_CHECKING:
+    from attngen.emitter import Source
+    from attngen.kernel import Kernel
+
 __all__ = [
     "AttentionSpec",
+    "Certificate",
+    "Kernel",
     "Mask",
+    "Plan",
+    "Report",
     "Score",
+    "Source",
+    "Target",
     "__version__",
     "attention",
     "build",
@@ -51,3 +66,16 @@ __all__ = [
     "validate",
     "where",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Source and Kernel when they are first asked for: they bring NumPy along."""
+    if name == "Source":
+        from attngen.emitter import Source
+
+        return Source
+    if name == "Kernel":
+        from attngen.kernel import Kernel
+
+        return Kernel
+    raise AttributeError(f"module 'attngen' has no attribute {name!r}")

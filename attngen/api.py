@@ -56,10 +56,16 @@ def plan(
 
 
 def emit(plan: Plan) -> Source:
-    """The plan as readable source: a module that defines `attention(q, k, v, *, …)`."""
+    """The plan as readable source: a module that defines `attention(q, k, v, *, …)`.
+
+    Raises:
+        PlanError: it was edited, or read from JSON, and isn't legal.
+    """
     from attngen import emitter
 
-    return emitter.emit(plan, backends.get(plan.backend))
+    by = backends.get(plan.backend)
+    planner.check(plan, targets.get(plan.target), by)
+    return emitter.emit(plan, by)
 
 
 def build(

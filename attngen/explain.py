@@ -12,8 +12,8 @@ def explain(plan: Plan) -> str:
     """The plan, what it skips, and what else was considered."""
     spec, describe = plan.spec, backends.get(plan.backend).describe
     budget = spec.budget_bytes
-    size = f"{spec.q_len} queries × {spec.kv_len} keys, {spec.q_heads} heads"
-    size += f" over {spec.kv_heads} kv heads" if spec.repeats > 1 else ""
+    size = f"{spec.q_len} queries × {spec.kv_len} keys, {_count(spec.q_heads, 'head')}"
+    size += f" over {_count(spec.kv_heads, 'kv head')}" if spec.repeats > 1 else ""
     size += f", batch {spec.batch}" if spec.batch > 1 else ""
     limit = "no budget given" if budget is None else f"budget {show_bytes(budget)}"
     lines = [f"{size}, {spec.dtype}, on {plan.target} by {plan.backend}, {limit}", ""]
@@ -31,6 +31,10 @@ def explain(plan: Plan) -> str:
     lines += _skipped(plan)
     lines += _alternatives(plan, describe)
     return "\n".join(lines)
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _skipped(plan: Plan) -> list[str]:

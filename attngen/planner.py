@@ -16,7 +16,7 @@ from attngen.spec import AttentionSpec
 from attngen.targets import Target
 from attngen.units import show_bytes, show_time
 
-SHOWN = 6  # alternatives that a plan keeps of each kind
+SHOWN = 3  # alternatives that a plan keeps of each kind
 
 
 def rank(
@@ -78,6 +78,31 @@ def rank(
 
 
 COMMON = ("algorithm", "q_chunk", "k_chunk")
+
+
+def check(plan: Plan, target: Target, backend: Backend) -> None:
+    """Refuse a plan that wasn't made by `rank`, but edited or read, and isn't legal.
+
+    Raises:
+        NotBuiltError: its spec asks for something that isn't built.
+        PlanError: it lacks a choice, has one too many, or isn't legal.
+    """
+    backend.refuse(plan.spec)
+    axes = backend.space(plan.spec, target).get(plan.algorithm, {})
+    names = {"algorithm", *axes}
+    if not axes or set(plan.choice) != names:
+        raise PlanError(
+            "The plan doesn't have the choices of its algorithm.",
+            got=", ".join(f"{n}={v!r}" for n, v in plan.choice.items()),
+            needed=", ".join(names),
+        )
+    reason = backend.illegal(plan.spec, target, plan.choice)
+    if reason is not None:
+        raise PlanError(
+            "The plan isn't legal.",
+            got=", ".join(f"{n}={v!r}" for n, v in plan.choice.items()),
+            needed=reason,
+        )
 
 
 class _Counter:
@@ -181,18 +206,30 @@ def _alternatives(
     budget: int | None,
     chosen: tuple[dict[str, Option], Tiles, Cost],
 ) -> tuple[Alternative, ...]:
-    """The next best that fit, the faster ones that don't, and what isn't legal."""
+    """The next best that fit, the faster ones that don't, dense, and what isn't legal."""
     over, slower = [], []
+    seen = {_chunks(chosen[0])}  # of those that differ in lesser choices, the best
     for choice, _, cost in priced:
+        if _chunks(choice) in seen:
+            continue
+        seen.add(_chunks(choice))
         if budget is not None and cost.temp_bytes > budget:
             reason = f"over budget by {show_bytes(cost.temp_bytes - budget)}"
             over.append(Alternative(choice, cost.temp_bytes, cost.time_s, reason))
-        elif choice is not chosen[0]:
+        else:
             late = cost.time_s - chosen[2].time_s
             reason = (
                 f"slower by {show_time(late)}" if late > 0 else "as fast, more memory"
             )
             slower.append(Alternative(choice, cost.temp_bytes, cost.time_s, reason))
-    dense = [a for a in (*over, *slower) if a.choice["algorithm"] == "dense"][:1]
-    shown = [*slower[:SHOWN], *over[: SHOWN // 2]]
-    return (*shown, *(a for a in dense if a not in shown), *refused[:SHOWN])
+    shown = [*slower[:SHOWN], *(a for a in over[:SHOWN] if _sooner(a, chosen[2]))]
+    dense = [a for a in (*over, *slower) if a.choice["algorithm"] == "dense"]
+    return (*shown, *(a for a in dense if a not in shown), *refused[: 2 * SHOWN])
+
+
+def _chunks(choice: Choice) -> tuple[Option, ...]:
+    return tuple(choice[n] for n in COMMON)
+
+
+def _sooner(a: Alternative, chosen: Cost) -> bool:
+    return a.time_s is not None and a.time_s < chosen.time_s

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -30,6 +30,18 @@ def check_fix(fix: Mapping[Any, Any] | None) -> dict[str, Option]:
                 needed="a name, and an integer, text, True or False",
             )
     return dict(fix or {})
+
+
+# field → its type in JSON, of those that JSON has as they are
+_PLAIN: dict[str, Any] = {
+    **dict.fromkeys(("target", "backend", "algorithm"), str),
+    **dict.fromkeys(("q_chunk", "k_chunk", "temp_bytes", "flop"), int),
+    "options": dict[str, Option],
+    "index_dtype": Literal["int32", "int64"],
+    "drops_keys": bool,
+    "time_s": float,
+    "fixed": tuple[str, ...],
+}
 
 
 @dataclass(frozen=True)
@@ -136,10 +148,12 @@ class Plan:
             )
         try:
             fields = dict(data)
+            for name, kind in _PLAIN.items():
+                if name in fields:
+                    fields[name] = msgspec.convert(fields[name], kind)
             fields["spec"] = AttentionSpec.from_dict(fields.get("spec"))  # type: ignore[arg-type]
-            fields["options"] = tuple(dict(fields.get("options", {})).items())
+            fields["options"] = tuple(fields.get("options", {}).items())
             fields["tiles"] = msgspec.convert(fields.get("tiles"), Tiles)
-            fields["fixed"] = tuple(fields.get("fixed", ()))
             listed = msgspec.convert(fields.get("alternatives", []), list[Alternative])
             return cls(**fields | {"alternatives": tuple(listed)})
         except (TypeError, ValueError, msgspec.ValidationError) as error:

@@ -101,6 +101,8 @@ class AttentionSpec:
             object.__setattr__(self, "outputs", (self.outputs,))
         if isinstance(self.outputs, list):
             object.__setattr__(self, "outputs", tuple(self.outputs))
+        if isinstance(self.memory_budget, str):
+            object.__setattr__(self, "memory_budget", self.memory_budget.strip(" "))
         check(self)
 
     # What follows from the fields.

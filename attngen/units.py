@@ -12,7 +12,7 @@ UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40} | {
     "GB": 10**9,
     "TB": 10**12,
 }
-_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", re.ASCII)
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?) ?([A-Za-z]*)", re.ASCII)
 
 
 def parse_bytes(size: int | str) -> int:
@@ -22,7 +22,7 @@ def parse_bytes(size: int | str) -> int:
         BudgetError: it can't be read, or isn't positive.
     """
     number = size if isinstance(size, int) and not isinstance(size, bool) else None
-    if isinstance(size, str) and (match := _SIZE.fullmatch(size)):
+    if isinstance(size, str) and (match := _SIZE.fullmatch(size.strip(" "))):
         unit = UNITS.get(match[2].upper() or "B")
         if unit is not None:
             number = (

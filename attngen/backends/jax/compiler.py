@@ -63,12 +63,12 @@ def _compile(job: dict[str, Any]) -> Any:
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", bool(job.get("x64")))
-    shapes = {n: jax.ShapeDtypeStruct(tuple(s), d) for n, s, d in job["shapes"]}
     if "exported" in job:
         import jax.export
 
         exported = jax.export.deserialize(bytearray(Path(job["exported"]).read_bytes()))
-        return jax.jit(exported.call).lower(*shapes.values()).compile()
+        return jax.jit(exported.call).lower(*exported.in_avals).compile()
+    shapes = {n: jax.ShapeDtypeStruct(tuple(s), d) for n, s, d in job["shapes"]}
     named = {n: x for n, x in shapes.items() if n not in ("q", "k", "v")}
     function = _function(job)
     return jax.jit(function).lower(*(shapes[n] for n in "qkv"), **named).compile()

@@ -23,7 +23,7 @@ def load(path: Path) -> Callable[..., Any]:
 
     function = jax.jit(load_function(path))
     if "jax_enable_x64" in files.read(path):
-        check_x64(path.name)
+        check_x64("a file that computes with 64-bit numbers")
     return function  # type: ignore[no-any-return]
 
 

@@ -19,7 +19,7 @@ from attngen.regions import Tiles
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
 
-OVERHEAD_BYTES = 8192  # loop counters, starts of slices, XLA's alignment
+OVERHEAD_BYTES = 4096  # loop counters, starts of slices, XLA's alignment
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,79 @@
+"""What a command costs before it does anything: time, and the modules it imports.
+
+`attngen plan` answers in well under a second because it computes with Python's own
+numbers: no array library, no template engine, no compiler is imported.
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SECONDS = 0.8  # for a whole process, start to end
+TRIES = 5
+HEAVY = {
+    "jax", "jaxlib", "torch", "triton", "numpy", "ml_dtypes", "scipy", "sympy",
+    "matplotlib", "jinja2", "platformdirs", "importlib.metadata", "asyncio",
+}  # fmt: skip
+COMMANDS = {
+    "plan": ("plan", "--preset", "llama3-8b"),
+    "plan as JSON": ("plan", "--preset", "llama3-8b", "--json"),
+    "plan of all else": ("plan", "--preset", "gemma2-9b", "--budget", "64MiB"),
+    "plan that fails": ("plan", "--preset", "llama3-8b", "--budget", "1"),
+    "presets": ("presets",),
+    "a preset": ("presets", "t5-large"),
+    "targets": ("targets",),
+    "help": ("--help",),
+    "help of plan": ("plan", "--help"),
+}
+
+
+@pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
+def test_a_command_imports_nothing_heavy(arguments, process_environment):
+    code = (
+        "import sys\n"
+        "from attngen.cli import main\n"
+        "try:\n"
+        "    main(sys.argv[1:])\n"
+        "finally:\n"
+        "    print('\\nMODULES', *sys.modules)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env=process_environment,
+    )
+    line = ran.stdout.splitlines()[-1].split()
+    assert line[0] == "MODULES"
+    assert "attngen.cli" in line
+    assert not HEAVY & set(line)
+
+
+def test_importing_attngen_imports_nothing_heavy(process_environment):
+    code = "import sys, attngen; print(*sys.modules)"
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=process_environment,
+    )
+    assert not HEAVY & set(ran.stdout.split())
+
+
+@pytest.mark.parametrize("name", ["plan", "presets", "targets", "help"])
+def test_a_whole_process_is_quick(name, process_environment):
+    command = [str(Path(sys.executable).parent / "attngen"), *COMMANDS[name]]
+
+    def seconds():
+        start = time.perf_counter()
+        subprocess.run(
+            command, check=True, capture_output=True, env=process_environment
+        )
+        return time.perf_counter() - start
+
+    best = min(seconds() for _ in range(TRIES))
+    assert best < SECONDS, f"{best:.2f} s"
