@@ -295,13 +295,13 @@ def _check_effort(effort: str) -> None:
     if effort not in EFFORTS:
         raise PlanError(
             f"There is no effort {effort!r}.",
-            got=effort,
+            got=f"effort={effort!r}",
             needed="one of " + ", ".join(EFFORTS),
         )
     if effort != "estimate":
         raise NotBuiltError(
             f"effort={effort!r} isn't built yet.",
-            got=effort,
+            got=f"effort={effort!r}",
             needed='effort="estimate"',
         )
 

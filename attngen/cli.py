@@ -56,11 +56,12 @@ def _print_json(value: Any, *, err: bool = False) -> None:
 def _status(text: str) -> Any:
     """A spinner on stderr while something slow runs; a plain line where that's no terminal."""
     from rich.console import Console
+    from rich.text import Text
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True)
     if not console.is_terminal:
-        console.print(text)
-    return console.status(text)
+        click.echo(text, err=True)
+    return console.status(Text(text))
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -134,7 +135,7 @@ def emit(
 
     if check:
         named = [Path(given["spec"])] if given["spec"] else []
-        _check_emitted([*named, *more], as_json)
+        _check_emitted([*more, *named], as_json)
         return
     if more:
         raise FileError(
@@ -334,8 +335,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(*head, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         table.add_row(*row)
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=100)
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 100
     console.print(table)
 
 

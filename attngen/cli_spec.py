@@ -136,7 +136,7 @@ def read_fix(items: tuple[str, ...]) -> dict[str, Option]:
         if not equals or not name or name in fix:
             raise PlanError(
                 "A fixed choice can't be read.",
-                got=item,
+                got=repr(item),
                 needed="NAME=VALUE, each name once",
                 hint="--fix q_chunk=512 --fix k_chunk=1024",
             )

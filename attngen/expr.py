@@ -185,23 +185,42 @@ def apply(op: str, *args: Expr) -> Expr:
             kind = "int"
         return _folded(Expr(op, tuple(convert(a, kind) for a in args), "bool"))
     kind = widest(kind, "int")
-    return Expr(op, tuple(convert(a, kind) for a in args), kind)
+    return _folded(Expr(op, tuple(convert(a, kind) for a in args), kind))
 
 
-_FOLD: dict[str, Callable[..., bool]] = {
-    "not": lambda x: not x,
+_FOLD: dict[str, Callable[..., Any]] = {
+    "not": python_operator.not_,
     "and": lambda x, y: x and y,
     "or": lambda x, y: x or y,
+    "div": python_operator.truediv,
+    "minimum": min,
+    "maximum": max,
 }
-_FOLD |= {name: getattr(python_operator, name) for name in COMPARISONS}
+_FOLD |= {
+    name: getattr(python_operator, name)
+    for name in (*COMPARISONS, "add", "sub", "mul", "neg", "abs", *INTEGER_ONLY)
+}
 
 
 def _folded(node: Expr) -> Expr:
-    """A bool of constants as a constant: emitted text never says `~True` (which is -2)."""
-    if any(a.op != "const" for a in node.args):
+    """What Python computes of constants, here and now.
+
+    Emitted text would leave it to Python, too, where ~True is -2 and 1.0 / 0.0 an error.
+    """
+    if node.op not in _FOLD or any(a.op != "const" for a in node.args):
         return node
-    values = [_float32(a.value) if a.kind == "float" else a.value for a in node.args]
-    return const(bool(_FOLD[node.op](*values)))
+    values: list[Any] = [a.value for a in node.args]
+    if node.kind == "bool":
+        values = [_float32(v) if isinstance(v, float) else v for v in values]
+        return const(bool(_FOLD[node.op](*values)))
+    value = _FOLD[node.op](*values)
+    if value != value:
+        raise ExpressionError(
+            "NaN can't be a constant of a mask or score.",
+            got=describe(node),
+            needed="a number",
+        )
+    return const(value)
 
 
 def _float32(value: Any) -> float:
@@ -220,7 +239,7 @@ def _checked(node: Expr) -> Expr:
             got=describe(node),
             needed="another divisor",
         )
-    return node
+    return _folded(node)
 
 
 def walk(node: Expr) -> Iterator[Expr]:

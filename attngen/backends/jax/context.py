@@ -6,7 +6,7 @@ from typing import Any
 
 from attngen.backends.jax.bounds import Lengths, bounds
 from attngen.backends.jax.tile import Starts, Tile, heads, order, tile
-from attngen.backends.jax.tile_code import tile_code
+from attngen.backends.jax.tile_code import TileCode, tile_code
 from attngen.plans import Plan
 from attngen.spec import AttentionSpec
 
@@ -186,8 +186,13 @@ def _dense(plan: Plan, at: Tile) -> dict[str, Any]:
         "lse_shape": "B, H, T",
         "sink_shape": _without_keys(at.spread("gr")),
         "looped_heads": False,
-        "sink_slice": False,
+        "uses_lax": _uses_lax(plan, code),
     }
+
+
+def _uses_lax(plan: Plan, code: TileCode) -> bool:
+    lines = [*code.rows, *code.keys, *code.score, *code.edge]
+    return plan.spec.precision == "highest" or any("lax." in line for line in lines)
 
 
 def _running(plan: Plan, at: Tile) -> dict[str, Any]:

@@ -237,8 +237,11 @@ class _Writer:
         assert isinstance(node.value, Operand)
         if self.plan.algorithm != "dense":
             return False
-        pairs = zip(node.value.axes, node.args, strict=True)
-        return all(i.op == "var" and i.value == a for a, i in pairs)
+        lengths = self.spec.lengths
+        return all(
+            index.op == "var" and lengths[str(axis)] == lengths[str(index.value)]
+            for axis, index in zip(node.value.axes, node.args, strict=True)
+        )
 
     def _gather(self, node: Expr, keys: list[str], float_dtype: str) -> None:
         """Define the values of an operand that is indexed by an expression."""
