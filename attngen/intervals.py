@@ -5,6 +5,7 @@ A bool is an interval of 0 and 1: (0, 0) never, (1, 1) always, (0, 1) perhaps.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -183,6 +184,7 @@ class Ranges:
     drops_keys: bool  # whether a score can be −inf
 
 
+@functools.lru_cache(maxsize=64)
 def examine(spec: AttentionSpec, limits: Iterable[Expr] = ()) -> Ranges:
     """Check divisors and indices against the spec's sizes; find the integer width.
 

@@ -11,7 +11,14 @@ from attngen.cost import Cost, executed_flop
 from attngen.errors import BudgetError, PlanError
 from attngen.intervals import examine
 from attngen.plans import Alternative, Choice, Option, Plan, check_fix
-from attngen.regions import Span, Tiles, analyse, count_tiles
+from attngen.regions import (
+    Limits,
+    Span,
+    Tiles,
+    analyse,
+    chunk_limits,
+    count_tiles,
+)
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
 from attngen.units import show_bytes, show_time
@@ -110,13 +117,20 @@ class _Counter:
 
     def __init__(self, spec: AttentionSpec, span: Span) -> None:
         self.spec, self.span = spec, span
-        self.known: dict[tuple[int, int], Tiles] = {}
+        self.tiles: dict[tuple[int, int], Tiles] = {}
+        self.limits: dict[int, list[Limits]] = {}
 
     def __call__(self, choice: Choice) -> Tiles:
-        key = (int(choice["q_chunk"]), int(choice["k_chunk"]))
-        if key not in self.known:
-            self.known[key] = count_tiles(self.spec, self.span, *key, exact=False)
-        return self.known[key]
+        q_chunk, k_chunk = int(choice["q_chunk"]), int(choice["k_chunk"])
+        key = (q_chunk, k_chunk)
+        if q_chunk not in self.limits:
+            self.limits[q_chunk] = chunk_limits(
+                self.spec, self.span, q_chunk, exact=False
+            )
+        if key not in self.tiles:
+            known = self.limits[q_chunk]
+            self.tiles[key] = count_tiles(self.spec, self.span, *key, limits=known)
+        return self.tiles[key]
 
 
 def _split(

@@ -245,28 +245,50 @@ def key_limits(spec: AttentionSpec, span: Span, q_start: int, q_chunk: int) -> L
 SAMPLES = 512
 
 
+def chunk_limits(
+    spec: AttentionSpec, span: Span, q_chunk: int, *, exact: bool = True
+) -> list[Limits]:
+    """The limits of each chunk of queries, whatever the key chunks are.
+
+    Args:
+        exact: False looks at no more than about 512 chunks, evenly spaced.
+    """
+    chunks = -(-spec.q_len // q_chunk)
+    step = 1 if exact else max(1, chunks // SAMPLES)
+    starts = (
+        min(i * q_chunk, spec.q_len - q_chunk) for i in range(step // 2, chunks, step)
+    )
+    return [key_limits(spec, span, start, q_chunk) for start in starts]
+
+
 def count_tiles(
-    spec: AttentionSpec, span: Span, q_chunk: int, k_chunk: int, *, exact: bool = True
+    spec: AttentionSpec,
+    span: Span,
+    q_chunk: int,
+    k_chunk: int,
+    *,
+    exact: bool = True,
+    limits: list[Limits] | None = None,
 ) -> Tiles:
     """The tiles of one head, as the emitted loops visit them.
 
     Args:
-        exact: False looks at no more than 512 chunks of queries, evenly spaced.
+        exact: as for `chunk_limits`; what isn't looked at is taken to be alike.
+        limits: of the chunks of queries, where they are known.
     """
-    q_chunks, k_chunks = -(-spec.q_len // q_chunk), -(-spec.kv_len // k_chunk)
-    step = 1 if exact else max(1, q_chunks // SAMPLES)
+    if limits is None:
+        limits = chunk_limits(spec, span, q_chunk, exact=exact)
     full = edge = 0
-    looked = range(step // 2, q_chunks, step)
-    for i in looked:
-        start = min(i * q_chunk, spec.q_len - q_chunk)
-        low, high, full_low, full_high = key_limits(spec, span, start, q_chunk)
-        first, last = low // k_chunk, max(low // k_chunk, -(-high // k_chunk))
+    for low, high, full_low, full_high in limits:
+        first = low // k_chunk
+        last = max(first, -(-high // k_chunk))
         full_first = min(max(-(-full_low // k_chunk), first), last)
         full_last = min(max(full_high // k_chunk, full_first), last)
         full += full_last - full_first
         edge += last - first - (full_last - full_first)
-    if step > 1:
-        full, edge = (round(x * q_chunks / len(looked)) for x in (full, edge))
+    q_chunks, k_chunks = -(-spec.q_len // q_chunk), -(-spec.kv_len // k_chunk)
+    if len(limits) < q_chunks:
+        full, edge = (round(x * q_chunks / len(limits)) for x in (full, edge))
     return Tiles(full, edge, q_chunks * k_chunks - full - edge)
 
 
