@@ -31,10 +31,12 @@ class Source:
     Args:
         text: a Python module that defines `attention`.
         backend: the language it is in.
+        requires: what the file imports, as pip takes it.
     """
 
     text: str
     backend: str
+    requires: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -74,7 +76,7 @@ def emit(plan: Plan, backend: Backend) -> Source:
         compile(text, name, "exec", dont_inherit=True, flags=0)
     except SyntaxError as error:
         raise InternalError(f"{name} made a file that isn't Python: {error}") from error
-    return Source(text, backend.name)
+    return Source(text, backend.name, backend.requires)
 
 
 def header(plan: Plan, backend: Backend) -> str:
@@ -86,6 +88,7 @@ def header(plan: Plan, backend: Backend) -> str:
         "computes": _computes(spec),
         "plan": _describe_plan(plan, backend),
         "cost": _cost(plan),
+        "needs": ", ".join(backend.requires) + "; nothing of attngen",
         "spec": _data(spec.to_dict(defaults=False)),
         "choices": _data(
             {"backend": plan.backend, "target": plan.target, **plan.choice}

@@ -10,6 +10,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
 plan      running · 2048 queries × 77 keys · 1 kv head a step · fori
           tiles of a head: 2; 2 full, 0 on an edge, 0 empty and never visited
 cost      404 MFLOP (404 MFLOP without skipping), 3.2 MiB of temporaries (modelled)
+needs     jax >= 0.10; nothing of attngen
 spec      {"q_heads": 8, "kv_heads": 8, "q_len": 4096, "kv_len": 77, "qk_dim": 40,
           "v_dim": 40, "dtype": "float16", "memory_budget": "16MiB"}
 choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 2048,

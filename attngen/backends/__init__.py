@@ -23,6 +23,7 @@ class Backend(Protocol):
     """What a backend gives. Only `load` and `compiler` may import its array library."""
 
     name: str
+    requires: tuple[str, ...]  # what an emitted file imports, as pip takes it
     templates: Path  # the folder of its templates
     compiler: str  # the module that certifies in a child process; "" where none does
 

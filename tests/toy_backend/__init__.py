@@ -31,6 +31,7 @@ class NumpyBackend:
     """See `attngen.backends.Backend`."""
 
     name = "numpy"
+    requires = ("numpy",)
     templates = Path(__file__).parent / "templates"
     compiler = "toy_backend.compiler"
 

@@ -19,6 +19,7 @@ class JaxBackend:
     """See `backends.Backend`."""
 
     name = "jax"
+    requires = ("jax >= 0.10",)
     compiler = "attngen.backends.jax.compiler"
 
     @property

@@ -192,10 +192,11 @@ class _Writer:
     # Operands.
 
     def _gathers(self, node: Expr) -> bool:
-        """Whether a read indexes an axis of its own length, which is no slice."""
+        """Whether a read is no slice: an axis of its own length, or the diagonal [q, q]."""
         assert isinstance(node.value, Operand)
         pairs = zip(node.value.axes, node.args, strict=True)
-        return any(isinstance(a, int) and i.op != "const" for a, i in pairs)
+        own = any(isinstance(a, int) and i.op != "const" for a, i in pairs)
+        return own or len(set(letters := _letters(node))) != len(letters)
 
     def _slice(self, node: Expr, keys: list[str]) -> None:
         """Define the part of an operand that belongs to this tile."""
