@@ -47,10 +47,20 @@ def _fail(error: AttngenError, *, as_json: bool) -> NoReturn:
 
 
 def _print_json(value: Any, *, err: bool = False) -> None:
+    import json
+
     import msgspec
 
-    text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    try:
+        text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    except UnicodeEncodeError:  # a file's name that isn't UTF-8: escaped
+        text = json.dumps(value, indent=2)
     click.echo(text, err=err)
+
+
+def _shown(name: str) -> str:
+    """A file's name as UTF-8, which it need not be."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _status(text: str) -> Any:
@@ -176,7 +186,7 @@ def _check_emitted(paths: list[Path], as_json: bool) -> None:
         _print_json({"same": all(results.values()), "files": results})
     else:
         for name, same in results.items():
-            click.echo(f"{'same' if same else 'DIFFERS':<8} {name}")
+            click.echo(f"{'same' if same else 'DIFFERS':<8} {_shown(name)}")
     if not all(results.values()):
         sys.exit(CHECK_FAILED)
 
@@ -241,7 +251,7 @@ def validate(files: tuple[Path, ...], seed: int, as_json: bool) -> None:
         _print_json({name: report.to_dict() for name, report in reports.items()})
     else:
         for name, report in reports.items():
-            click.echo(f"{name}: {report}")
+            click.echo(f"{_shown(name)}: {report}")
     if not all(r.passed for r in reports.values()):
         sys.exit(CHECK_FAILED)
 

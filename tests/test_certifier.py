@@ -121,10 +121,10 @@ def test_a_job_that_is_killed_ran_out_of_memory():
 def test_a_job_that_hangs_takes_too_long(tmp_path):
     start = time.monotonic()
     with refused(CompileError) as caught:
-        run(jobs.hangs, timeout_s=2.0, ids=str(tmp_path / "ids"))
+        run(jobs.hangs, timeout_s=3.0, ids=str(tmp_path / "ids"))
     assert time.monotonic() - start < 20
     assert "too long" in caught.value.what
-    assert "2.00 s" in caught.value.got
+    assert "3.00 s" in caught.value.got
     assert all(ended(i) for i in ids_in(tmp_path / "ids"))
 
 
@@ -324,7 +324,7 @@ def test_a_program_that_the_compiler_refuses():
 
 DENSE = AttentionSpec(q_heads=8, q_len=2048, qk_dim=64)
 MEASURE = """
-import resource, sys
+import sys
 import jax, jax.numpy as jnp, numpy as np
 from attngen.backends.jax.loader import load
 from pathlib import Path
@@ -333,9 +333,12 @@ function = load(Path(sys.argv[1]))
 q, k, v = (np.full((1, 2048, 8, 64), 0.1, np.float32) for _ in range(3))
 q, k, v = (jax.block_until_ready(jnp.asarray(x)) for x in (q, k, v))
 compiled = function.lower(q, k, v).compile()
-start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, from now's
+status = Path("/proc/self/status")
+read = lambda: dict(n.split(":", 1) for n in status.read_text().splitlines())
+start = int(read()["VmRSS"].removesuffix("kB"))
 out = jax.block_until_ready(compiled(q, k, v))
-end = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+end = int(read()["VmHWM"].removesuffix("kB"))
 print((end - start) * 1024 - out.nbytes)
 """
 

@@ -579,6 +579,18 @@ def test_what_is_not_built_says_so(name):
     )
 
 
+def test_a_files_name_need_not_be_text(tmp_path):
+    folder = tmp_path / "a \udcff [b] \\"
+    folder.mkdir()
+    path = folder / "\udcfe.py"
+    assert json.loads(run("emit", *SMALL, "-o", path, "--json")[0])["path"] == str(path)
+    assert json.loads(run("emit", "--check", path, "--json")[0])["same"] is True
+    assert json.loads(run("validate", path, "--json")[0])[str(path)]["passed"] is True
+    assert "same" in run("emit", "--check", path)[0]
+    out, err = run("plan", folder / "missing.toml", "--json", code=WRONG)
+    assert (out, json.loads(err)["error"]) == ("", "FileError")
+
+
 def test_emit_takes_one_spec(tmp_path):
     refused("FileError", "emit", tmp_path / "a.toml", tmp_path / "b.toml")
     refused("FileError", "emit", "--check")

@@ -22,11 +22,13 @@ class Lengths:
         self.size = at.sizes["b"]
 
     def part(self, operand: str) -> str:
+        """As JAX's own integers, which loops count in: 64 bits where those are on."""
+        text = operand
         if not self.many:
-            return f"{operand}[{self.start}]"
-        if self.start == "0":
-            return operand
-        return f"lax.dynamic_slice({operand}, ({self.start},), ({self.size},))"
+            text = f"{operand}[{self.start}]"
+        elif self.start != "0":
+            text = f"lax.dynamic_slice({operand}, ({self.start},), ({self.size},))"
+        return f"{text}.astype(int)"
 
     def extreme(self, name: str, which: str) -> str:
         return f"{name}.{which}()" if self.many else name

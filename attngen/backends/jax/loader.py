@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -30,11 +31,12 @@ def load(path: Path) -> Callable[..., Any]:
 def load_function(path: Path) -> Callable[..., Any]:
     """The plain function of an emitted file, from its text as it is now: no .pyc."""
     text = files.read(path)
-    name = "attngen_emitted_" + hashlib.sha256(str(path).encode()).hexdigest()[:16]
+    name = "attngen_emitted_" + hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
     module = types.ModuleType(name)
     module.__file__ = str(path)
+    shown = str(path).encode(errors="backslashreplace").decode()  # XLA takes no other
     try:
-        exec(compile(text, str(path), "exec", dont_inherit=True), module.__dict__)
+        exec(compile(text, shown, "exec", dont_inherit=True), module.__dict__)
     except FAULTS as error:
         raise FileError(
             f"{path} can't be imported.",
