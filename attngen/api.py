@@ -339,7 +339,9 @@ def attention(
     """Attention of JAX arrays: the spec from their shapes, the kernel built once.
 
     Outside a trace the first call with a new spec builds (certifies and validates);
-    inside `jax.jit` it plans and emits only.
+    inside `jax.jit` it plans and emits only. Gradients are JAX's own: right where it can
+    differentiate the loops (not where bounds come from the data or the mask), and outside
+    the memory budget.
 
     Args:
         q, k, v: [batch, tokens, heads, dim] in the layout "bthd"; see AttentionSpec.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -139,18 +140,18 @@ class AttentionSpec:
             return None if self.kv_lengths else self.kv_len - self.q_len
         return self.q_offset if isinstance(self.q_offset, int) else None
 
-    @property
+    @functools.cached_property
     def lengths(self) -> dict[str, int]:
         """The length of each lettered axis of an operand."""
         return {"b": self.batch, "h": self.q_heads, "q": self.q_len, "k": self.kv_len}
 
-    @property
+    @functools.cached_property
     def expressions(self) -> tuple[Expr, ...]:
         """The mask's and the scores' expressions."""
         mask = () if self.mask is None else (self.mask.expr,)
         return (*mask, *(s.expr for s in self.score))
 
-    @property
+    @functools.cached_property
     def own_operands(self) -> tuple[Operand, ...]:
         """The operands that fields of the spec ask for, each [batch] or [q_heads]."""
         own = []
@@ -164,7 +165,7 @@ class AttentionSpec:
             own.append(_own("sink", "h", "float32"))
         return tuple(own)
 
-    @property
+    @functools.cached_property
     def operands(self) -> tuple[Operand, ...]:
         """Every operand that the function takes by name, beside q, k and v."""
         return (*self.own_operands, *expr.operands(*self.expressions))

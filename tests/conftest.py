@@ -3,6 +3,10 @@
 import os
 
 import pytest
+from commands import CHUNKS, SMALL, run
+
+from attngen import api, certifier
+from attngen.reports import Certificate
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -20,3 +24,55 @@ def process_environment():
     dropped = ("JAX_", "XLA_", "ATTNGEN_", "COLUMNS")
     kept = {n: v for n, v in os.environ.items() if not n.startswith(dropped)}
     return kept | {"ATTNGEN_CACHE": os.environ["ATTNGEN_CACHE"]}
+
+
+@pytest.fixture
+def emitted(tmp_path):
+    """A small emitted file."""
+    path = tmp_path / "small.py"
+    run("emit", *SMALL, *CHUNKS, "-o", path)
+    return path
+
+
+@pytest.fixture
+def certified(monkeypatch):
+    """Certificates of a megabyte, without a compiler."""
+
+    def certify(compiler, target, *, digest, **_):
+        return Certificate(target, compiler, temp_bytes=2**20, digest=digest)
+
+    monkeypatch.setattr("attngen.certifier.certify", certify)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """Whatever asks a compiler fails."""
+
+    def run(*_, **__):
+        raise AssertionError("a compiler was asked")
+
+    monkeypatch.setattr(certifier, "run", run)
+
+
+@pytest.fixture
+def certificates(monkeypatch):
+    """Sets what the compiler says of a plan, instead of asking one; and counts."""
+    asked = []
+
+    def say(bytes_of):
+        def certify(compiler, target, *, source, digest, **_):
+            asked.append(digest)
+            return Certificate(target, "a test", bytes_of(source), digest=digest)
+
+        monkeypatch.setattr(certifier, "certify", certify)
+        return asked
+
+    return say
+
+
+@pytest.fixture
+def fresh(monkeypatch, certificates):
+    """attention() as in a new process, with certificates of nothing; what was certified."""
+    api._kernel_of.cache_clear()
+    yield certificates(lambda source: 1)
+    api._kernel_of.cache_clear()

@@ -63,7 +63,9 @@ def decode_step() -> AttentionSpec:
 
 def checkerboard() -> AttentionSpec:
     """A mask that no library has, written by hand."""
-    board = attngen.mask(lambda b, h, q, k: ((q // 64 + k // 64 + h) % 2 == 0) | (q == k))
+    board = attngen.mask(
+        lambda b, h, q, k: ((q // 64 + k // 64 + h) % 2 == 0) | (q == k)
+    )
     return AttentionSpec(q_heads=2, q_len=512, qk_dim=96, v_dim=40, mask=board)
 
 
@@ -74,7 +76,11 @@ def of_preset(name: str, **changes: object):
 # file → (spec, budget, fixed choices)
 ENTRIES = {
     "paper_16k": (of_preset("paper-16k"), "4MiB", {}),
-    "llama3_8b": (of_preset("llama3-8b", dtype="float32", q_len=4096, kv_len=4096), "16MiB", {}),
+    "llama3_8b": (
+        of_preset("llama3-8b", dtype="float32", q_len=4096, kv_len=4096),
+        "16MiB",
+        {},
+    ),
     "gemma2_9b": (of_preset("gemma2-9b"), "64MiB", {}),
     "mistral_7b": (of_preset("mistral-7b"), "32MiB", {}),
     "gpt_oss_20b": (of_preset("gpt-oss-20b"), "64MiB", {}),

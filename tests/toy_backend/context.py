@@ -20,7 +20,9 @@ INDENT = 16
 def context(plan: Plan) -> dict[str, Any]:
     spec = plan.spec
     static = spec.static_q_offset
-    per_batch = "kv_lengths[b] - T" if spec.q_offset == "bottom_right" else "q_offset[b]"
+    per_batch = (
+        "kv_lengths[b] - T" if spec.q_offset == "bottom_right" else "q_offset[b]"
+    )
     mask = () if spec.mask is None else (spec.mask.expr,)
     return {
         "spec": spec,
@@ -96,7 +98,9 @@ def _typed(node: Expr) -> Expr:
     """Floats where nothing else says their width: np.tanh(0.5) would be a float64."""
 
     def change(n: Expr) -> Expr | None:
-        if n.kind != "float" or any(a.op != "const" for a in n.args if a.kind != "bool"):
+        if n.kind != "float" or any(
+            a.op != "const" for a in n.args if a.kind != "bool"
+        ):
             return None
         if n.op == "where":
             return Expr("float", (n,), "float")

@@ -62,6 +62,8 @@ def temp_bytes(spec: AttentionSpec, choice: Choice) -> int:
         keys *= chunks
     if chunks > 1 and spec.kv_len % tile.keys:  # the last chunk has buffers of its own
         rows, keys = 2.4 * rows, 1.6 * keys
+    elif chunks == 1:  # values that no query sees are blanked in a copy
+        keys *= 1.7
     bound = scores + rows + keys + OVERHEAD_BYTES
     if (
         choice["algorithm"] == "running"

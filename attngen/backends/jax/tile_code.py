@@ -58,7 +58,7 @@ class _Writer:
             self.code.score += printer.lines("s", score.expr, width=self.width)
             if "s" not in expr.variables(score.expr):  # perhaps not of every axis
                 shape = self.at.shape(self.at.letters)
-                self.code.score.append(f"s = jnp.broadcast_to(s, {shape})")
+                self.code.score.append(f"s = jnp.full({shape}, s, jnp.{dtype})")
             for node in [n for n in self.gathered if "s" in expr.variables(n)]:
                 del self.gathered[node]  # the next score has another s
         self.keys_defined, self.gathered = set(), {}  # the mask is a scope of its own

@@ -1,0 +1,134 @@
+"""build: the model proposes, the compiler confirms the budget, the reference judges."""
+
+import dataclasses
+
+import pytest
+from refusals import refused
+from small import FIX, SPEC, close, qkv, spec_of
+
+import attngen
+from attngen import api
+from attngen.backends.jax import model
+from attngen.cost import Cost
+from attngen.errors import BudgetError, NotBuiltError, PlanError, ValidationError
+
+
+def test_a_kernel_is_certified_and_validated():
+    kernel = attngen.build(spec_of(memory_budget="64KiB"), fix=FIX)
+    assert kernel.report.passed
+    assert kernel.report.max_error < 1e-5
+    assert 0 < kernel.certificate.temp_bytes <= 2**16
+    assert kernel.certificate.digest == kernel.source.digest
+    assert kernel.source == attngen.emit(kernel.plan)
+    arrays = qkv()
+    assert close(SPEC, kernel(*arrays), arrays)
+
+
+def test_one_budget_less_and_it_is_refused(certificates):
+    certificates(lambda source: 4096)
+    assert attngen.build(spec_of(memory_budget=2**16)).certificate.temp_bytes == 4096
+    assert attngen.build(spec_of(memory_budget=2**30)).certificate.temp_bytes == 4096
+    certificates(lambda source: 2**16 + 1)
+    with refused(BudgetError):
+        attngen.build(spec_of(memory_budget=2**16), fix=FIX)
+
+
+@pytest.fixture
+def lying_model(monkeypatch):
+    """A model that counts scores, not bytes: only the certificate tells."""
+
+    def cost(spec, target, choice, tiles):
+        scores = choice["q_chunk"] * choice["k_chunk"] * choice["head_chunk"]
+        return Cost(temp_bytes=scores, time_s=1.0 / scores)
+
+    monkeypatch.setattr(model, "cost", cost)
+
+
+def chunk_of(source):
+    """The bytes of scores of a tile: from the file's own words."""
+    if "K_CHUNK" not in source:
+        return 2 * 48 * 48 * 4
+    line = next(n for n in source.splitlines() if n.startswith("Q_CHUNK, K_CHUNK = "))
+    q_chunk, k_chunk = line.split("#")[0].split("=")[1].split(",")
+    return int(q_chunk) * int(k_chunk) * 4
+
+
+def test_build_goes_down_the_ranking_until_one_is_certified(lying_model, certificates):
+    asked = certificates(chunk_of)
+    spec = spec_of(memory_budget=8 * 1024)
+    fastest = attngen.plan(spec)
+    assert chunk_of(attngen.emit(fastest).text) > 8 * 1024
+    kernel = attngen.build(spec)
+    assert kernel.certificate.temp_bytes <= 8 * 1024
+    assert kernel.plan != fastest
+    assert kernel.report.passed
+    assert asked[0] == attngen.emit(fastest).digest
+    assert asked[-1] == kernel.source.digest
+    assert len(asked) > 1
+
+
+def test_when_nothing_is_certified_the_least_is_named_and_does(
+    lying_model, certificates
+):
+    certificates(lambda source: 1000 + chunk_of(source))
+    spec = spec_of(memory_budget=100)
+    with refused(BudgetError) as caught:
+        attngen.build(spec)
+    assert "1004 bytes, certified" in caught.value.needed
+    assert "1 queries × 1 keys" in caught.value.needed
+    assert caught.value.hint == "raise memory_budget to 1004"
+    kernel = attngen.build(dataclasses.replace(spec, memory_budget=1004))
+    assert kernel.certificate.temp_bytes == 1004
+    assert (kernel.plan.q_chunk, kernel.plan.k_chunk) == (1, 1)
+
+
+def test_no_budget_takes_the_fastest(lying_model, certificates):
+    asked = certificates(lambda source: 2**50)
+    kernel = attngen.build(SPEC)
+    assert kernel.plan == attngen.plan(SPEC)
+    assert len(asked) == 1
+
+
+def test_the_least_budget_of_a_plan_is_named_and_does():
+    with refused(BudgetError) as caught:
+        attngen.plan(spec_of(memory_budget=1))
+    assert "modelled" in caught.value.needed
+    least = int(caught.value.hint.removeprefix("raise memory_budget to "))
+    assert attngen.plan(spec_of(memory_budget=least)).temp_bytes <= least
+    with refused(BudgetError):
+        attngen.plan(spec_of(memory_budget=least - 1))
+
+
+def test_a_kernel_that_computes_something_else_is_not_returned(
+    monkeypatch, certificates
+):
+    certificates(lambda source: 1)
+    emit = api.emit
+
+    def wrong(plan):
+        source = emit(plan)
+        return dataclasses.replace(
+            source, text=source.text.replace("\nSCALE = ", "\nSCALE = 2 * ")
+        )
+
+    monkeypatch.setattr(api, "emit", wrong)
+    with refused(ValidationError) as caught:
+        attngen.build(SPEC, fix=FIX)
+    assert "FAILED" in caught.value.got
+
+
+@pytest.mark.parametrize(
+    ("kind", "effort"),
+    [(NotBuiltError, "measure"), (NotBuiltError, "patient"), (PlanError, "hard")],
+)
+def test_efforts_that_are_not_there(kind, effort):
+    with refused(kind):
+        attngen.build(SPEC, effort=effort)
+    with refused(kind):
+        attngen.attention(*qkv(), effort=effort)
+
+
+def test_tune_is_not_built():
+    with refused(NotBuiltError) as caught:
+        attngen.tune(SPEC, effort="patient")
+    assert "build(spec, fix=" in caught.value.hint

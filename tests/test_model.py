@@ -1,0 +1,97 @@
+"""The model of XLA:CPU: its bytes are an upper bound, its order of times is sensible."""
+
+import random
+
+import jax
+import pytest
+
+from attngen import AttentionSpec, api, backends, masks, scores, targets
+from attngen.backends.jax import model
+from attngen.backends.jax.loader import load_function
+from attngen.backends.jax.scratch import scratch_bytes
+from attngen.regions import Tiles
+
+JAX, CPU = backends.get("jax"), targets.get("cpu")
+SPECS = {
+    "plain": AttentionSpec(q_heads=4, q_len=1024, qk_dim=64),
+    "ragged": AttentionSpec(q_heads=2, q_len=750, qk_dim=40, outputs=("out", "lse")),
+    "causal": AttentionSpec(
+        q_heads=8, kv_heads=2, q_len=1024, qk_dim=64, mask=masks.causal()
+    ),
+    "bfloat16": AttentionSpec(
+        q_heads=1, q_len=2048, qk_dim=64, dtype="bfloat16", out_dtype="float32"
+    ),
+    "bias": AttentionSpec(q_heads=2, q_len=512, qk_dim=64, score=(scores.bias(),)),
+    "lengths": AttentionSpec(batch=4, q_heads=4, q_len=256, qk_dim=64, kv_lengths=True),
+    "window": AttentionSpec(
+        batch=2,
+        q_heads=4,
+        kv_heads=2,
+        q_len=777,
+        qk_dim=64,
+        dtype="float16",
+        mask=masks.causal() & masks.sliding_window(200),
+        sink=True,
+    ),
+}
+
+
+def compiled_bytes(plan):
+    """What XLA allocates beyond inputs and outputs, its library fusions included."""
+    spec = plan.spec
+    function = load_function(api.stored(api.emit(plan)))
+    names = ("q", "k", "v", *(o.name for o in spec.operands))
+    structs = {
+        n: jax.ShapeDtypeStruct(spec.shape_of(n), spec.dtype_of(n)) for n in names
+    }
+    program = jax.jit(function).lower(**structs).compile()
+    temp = program.memory_analysis().temp_size_in_bytes
+    return temp + scratch_bytes(program.as_text())
+
+
+def choices(spec, generator, count):
+    space = JAX.space(spec, CPU)
+    while count:
+        algorithm = generator.choices(["running", "dense"], [9, 1])[0]
+        axes = space[algorithm]
+        choice = {"algorithm": algorithm}
+        choice |= {n: generator.choice(list(v)) for n, v in axes.items()}
+        if algorithm == "running":
+            choice["loop"] = generator.choice(["fori", "fori", "scan", "unrolled"])
+        if JAX.illegal(spec, CPU, choice) is None:
+            count -= 1
+            yield choice
+
+
+def check(name, seed, count):
+    spec = SPECS[name]
+    for choice in choices(spec, random.Random(f"{seed} {name}"), count):
+        plan = api.plan(spec, fix=choice)
+        actual = compiled_bytes(plan)
+        assert actual <= plan.temp_bytes, f"{choice}: {actual} > {plan.temp_bytes}"
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_modelled_bytes_are_an_upper_bound(name):
+    check(name, seed=0, count=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 4))
+@pytest.mark.parametrize("name", SPECS)
+def test_modelled_bytes_are_an_upper_bound_of_many(name, seed):
+    check(name, seed, count=12)
+
+
+def test_more_tiles_take_longer():
+    spec = SPECS["causal"]
+    choice = api.plan(spec, fix={"algorithm": "running"}).choice
+    few, many = Tiles(2, 2, 12), Tiles(10, 2, 4)
+    assert model.time_s(spec, choice, few) < model.time_s(spec, choice, many)
+
+
+def test_a_slice_that_is_not_guarded_converts_everything():
+    spec = SPECS["bfloat16"]
+    choice = api.plan(spec, fix={"algorithm": "running"}).choice
+    bare = model.temp_bytes(spec, dict(choice, guard=False))
+    assert bare - model.temp_bytes(spec, dict(choice, guard=True)) == 4 * 3 * 2048 * 64
