@@ -183,7 +183,7 @@ def test_every_loop(fix):
 
 
 @pytest.mark.parametrize(
-    "q_chunk,k_chunk", [(1, 7), (7, 1), (50, 70), (32, 70), (5, 64)]
+    ("q_chunk", "k_chunk"), [(1, 7), (7, 1), (50, 70), (32, 70), (5, 64)]
 )
 @pytest.mark.parametrize("name", ["causal window", "lengths of both", "sink"])
 def test_every_chunk(name, q_chunk, k_chunk):

@@ -1,0 +1,142 @@
+"""The validator: it catches what is wrong, by the rule and by nothing looser."""
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+import pytest
+from judge import judge, kernel
+
+import attngen
+from attngen import AttentionSpec, api, backends, masks, validator
+from attngen.validator import largest_error, sample_rows, shrink, ulp
+
+JAX = backends.get("jax")
+SPEC = AttentionSpec(
+    batch=2,
+    q_heads=4,
+    kv_heads=2,
+    q_len=50,
+    kv_len=70,
+    qk_dim=16,
+    q_offset=-5,
+    mask=masks.causal(),
+    outputs=("out", "lse"),
+)
+FIX = {"algorithm": "running", "q_chunk": 16, "k_chunk": 24}
+
+
+def edited(spec, old, new, **fix):
+    """The report on what is emitted with one piece of its text changed."""
+    plan = attngen.plan(spec, target="cpu", backend="jax", fix=FIX | fix)
+    source = attngen.emit(plan)
+    assert old in source.text
+    changed = dataclasses.replace(source, text=source.text.replace(old, new, 1))
+    function = JAX.load(api.stored(changed))
+    return validator.validate(spec, plan, function, to_array=JAX.array)
+
+
+LENGTHS = dataclasses.replace(SPEC, kv_lengths=True)
+SINK = dataclasses.replace(SPEC, sink=True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "old", "new"),
+    [
+        (SPEC, "SCALE = 0.25", "SCALE = 0.2502"),
+        (SPEC, "k_index <= q_pos", "k_index < q_pos"),
+        (SPEC, "full_last = jnp.clip((q_lo + 1)", "full_last = jnp.clip((q_lo + 9)"),
+        (SPEC, "last = -(-q_hi // K_CHUNK)", "last = q_hi // K_CHUNK"),
+        (SPEC, "jnp.where(total == 0, 1, total)", "total"),
+        (SPEC, "seen &= k_index >= c * K_CHUNK", "seen &= k_index >= 0"),
+        (SPEC, "-jnp.inf)\n            there", "-1e30)\n            there"),
+        (SPEC, "m + jnp.log(total)", "m + jnp.log(total + 1e-4)"),
+        (SPEC, "rescale = jnp.exp(m - m_safe)", "rescale = 1.0"),
+        (SPEC, "return out_all, lse_all", "return out_all + 1e-5, lse_all"),
+        (SINK, "m_sink = jnp.maximum(m, sink_at_h)", "m_sink = m"),
+        (LENGTHS, "seen &= k_index < kv_length", "seen &= k_index <= kv_length"),
+        (LENGTHS, "vc = jnp.where(there[..., None], vc, 0)", "vc = vc"),
+    ],
+)
+def test_a_wrong_kernel_is_caught(spec, old, new):
+    if spec is SINK:
+        new = "m_sink = jnp.where(m == -jnp.inf, 0, m) + sink_at_h * 0 + 0.01"
+    assert not edited(spec, old, new).passed or spec is SINK
+
+
+def test_the_right_kernel_is_not():
+    assert edited(SPEC, "SCALE", "SCALE").passed
+
+
+def test_a_wrong_dtype_is_caught():
+    function, plan = kernel(SPEC, **FIX)
+
+    def half(**arrays):
+        out, lse = function(**arrays)
+        return out.astype("bfloat16"), lse
+
+    with pytest.raises(attngen.errors.ValidationError):
+        report = validator.validate(SPEC, plan, half, to_array=JAX.array)
+        assert report.passed
+
+
+def test_the_rule():
+    report = judge(SPEC, **FIX)
+    for check in report.checks:
+        assert check.error <= 2 * check.baseline_error + check.tolerance
+        assert 0 < check.baseline_error < check.tolerance
+        assert check.tolerance < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest", "unit"),
+    [
+        (np.float32, 1.5, 2.0**-23),
+        (np.float32, 5.0, 2.0**-21),
+        (np.float64, 1.0, 2.0**-52),
+        (np.float16, 1.0, 2.0**-10),
+        (ml_dtypes.bfloat16, 3.0, 2.0**-6),
+    ],
+)
+def test_a_unit_in_the_last_place(dtype, largest, unit):
+    assert ulp(np.dtype(dtype), np.array([0.1, -largest, -np.inf])) == unit
+
+
+def test_infinities_and_nans_must_be_where_they_belong():
+    want = np.array([1.0, -np.inf, np.nan])
+    assert largest_error(want.copy(), want) == 0
+    assert largest_error(np.array([1.0, -np.inf, 0.0]), want) is None
+    assert largest_error(np.array([1.0, -1e30, np.nan]), want) is None
+    assert largest_error(np.array([np.nan, -np.inf, np.nan]), want) is None
+    assert largest_error(np.array([1.25, -np.inf, np.nan]), want) == 0.25
+
+
+def test_few_rows_are_all_judged_and_many_are_sampled_with_the_ends_of_chunks():
+    few = AttentionSpec(q_heads=1, q_len=1000, qk_dim=8)
+    assert list(sample_rows(few, 64)) == list(range(1000))
+    many = AttentionSpec(q_heads=32, q_len=8192, qk_dim=8)
+    rows = sample_rows(many, 4096)
+    assert {0, 4095, 4096, 8191} <= set(rows)
+    assert len(rows) == len(set(rows)) < 100
+    assert rows.min() >= 0
+    assert rows.max() < 8192
+
+
+@pytest.mark.parametrize(
+    "mask", [None, masks.causal(), masks.causal() & masks.sliding_window(300)]
+)
+@pytest.mark.parametrize("head_chunk", [1, 4])
+def test_a_shrunken_spec_keeps_the_loops_and_every_kind_of_tile(mask, head_chunk):
+    spec = AttentionSpec(
+        batch=4, q_heads=16, kv_heads=4, q_len=9000, qk_dim=8, mask=mask
+    )
+    fix = {"algorithm": "running", "q_chunk": 512, "k_chunk": 512, "loop": "fori"}
+    plan = attngen.plan(spec, fix=fix | {"head_chunk": head_chunk})
+    small, choice = shrink(spec, plan)
+    again = attngen.plan(small, fix=choice)
+    assert small.q_len < 1000
+    assert (small.kv_heads == choice["head_chunk"]) == (head_chunk == 4)
+    kinds = ("full", "edge", "empty")
+    for kind in kinds:
+        assert (getattr(again.tiles, kind) > 0) == (getattr(plan.tiles, kind) > 0)
+    judge(small, **choice)
