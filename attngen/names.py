@@ -16,7 +16,7 @@ _JAX = """
     jax jnp lax
     B T S H G R D QK_DIM V_DIM SCALE Q_OFFSET K_OFFSET
     B_CHUNK G_CHUNK Q_CHUNK K_CHUNK Q_CHUNKS
-    queries tile interior edge step carried carry c i g
+    queries tile interior edge step steps carried carry c i g
     q_start k_start at q_here k_here v_here rows kc vc
     b_index h_index q_index k_index q_pos k_pos kv_length q_length
     kv_count q_count offset q_lo q_hi first last full_first full_last
@@ -25,7 +25,7 @@ _JAX = """
 """
 RESERVED = frozenset((*_OWN.split(), *_JAX.split(), *dir(builtins)))
 # steps of long expressions, slices of operands
-_PATTERN = re.compile(r"(part|index|limit|score\d*)(_\d+)+|.*_at_.*|_.*")
+_PATTERN = re.compile(r"(part|index|indices|limit|score\d*)(_\d+)+|.*_at_.*|_.*")
 
 
 def is_free(name: str) -> bool:

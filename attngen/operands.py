@@ -11,6 +11,7 @@ from attngen.names import is_free
 
 Kind = Literal["bool", "int", "float"]
 Axis = str | int
+LONGEST = 22  # characters of a name: emitted lines must not grow too long
 LETTERS = ("b", "h", "q", "k")
 OPERAND_DTYPES = ("bool", "int32", "int64", "float16", "bfloat16", "float32", "float64")
 
@@ -76,12 +77,12 @@ def check_operand_name(name: object) -> None:
         not isinstance(name, str)
         or not name.isascii()
         or not name.isidentifier()
-        or len(name) > 32
+        or len(name) > LONGEST
     ):
         raise OperandError(
             "An operand's name must be an identifier.",
             got=repr(name),
-            needed="letters, digits and underscores, at most 32, not starting with a digit",
+            needed=f"letters, digits and underscores, at most {LONGEST}, no digit first",
         )
     if not is_free(name):
         raise OperandError(

@@ -96,7 +96,7 @@ class ArrayPrinter:
         for i in sorted(range(len(parts)), key=lambda i: -len(parts[i][0])):
             if len(self._print(node, parts)) <= room:
                 break
-            if node.args[i].args and node.args[i].op != "load":
+            if node.args[i].args and not parts[i][0].isidentifier():
                 parts[i] = (self._step(node.args[i], width), POSTFIX)
         return self._print(node, parts)
 

@@ -55,7 +55,7 @@ def attention(q, k, v, *, kv_lengths):
         kv_length = kv_lengths[b]
 
         def tile(c):
-            """Scores (G_CHUNK, Q_CHUNK, K_CHUNK) and values of key chunk c."""
+            """Scores (G_CHUNK, Q_CHUNK, K_CHUNK) and values."""
             k_start = c * K_CHUNK
             at = (b, k_start, g, 0)
             kc = lax.dynamic_slice(k, at, (1, K_CHUNK, G_CHUNK, D))

@@ -70,7 +70,7 @@ def attention(q, k, v, *, slopes):
         full_last = jnp.clip((q_lo + 1) // K_CHUNK, 0, last)
 
         def tile(c):
-            """Scores (G_CHUNK, Q_CHUNK, K_CHUNK) and values of key chunk c."""
+            """Scores (G_CHUNK, Q_CHUNK, K_CHUNK) and values."""
             k_start = jnp.minimum(c * K_CHUNK, S - K_CHUNK)  # the last overlaps
             at = (0, g, k_start, 0)
             kc = lax.dynamic_slice(k, at, (1, G_CHUNK, K_CHUNK, D))

@@ -65,7 +65,7 @@ def attention(q, k, v, *, kv_lengths, q_offset):
         kv_length = kv_lengths[b]
 
         def tile(c):
-            """Scores (R, Q_CHUNK, K_CHUNK) and values of key chunk c."""
+            """Scores (R, Q_CHUNK, K_CHUNK) and values."""
             k_start = c * K_CHUNK
             at = (b, k_start, g, 0)
             kc = lax.dynamic_slice(k, at, (1, K_CHUNK, 1, D))

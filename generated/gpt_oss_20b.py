@@ -71,7 +71,7 @@ def attention(q, k, v, *, sink):
         full_last = jnp.clip((q_lo + 1) // K_CHUNK, full_first, last)
 
         def tile(c):
-            """Scores (G_CHUNK, R, Q_CHUNK, K_CHUNK) and values of key chunk c."""
+            """Scores (G_CHUNK, R, Q_CHUNK, K_CHUNK) and values."""
             k_start = c * K_CHUNK
             at = (0, k_start, 0, 0)
             k_here, v_here, at = lax.optimization_barrier((k, v, at))

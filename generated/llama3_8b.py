@@ -61,7 +61,7 @@ def attention(q, k, v):
         full_last = jnp.clip((q_lo + 1) // K_CHUNK, 0, last)
 
         def tile(c):
-            """Scores (R, Q_CHUNK, K_CHUNK) and values of key chunk c."""
+            """Scores (R, Q_CHUNK, K_CHUNK) and values."""
             k_start = c * K_CHUNK
             at = (0, k_start, g, 0)
             kc = lax.dynamic_slice(k, at, (1, K_CHUNK, 1, D))

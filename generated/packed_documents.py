@@ -70,7 +70,7 @@ def attention(q, k, v, *, document_ids):
         last = -(-q_hi // K_CHUNK)
 
         def tile(c):
-            """Scores (Q_CHUNK, K_CHUNK) and values of key chunk c."""
+            """Scores (Q_CHUNK, K_CHUNK) and values."""
             k_start = c * K_CHUNK
             at = (b, k_start, g, 0)
             k_here, v_here, at = lax.optimization_barrier((k, v, at))

@@ -52,7 +52,7 @@ def attention(q, k, v):
         rows = rows.astype(jnp.float32) * SCALE
 
         def tile(c):
-            """Scores (Q_CHUNK, K_CHUNK) and values of key chunk c."""
+            """Scores (Q_CHUNK, K_CHUNK) and values."""
             k_start = c * K_CHUNK
             at = (0, k_start, g, 0)
             k_here, v_here, at = lax.optimization_barrier((k, v, at))

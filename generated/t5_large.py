@@ -57,7 +57,7 @@ def attention(q, k, v, *, relative_bias):
         h_index = g + jnp.arange(G_CHUNK)[:, None, None]
 
         def tile(c):
-            """Scores (G_CHUNK, Q_CHUNK, K_CHUNK) and values of key chunk c."""
+            """Scores (G_CHUNK, Q_CHUNK, K_CHUNK) and values."""
             k_start = c * K_CHUNK
             at = (0, k_start, g, 0)
             kc = lax.dynamic_slice(k, at, (1, K_CHUNK, G_CHUNK, D))

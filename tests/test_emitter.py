@@ -20,7 +20,7 @@ LONG = attngen.mask(
         | (attngen.maximum(q, k) - attngen.minimum(q, k) < 100 * (h + 1))
     )
 )
-NAME = "a_name_that_is_quite_long_indeed"
+NAME = "a_long_name_of_22_char"
 WIDE = AttentionSpec(
     batch=4,
     q_heads=12,
@@ -30,10 +30,10 @@ WIDE = AttentionSpec(
     qk_dim=40,
     v_dim=72,
     q_offset="operand",
-    mask=LONG & masks.dense(NAME + "_"[:0], axes="kqhb"),
+    mask=LONG & masks.dense(NAME, axes="kqhb"),
     score=(
-        scores.relative_buckets("another_name_of_thirty_two_chars"),
-        scores.bias("bias_with_a_name_that_is_longer_", axes="kh"),
+        scores.relative_buckets("another_one_of_22_long"),
+        scores.bias("bias_of_a_longish_name", axes="kh"),
         scores.softcap(12.345678901234567),
     ),
     sink=True,

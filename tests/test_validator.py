@@ -37,6 +37,7 @@ def edited(spec, old, new, **fix):
 
 
 LENGTHS = dataclasses.replace(SPEC, kv_lengths=True)
+LATE = dataclasses.replace(SPEC, q_offset=20)
 SINK = dataclasses.replace(SPEC, sink=True)
 
 
@@ -45,23 +46,21 @@ SINK = dataclasses.replace(SPEC, sink=True)
     [
         (SPEC, "SCALE = 0.25", "SCALE = 0.2502"),
         (SPEC, "k_index <= q_pos", "k_index < q_pos"),
-        (SPEC, "full_last = jnp.clip((q_lo + 1)", "full_last = jnp.clip((q_lo + 9)"),
+        (SPEC, "full_last = jnp.clip((q_lo + 1)", "full_last = jnp.clip((q_lo + 14)"),
         (SPEC, "last = -(-q_hi // K_CHUNK)", "last = q_hi // K_CHUNK"),
         (SPEC, "jnp.where(total == 0, 1, total)", "total"),
-        (SPEC, "seen &= k_index >= c * K_CHUNK", "seen &= k_index >= 0"),
+        (LATE, "seen &= k_index >= c * K_CHUNK", "seen &= k_index >= 0"),
         (SPEC, "-jnp.inf)\n            there", "-1e30)\n            there"),
         (SPEC, "m + jnp.log(total)", "m + jnp.log(total + 1e-4)"),
-        (SPEC, "rescale = jnp.exp(m - m_safe)", "rescale = 1.0"),
+        (SPEC, "rescale = jnp.exp(m - m_safe)", "rescale = jnp.ones_like(m)"),
         (SPEC, "return out_all, lse_all", "return out_all + 1e-5, lse_all"),
-        (SINK, "m_sink = jnp.maximum(m, sink_at_h)", "m_sink = m"),
+        (SINK, "jnp.exp(sink_at_h - m_sink)", "jnp.exp(sink_at_h - m)"),
         (LENGTHS, "seen &= k_index < kv_length", "seen &= k_index <= kv_length"),
         (LENGTHS, "vc = jnp.where(there[..., None], vc, 0)", "vc = vc"),
     ],
 )
 def test_a_wrong_kernel_is_caught(spec, old, new):
-    if spec is SINK:
-        new = "m_sink = jnp.where(m == -jnp.inf, 0, m) + sink_at_h * 0 + 0.01"
-    assert not edited(spec, old, new).passed or spec is SINK
+    assert not edited(spec, old, new).passed
 
 
 def test_the_right_kernel_is_not():
@@ -76,8 +75,7 @@ def test_a_wrong_dtype_is_caught():
         return out.astype("bfloat16"), lse
 
     with pytest.raises(attngen.errors.ValidationError):
-        report = validator.validate(SPEC, plan, half, to_array=JAX.array)
-        assert report.passed
+        validator.validate(SPEC, plan, half, to_array=JAX.array)
 
 
 def test_the_rule():
@@ -138,5 +136,5 @@ def test_a_shrunken_spec_keeps_the_loops_and_every_kind_of_tile(mask, head_chunk
     assert (small.kv_heads == choice["head_chunk"]) == (head_chunk == 4)
     kinds = ("full", "edge", "empty")
     for kind in kinds:
-        assert (getattr(again.tiles, kind) > 0) == (getattr(plan.tiles, kind) > 0)
+        assert getattr(again.tiles, kind) > 0 or getattr(plan.tiles, kind) == 0
     judge(small, **choice)

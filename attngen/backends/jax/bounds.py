@@ -6,7 +6,8 @@ from typing import Any
 
 from attngen.backends.jax.candidates import bounded
 from attngen.backends.jax.tile import Starts, Tile
-from attngen.expr import Expr, variables
+from attngen.expr import POSTFIX, Expr, variables
+from attngen.expr import level as tightness
 from attngen.intervals import interval
 from attngen.plans import Plan
 from attngen.printer import ArrayPrinter
@@ -165,7 +166,7 @@ class Limits:
         if limit.op != "const":
             self._define()
         text = self.printer.text(limit)
-        level = 0 if limit.op in ("add", "sub", "floordiv", "mul") else 1
+        level = 1 if tightness(limit) == POSTFIX else 0
         if len(text) > 30 and limit.op != "const":  # a step of its own
             self.count += 1
             text, level = f"limit_{self.count}", 1

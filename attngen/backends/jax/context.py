@@ -120,6 +120,7 @@ def _products(plan: Plan, at: Tile) -> dict[str, Any]:
         "rows_permutation": _permutation(order(spec.layout, "bqgr"), at.letters),
         "out_permutation": _inverse(order(spec.layout, "bqgr"), at.letters),
         "stats_shape": at.shape(at.rows),
+        "tile_shape": at.shape(at.letters),
         "guards": _guards(plan),
         "drops_keys": plan.drops_keys,
         "row_axes": _axes_text([at.letters.index(a) for a in at.rows if a in "rq"]),

@@ -67,11 +67,9 @@ def tile(plan: Plan) -> Tile:
     return Tile(letters, sizes)
 
 
-def reshape(shape: str) -> str:
-    """The call that reshapes to a tuple's text; a formatter wants no comma of one."""
-    if shape == "()":
-        return ".reshape(())"
-    return f".reshape{shape.replace(',)', ')')}"
+def dimensions(shape: str) -> list[str]:
+    """What reshape takes for a tuple's text: each dimension, or () for none."""
+    return [x.strip() for x in shape.strip("()").split(",") if x.strip()] or ["()"]
 
 
 def heads(at: Tile) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from attngen import expr
-from attngen.backends.jax.tile import Starts, Tile, heads, reshape
+from attngen.backends.jax.tile import Starts, Tile, dimensions, heads
 from attngen.expr import Expr
 from attngen.intervals import domain, proven
 from attngen.operands import Operand
@@ -148,7 +148,13 @@ class _Writer:
             return [f"{name} = {self._range(starts.b, 'b', at.sizes['b'])}"]
         if name == "h_index":
             first = _times(starts.g, self.spec.repeats)
-            return [f"{name} = {self._range(first, 'gr', heads(at))}"]
+            line = f"{name} = {self._range(first, 'gr', heads(at))}"
+            if len(line) <= self.width:
+                return [line]
+            numbers, _, rest = line.partition(f"{name} = {first} + ")[2].partition(
+                ".reshape"
+            )
+            return [f"{name} = {numbers}", f"{name} = {first} + {name}.reshape{rest}"]
         if name in ("q_index", "k_index"):
             letter = name[0]
             start = starts.q if letter == "q" else starts.k
@@ -169,9 +175,10 @@ class _Writer:
         if size == "1":
             return [f"{name} = {operand}[{self.starts.b}]"]
         if self.starts.b == "0":
-            return [f"{name} = {operand}{reshape(shape)}"]
-        call = ["lax.dynamic_slice", operand, f"({self.starts.b},)", f"({size},)"]
-        return _call(name, call, reshape(shape), self.width)
+            part = [operand]
+        else:
+            part = ["lax.dynamic_slice", operand, f"({self.starts.b},)", f"({size},)"]
+        return _assign(name, [part, [".reshape", *dimensions(shape)]], self.width)
 
     def _range(self, start: str, letters: str, size: str) -> str:
         """start, start + 1, … along some axes of the tile."""
@@ -186,7 +193,7 @@ class _Writer:
             after = len(self.at.letters) - self.at.letters.index(present[0]) - 1
             numbers += f"[:{', None' * after}]" if after else ""
         else:
-            numbers += reshape(shape)
+            numbers += f".reshape({', '.join(dimensions(shape))})"
         return numbers if start == "0" else f"{start} + {numbers}"
 
     # Operands.
@@ -211,19 +218,19 @@ class _Writer:
             begins.append(letter if index.op == "const" else self._begin(letter))
             sizes.append("1" if index.op == "const" else self._size(letter))
         if set(begins) == {"0"} and self._is_whole(node):
-            text = [node.value.name]
+            calls = [[node.value.name]]
         else:
-            text = ["lax.dynamic_slice", node.value.name, _tuple(begins), _tuple(sizes)]
+            arguments = [node.value.name, _tuple(begins), _tuple(sizes)]
+            calls = [["lax.dynamic_slice", *arguments]]
         ordered = sorted(used, key="bhqk".index)
-        tail = ""
         if used != ordered:
             fixed = [i for i, index in enumerate(node.args) if index.op != "var"]
             moved = [i for i, index in enumerate(node.args) if index.op == "var"]
             moved.sort(key=lambda i: "bhqk".index(str(node.args[i].value)))
-            tail = f".transpose{_tuple([str(i) for i in fixed + moved])}"
+            calls.append([".transpose", *(str(i) for i in fixed + moved)])
         target = "".join({"h": "gr"}.get(a, a) for a in ordered)
-        tail += f"{reshape(self.at.spread(target))}"
-        lines += _call(name, text, tail, self.width)
+        calls.append([".reshape", *dimensions(self.at.spread(target))])
+        lines += _assign(name, calls, self.width)
 
     def _begin(self, letter: str) -> str:
         starts = self.starts
@@ -281,8 +288,11 @@ class _Writer:
             if safe
             else ['mode="fill"', "fill_value=jnp.nan"]
         )
-        read = f"{node.value.name}.at[{', '.join(index)}].get"
-        lines += _call(name, [read, *how], "", self.width)
+        at = ", ".join(index)
+        if len(name) + len(node.value.name) + len(at) + 13 > self.width:
+            lines.append(f"indices_{self.gathers} = ({at})")
+            at = f"indices_{self.gathers}"
+        lines += _assign(name, [[f"{node.value.name}.at[{at}].get", *how]], self.width)
         self.gathered[node] = name
 
     def _load(self, node: Expr, float_dtype: str) -> str:
@@ -314,15 +324,29 @@ def _tuple(items: list[str]) -> str:
     return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
 
 
-def _call(name: str, call: list[str], tail: str, width: int) -> list[str]:
-    """name = function(arguments) + tail, on as many lines as it needs."""
+def _assign(name: str, calls: list[list[str]], width: int) -> list[str]:
+    """name = function(arguments).method(…)…, in as many statements as it needs.
+
+    Each call is its function or method, then its arguments.
+    """
+    line = f"{name} = {''.join(_invoked(c) for c in calls)}"
+    if len(line) <= width:
+        return [line]
+    first, *methods = calls
+    lines = _statement(name, "", first, width)
+    for method in methods:
+        lines += _statement(name, name, method, width)
+    return lines
+
+
+def _statement(name: str, receiver: str, call: list[str], width: int) -> list[str]:
     function, *arguments = call
-    inner = f"({', '.join(arguments)})" if arguments else ""
-    line = f"{name} = {function}{inner}"
-    if len(line + tail) <= width:
-        return [line + tail]
-    if arguments and len(line) > width:
-        lines = [f"{name} = {function}(", *(f"    {a}," for a in arguments), ")"]
-    else:
-        lines = [line]
-    return lines + ([f"{name} = {name}{tail}"] if tail else [])
+    line = f"{name} = {receiver}{_invoked(call)}"
+    if len(line) <= width or not arguments:
+        return [line]
+    return [f"{name} = {receiver}{function}(", *(f"    {a}," for a in arguments), ")"]
+
+
+def _invoked(call: list[str]) -> str:
+    function, *arguments = call
+    return f"{function}({', '.join(arguments)})" if arguments else function
