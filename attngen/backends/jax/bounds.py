@@ -163,11 +163,12 @@ class Limits:
         return (text, level)
 
     def _index(self, limit: Expr) -> tuple[str, int]:
-        if limit.op != "const":
-            self._define()
+        if limit.op == "const":
+            return (str(max(0, int(limit.value) - self.spec.kv_offset)), 1)  # type: ignore[arg-type]
+        self._define()
         text = self.printer.text(limit)
         level = 1 if tightness(limit) == POSTFIX else 0
-        if len(text) > 30 and limit.op != "const":  # a step of its own
+        if len(text) > 30:  # a step of its own
             self.count += 1
             text, level = f"limit_{self.count}", 1
             self.lines += self.printer.lines(text, limit, width=76)
@@ -192,7 +193,11 @@ class Limits:
     ) -> str:
         if limit is None:
             return otherwise
-        if isinstance(limit, Expr) and self._range(limit)[0] < 0:
+        if (
+            isinstance(limit, Expr)
+            and limit.op != "const"
+            and self._range(limit)[0] < 0
+        ):
             limit = (f"jnp.maximum({self._index(limit)[0]}, 0)", 1)
         self.lines.append(f"{name} = {self.text(limit, up=up)}")
         return name
