@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -9,7 +10,7 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attngen import files
 from attngen.backends import Backend
@@ -20,6 +21,9 @@ from attngen.plans import Option, Plan
 from attngen.spec import AttentionSpec
 from attngen.units import show_bytes, show_count
 from attngen.version import __version__
+
+if TYPE_CHECKING:
+    import jinja2
 
 WIDTH = 88
 
@@ -58,25 +62,29 @@ class Source:
 
 def emit(plan: Plan, backend: Backend) -> Source:
     """Spell the plan out as text."""
+    name, context = backend.template(plan)
+    template = _environment(backend.templates).get_template(name)
+    text = template.render(header=header(plan, backend), **context)
+    try:
+        compile(text, name, "exec", dont_inherit=True, flags=0)
+    except SyntaxError as error:
+        raise InternalError(f"{name} made a file that isn't Python: {error}") from error
+    return Source(text, backend.name, backend.requires)
+
+
+@functools.cache
+def _environment(folder: Path) -> jinja2.Environment:
+    """Of a folder's templates, each compiled once: that costs more than to fill it in."""
     import jinja2
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(backend.templates),
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
         autoescape=False,
     )
-    name, context = backend.template(plan)
-    text = environment.get_template(name).render(
-        header=header(plan, backend), **context
-    )
-    try:
-        compile(text, name, "exec", dont_inherit=True, flags=0)
-    except SyntaxError as error:
-        raise InternalError(f"{name} made a file that isn't Python: {error}") from error
-    return Source(text, backend.name, backend.requires)
 
 
 def header(plan: Plan, backend: Backend) -> str:

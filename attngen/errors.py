@@ -102,7 +102,8 @@ class FileError(AttngenError, OSError):
 
 
 # What code that isn't attngen's own (an edited file, say) raises where it is wrong.
-FAULTS: tuple[type[Exception], ...] = (
+FAULTS: tuple[type[BaseException], ...] = (
+    SystemExit,
     ArithmeticError,
     AssertionError,
     AttributeError,

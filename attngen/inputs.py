@@ -48,7 +48,7 @@ def _operand(spec: AttentionSpec, operand: Operand, generator: Any) -> Array:
     if operand.name in ("kv_lengths", "q_lengths"):
         most = spec.kv_len if operand.name == "kv_lengths" else spec.q_len
         counts = generator.integers(0, most + 1, shape)
-        counts[: min(2, len(counts))] = [most, most // 3][: len(counts)]
+        counts[:2] = [most, most // 3] if len(counts) > 1 else [most - most // 3]
         return np.asarray(counts, np.int32)
     if operand.name == "q_offset":
         most = max(spec.kv_len - spec.q_len, 1)

@@ -18,7 +18,8 @@ from attngen.operands import Operand
 from attngen.spec import AttentionSpec
 
 Interval = tuple[float, float]
-INT_LIMITS = {"int32": 2**30, "int64": 2**62}
+# one less than a power: the difference of two stays within their dtype
+INT_LIMITS = {"int32": 2**30 - 1, "int64": 2**62 - 1}
 EVERYTHING: Interval = (-math.inf, math.inf)
 SCORES: Interval = (-1e30, 1e30)  # where q·k is taken to lie
 

@@ -186,7 +186,8 @@ def shrink(
     batches = _fewer(spec.batch, int(choice.get("batch_chunk", 1)))
     heads = _fewer(spec.kv_heads, int(choice.get("head_chunk", 1)))
     offset = spec.q_offset
-    if isinstance(offset, int):  # as far from the last key as it was
+    if isinstance(offset, int) and not 0 <= offset < length:
+        # as far from the last key as it was
         offset += (length - spec.kv_len) - (q_length - spec.q_len)
     sizes: dict[str, Any] = {
         "batch": batches[0],

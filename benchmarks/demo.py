@@ -84,7 +84,7 @@ def show(console: Console, name: str) -> None:
     path = kernel.source.write(FOLDER / f"{name.replace('-', '_')}.py")
     console.print(kernel.plan.explain(), highlight=False, markup=False)
     with console.status("timing standard attention in its own process …"):
-        other = measure(spec, 2, exported=str(export(spec, FOLDER)))
+        other = measure(spec, 1, exported=str(export(spec, FOLDER)))
     with console.status("timing the emitted file in its own process …"):
         own = measure(spec, 5, source=str(path.resolve()))
     (FOLDER / "standard.stablehlo").unlink()

@@ -157,10 +157,18 @@ class Limits:
             return (length, 1) if self.spec.kv_lengths else None
         text, level = self._index(limit)
         if self.spec.kv_lengths:
-            return (f"jnp.minimum({text}, {length})", 1)
+            return self._step(f"jnp.minimum({text}, {length})")
         if self._range(limit)[1] > self.spec.kv_len:
             return (f"jnp.minimum({text}, S)", 1)
         return (text, level)
+
+    def _step(self, text: str) -> tuple[str, int]:
+        """A call as it is, or by the name of a step where it is long."""
+        if len(text) > 38:
+            self.count += 1
+            self.lines.append(f"limit_{self.count} = {text}")
+            text = f"limit_{self.count}"
+        return (text, 1)
 
     def _index(self, limit: Expr) -> tuple[str, int]:
         if limit.op == "const":

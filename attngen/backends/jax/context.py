@@ -9,6 +9,7 @@ from attngen.backends.jax.tile import Starts, Tile, heads, order, tile
 from attngen.backends.jax.tile_code import TileCode, tile_code
 from attngen.plans import Plan
 from attngen.spec import AttentionSpec
+from attngen.spec_checks import position_variables
 
 
 def context(plan: Plan) -> dict[str, Any]:
@@ -94,7 +95,9 @@ def _arrays(plan: Plan, at: Tile) -> dict[str, Any]:
         "x64": "float64" in (spec.dtype, spec.out_dtype_name)
         or plan.index_dtype == "int64",
         "q_offset": spec.q_offset if spec.static_q_offset is None else None,
-        "offset_from_lengths": spec.q_offset == "bottom_right" and spec.kv_lengths,
+        "offset_from_lengths": spec.q_offset == "bottom_right"
+        and spec.kv_lengths
+        and any("q" in position_variables(e) for e in spec.expressions),
     }
 
 

@@ -14,7 +14,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
 _CALLS = re.compile(r"calls=%?([\w.\-]+)")
 _RESULT = re.compile(r"^\s+(ROOT )?%?[\w.\-]+ = (\w+)\[([\d,]*)\]\S* ([\w\-]+)\(")
 _FREE = ("parameter", "constant", "bitcast", "broadcast", "iota", "get-tuple-element")
-_BITS = re.compile(r"(?:pred|[a-z]+?)(\d+)?\w*")
+_BITS = re.compile(r"[a-z]+(\d+)?\w*")
 
 
 def scratch_bytes(hlo: str) -> int:
