@@ -86,7 +86,7 @@ def run(
             "path": _search_path(),
         }
         (folder / "job").write_bytes(msgspec.json.encode(whole))
-        command = [sys.executable, "-m", "attngen.child", "job", "result"]
+        command = [sys.executable, "-u", "-m", "attngen.child", "job", "result"]
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(
                 command,
