@@ -223,7 +223,8 @@ Limits = tuple[int, int, int, int]
 def key_limits(spec: AttentionSpec, span: Span, q_start: int, q_chunk: int) -> Limits:
     """low, high, full_low, full_high of one chunk of queries, as key indices.
 
-    Lengths and offsets that come at run time are taken at their largest.
+    Lengths and offsets that come at run time are taken at their largest. low may lie
+    beyond the keys, where the loops end before they begin.
     """
     n, shift = spec.kv_len, spec.kv_offset
     if not span.some:
@@ -234,12 +235,12 @@ def key_limits(spec: AttentionSpec, span: Span, q_start: int, q_chunk: int) -> L
     def at(limit: Expr | None, otherwise: int) -> int:
         if limit is None:
             return otherwise
-        return min(n, max(0, _evaluate(limit, q_lo, q_lo + q_chunk) - shift))
+        return max(0, _evaluate(limit, q_lo, q_lo + q_chunk) - shift)
 
-    low, high = at(span.low, 0), at(span.high, n)
+    low, high = at(span.low, 0), min(n, at(span.high, n))
     if not span.any_full:
         return (low, high, low, low)
-    return (low, high, at(span.full_low, 0), at(span.full_high, n))
+    return (low, high, min(n, at(span.full_low, 0)), min(n, at(span.full_high, n)))
 
 
 SAMPLES = 512

@@ -180,38 +180,58 @@ def shrink(
     beyond the smaller size, say).
     """
     choice = plan.choice
-    reach = largest_constant(spec)
-    length = min(spec.kv_len, max(200, reach + 3 * min(plan.k_chunk, 48) + 7))
-    q_length = min(spec.q_len, length if spec.q_len == spec.kv_len else 131)
+    least = max(200, largest_constant(spec) + 3 * min(plan.k_chunk, 48) + 7)
+    length = min(spec.kv_len, -(-least // 240) * 240)  # 240 has many divisors
+    q_length = min(spec.q_len, 120 if spec.q_len < spec.kv_len else length)
+    if spec.q_len > spec.kv_len:
+        q_length = min(spec.q_len, length + 120)
     batches = _fewer(spec.batch, int(choice.get("batch_chunk", 1)))
     heads = _fewer(spec.kv_heads, int(choice.get("head_chunk", 1)))
-    offset = spec.q_offset
-    if isinstance(offset, int) and not 0 <= offset < length:
-        # as far from the last key as it was
-        offset += (length - spec.kv_len) - (q_length - spec.q_len)
     sizes: dict[str, Any] = {
         "batch": batches[0],
         "kv_heads": heads[0],
         "q_heads": heads[0] * min(spec.repeats, 2),
         "q_len": q_length,
         "kv_len": length,
-        "q_offset": offset,
     }
     try:
-        small = dataclasses.replace(spec, **sizes, memory_budget=None)
+        small = dataclasses.replace(
+            spec, **sizes, **_offsets(spec, q_length, length), memory_budget=None
+        )
     except (OperandError, SpecError):
         return None
-    if plan.algorithm == "dense":
-        choice |= {"q_chunk": q_length, "k_chunk": length}
-    else:
-        chunks = -(-spec.kv_len // plan.k_chunk)
-        most = 48 if choice.get("loop") == "fori" else -(-length // min(chunks, 4))
-        whole = plan.k_chunk == spec.kv_len
-        choice["k_chunk"] = length if whole else min(plan.k_chunk, most, length)
-        choice["q_chunk"] = min(plan.q_chunk, 32, q_length)
+    chunks = -(-spec.kv_len // plan.k_chunk)
+    most = 48 if choice.get("loop") == "fori" else -(-length // min(chunks, 4))
+    choice["k_chunk"] = _chunk(plan.k_chunk, spec.kv_len, length, most)
+    choice["q_chunk"] = _chunk(plan.q_chunk, spec.q_len, q_length, 32)
     if "batch_chunk" in choice:
         choice |= {"batch_chunk": batches[1], "head_chunk": heads[1]}
     return small, choice
+
+
+def _chunk(chunk: int, length: int, small: int, most: int) -> int:
+    """A chunk of the smaller length that is all of it, or divides it, where it did."""
+    if chunk == length:
+        return small
+    divides = length % chunk == 0
+    sizes = range(min(chunk, most, small), 0, -1)
+    return next((n for n in sizes if (small % n == 0) == divides), 1)
+
+
+def _offsets(spec: AttentionSpec, q_length: int, length: int) -> dict[str, Any]:
+    """Offsets for a smaller spec: its queries still begin, or end, where they did."""
+
+    def near(distance: int) -> int:
+        return max(-length // 4, min(distance, length // 4))
+
+    moved: dict[str, Any] = {"kv_offset": near(spec.kv_offset)}
+    if isinstance(spec.q_offset, int):
+        first = spec.q_offset - spec.kv_offset  # of query 0 behind key 0
+        last = first + spec.q_len - spec.kv_len  # of the last query behind the last key
+        ends = abs(last) < abs(first)
+        first = near(last) + length - q_length if ends else near(first)
+        moved["q_offset"] = first + moved["kv_offset"]
+    return moved
 
 
 def _fewer(count: int, chunk: int) -> tuple[int, int]:

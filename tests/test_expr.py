@@ -5,7 +5,7 @@ import math
 import pickle
 
 import pytest
-from brute import evaluate
+from brute import OPERATIONS, evaluate
 from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refused
@@ -427,6 +427,24 @@ def test_a_comparison_of_constants_is_its_answer(op, kind, data):
     x, y = data.draw(values), data.draw(values)
     folded = apply(op, const(x), const(y))
     assert folded == const(evaluate(expr.Expr(op, (const(x), const(y)), "bool"), {}))
+
+
+@given(st.sampled_from(sorted({*expr.ARITHMETIC, "floordiv", "mod"})), st.data())
+def test_arithmetic_of_constants_is_its_number(op, data):
+    values = [data.draw(st.integers(1, 9)) * s for s in (-1, 1)[: ARITY[op]]]
+    assert apply(op, *map(const, values)) == const(OPERATIONS[op](*values))
+
+
+def test_a_divisor_that_is_zero_by_arithmetic_is_refused():
+    zero = apply("sub", const(2), const(2))
+    for op in ("div", "floordiv", "mod"):
+        with refused(ExpressionError):
+            apply(op, var("q"), zero)
+
+
+def test_a_constant_that_is_no_number_is_refused():
+    with refused(ExpressionError):
+        apply("sub", const(math.inf), const(math.inf))
 
 
 def test_constants_are_compared_in_float32():

@@ -1,8 +1,11 @@
 """Printed text computes what its tree says, and is as a formatter leaves it."""
 
+import math
 import subprocess
 import sys
 
+import hypothesis.strategies as st
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,14 +20,14 @@ from attngen.printer import ArrayPrinter
 NAMES = {n: n for n in "bhqks"}
 
 
-def printer(namespace):
-    dtypes = {"float_dtype": "float32", "int_dtype": "int32"}
+def printer(namespace, bits=32):
+    dtypes = {"float_dtype": f"float{bits}", "int_dtype": f"int{bits}"}
     return ArrayPrinter(namespace, NAMES, lambda node: node.value.name, **dtypes)
 
 
 def run(lines, namespace, at):
     scope = {namespace: {"np": np, "jnp": jnp}[namespace]}
-    scope |= {n: scope[namespace].int32(v) for n, v in at.items()}
+    scope |= {n: v if n == "s" else scope[namespace].int32(v) for n, v in at.items()}
     exec("\n".join(lines), scope)
     return scope["seen"]
 
@@ -48,6 +51,46 @@ def test_numpy_text_computes_its_tree(node):
 @given(BOOLS)
 def test_jax_text_computes_its_tree(node):
     agrees(node, "jnp", CORNERS[::17])
+
+
+FLOATS = strategies.expressions("float", score=True, operands=())
+
+
+def agree(node, namespace, corners, width):
+    """In float64, as Python's own floats: equal but for the last places of exp and log."""
+    lines = printer(namespace, 64).lines("seen", node, width=width)
+    for at in corners:
+        got = run(lines, namespace, at | {"s": np.float64(-1.25)})
+        want = evaluate(node, at | {"s": -1.25})
+        assert np.isclose(float(got), want, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=150, deadline=None)
+@given(FLOATS, st.sampled_from([40, 76]))
+def test_numpy_text_computes_floats(node, width):
+    agree(node, "np", CORNERS[::5], width)
+
+
+@settings(max_examples=25, deadline=None)
+@given(FLOATS)
+def test_jax_text_computes_floats(node):
+    with jax.enable_x64(True):
+        agree(node, "jnp", CORNERS[::29], 76)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (-3.4028235e38, "-3.4028235e+38"),  # rounds to float32's least
+        (-3.5e38, "-np.inf"),
+        (math.inf, "np.inf"),
+        (0.1, "0.1"),
+        (-7, "-7"),
+        (2**40, "1099511627776"),
+    ],
+)
+def test_numbers_are_what_the_dtype_holds_of_them(value, text):
+    assert printer("np").text(const(value)) == text
 
 
 @settings(max_examples=200, deadline=None)
