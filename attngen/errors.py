@@ -101,6 +101,14 @@ class FileError(AttngenError, OSError):
     """A file can't be read, written, or isn't what it should be."""
 
 
+class WisdomError(FileError):
+    """A file of records is damaged, of another format, or can't be written."""
+
+
+class TimingError(AttngenError, RuntimeError):
+    """Nothing can be told from times: the clock stands, the machine is too noisy or full."""
+
+
 # What code that isn't attngen's own (an edited file, say) raises where it is wrong.
 FAULTS: tuple[type[BaseException], ...] = (
     SystemExit,

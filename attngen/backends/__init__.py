@@ -57,6 +57,9 @@ class Backend(Protocol):
     def array(self, values: Any, dtype: str) -> Any:
         """A NumPy array as the backend's, in one of the language's dtypes."""
 
+    def block(self, value: Any) -> Any:
+        """What a function returned, when all of it has been computed."""
+
 
 _PACKAGES = {"jax": "attngen.backends.jax"}
 

@@ -87,5 +87,8 @@ class NumpyBackend:
     def array(self, values: Any, dtype: str) -> Any:
         return np.asarray(values, numpy_dtype(dtype))
 
+    def block(self, value: Any) -> Any:
+        return value
+
 
 BACKEND = NumpyBackend()

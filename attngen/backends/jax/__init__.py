@@ -64,5 +64,10 @@ class JaxBackend:
             check_x64(dtype)
         return jnp.asarray(values, dtype)
 
+    def block(self, value: Any) -> Any:
+        import jax
+
+        return jax.block_until_ready(value)
+
 
 BACKEND = JaxBackend()

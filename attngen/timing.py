@@ -1,0 +1,220 @@
+"""The only clock: how long calls take, side by side, and how far that can be trusted.
+
+What a machine does from minute to minute changes by factors, so no two times are compared
+unless they were taken in one round: contenders take turns, each once a round, and what is
+compared is the ratio within each round. A fixed piece of work, the yardstick, is timed in
+every round too: how much its time changes from one round to the next is the machine's noise.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from attngen.errors import TimingError
+from attngen.units import show_time
+
+clock: Callable[[], float] = time.perf_counter  # seconds, from any beginning
+
+FILL_S = 0.010  # a sample of shorter calls is the mean of as many as fill this
+MOST_CALLS = 10_000  # of one sample
+NOISY = 0.2  # of `noise`: neighbouring rounds differ by 20%; said, and more rounds help
+USELESS = 1.0  # neighbouring rounds differ by their own size: nothing can be told
+ENOUGH = 5  # rounds before noise can be told
+
+Call = Callable[[], Any]
+Name = TypeVar("Name", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median with its quartiles.
+
+    low and high are the first and third quartile: half of the values lie between them.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def relative(self) -> float:
+        """The distance of the quartiles, by the median."""
+        return (self.high - self.low) / self.median if self.median else 0.0
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """The median and quartiles of at least one value, interpolated linearly."""
+    ordered = sorted(values)
+
+    def quantile(share: float) -> float:
+        at = share * (len(ordered) - 1)
+        low, high = ordered[math.floor(at)], ordered[math.ceil(at)]
+        return low + (high - low) * (at - math.floor(at))
+
+    return Spread(quantile(0.5), quantile(0.25), quantile(0.75))
+
+
+def ratio(one: Sequence[float], other: Sequence[float]) -> Spread:
+    """How long `one` takes by what `other` takes, round by round; of equally many samples."""
+    return spread(a / b for a, b in zip(one, other, strict=True))
+
+
+def noise(yardsticks: Sequence[float]) -> float:
+    """How much the machine changes from one round to the next, as a share; 0 of too few.
+
+    The distance of the quartiles of the ratios of neighbouring samples. A slow change, of
+    a clock that follows its temperature, say, is no noise: it cancels within each round.
+    """
+    if len(yardsticks) < ENOUGH:
+        return 0.0
+    return ratio(yardsticks[1:], yardsticks[:-1]).relative
+
+
+def check_noise(yardsticks: Sequence[float]) -> None:
+    """Refuse samples that nothing can be told from.
+
+    Raises:
+        TimingError: neighbouring rounds differ by USELESS or more.
+    """
+    if (found := noise(yardsticks)) >= USELESS:
+        raise TimingError(
+            "This machine is too noisy to time anything.",
+            got=f"one and the same work takes {found:.0%} more or less from round to round",
+            needed=f"less than {USELESS:.0%}; below {NOISY:.0%} it is quiet",
+            hint="end what else runs here, and try again",
+        )
+
+
+def sample(call: Call) -> float:
+    """Seconds of one call, which returns only when its work is done.
+
+    Of calls shorter than FILL_S, the mean of as many as fill that.
+
+    Raises:
+        TimingError: the clock doesn't advance.
+    """
+    seconds = _seconds(call, 1)
+    if seconds >= FILL_S:
+        return seconds
+    count = math.ceil(FILL_S / seconds) if seconds > 0 else MOST_CALLS
+    count = min(count, MOST_CALLS)
+    seconds = _seconds(call, count) / count
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise TimingError(
+            "The clock doesn't advance.",
+            got=f"{show_time(seconds)} for {count} calls",
+            needed="a clock that runs forward while work is done",
+            hint="time.perf_counter() must count on this machine",
+        )
+    return seconds
+
+
+def _seconds(call: Call, count: int) -> float:
+    start = clock()
+    for _ in range(count):
+        call()
+    return clock() - start
+
+
+def yardstick() -> Call:
+    """A fixed piece of work, of a few milliseconds: a float32 product of 640 × 640."""
+    import numpy as np
+
+    a = np.linspace(-1, 1, 640 * 640, dtype=np.float32).reshape(640, 640)
+    out = np.empty_like(a)
+    return lambda: np.matmul(a, a, out=out)
+
+
+@dataclass
+class Rounds:
+    """What was timed: seconds of each contender and of the yardstick, a sample a round."""
+
+    samples_s: dict[str, list[float]]
+    yardsticks_s: list[float] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        return len(self.yardsticks_s)
+
+    @property
+    def noise(self) -> float:
+        return noise(self.yardsticks_s)
+
+    def ratio(self, one: str, other: str) -> Spread:
+        """How long `one` takes by what `other` takes, over the rounds."""
+        return ratio(self.samples_s[one], self.samples_s[other])
+
+
+def interleaved(
+    calls: Mapping[str, Call],
+    rounds: int,
+    *,
+    on_sample: Callable[[str, float, float], None] | None = None,
+    on_round: Callable[[Rounds], bool] | None = None,
+    yardstick: Call | None = None,
+    warm_up: bool = True,
+) -> Rounds:
+    """Time calls side by side: each once a round, in an order that rotates.
+
+    Args:
+        calls: the contenders by name; each returns when its work is done.
+        rounds: at most how many.
+        on_sample: told a contender's name, its seconds, and the round's yardstick's.
+        on_round: told all so far after each round; True ends it.
+        yardstick: the fixed work; None: `yardstick()`.
+        warm_up: call each once before, untimed.
+
+    Raises:
+        TimingError: the clock doesn't advance.
+    """
+    fixed = yardstick or globals()["yardstick"]()
+    for call in (fixed, *(calls.values() if warm_up else ())):
+        call()
+    found = Rounds({name: [] for name in calls})
+    names = list(calls)
+    for turn in range(rounds):
+        first = turn % len(names) if names else 0
+        found.yardsticks_s.append(sample(fixed))
+        for name in names[first:] + names[:first]:
+            found.samples_s[name].append(sample(calls[name]))
+            if on_sample is not None:
+                on_sample(name, found.samples_s[name][-1], found.yardsticks_s[-1])
+        if on_round is not None and on_round(found):
+            break
+    return found
+
+
+def standings(seconds: Mapping[Name, Mapping[Hashable, float]]) -> dict[Name, float]:
+    """What each contender takes by what the quickest takes, from rounds that not all ran.
+
+    Median polish (Tukey, Exploratory Data Analysis, 1977) of log seconds: a contender's
+    share and a round's share, each the median of what the other leaves. Rounds are tied
+    to each other by the contenders that they have in common.
+
+    Args:
+        seconds: for each contender its seconds by round; at least one each.
+    """
+    logs = {n: {r: math.log(s) for r, s in rows.items()} for n, rows in seconds.items()}
+    members: dict[Hashable, list[Name]] = {}
+    for name, rows in logs.items():
+        for turn in rows:
+            members.setdefault(turn, []).append(name)
+    own = dict.fromkeys(logs, 0.0)
+    for _ in range(POLISH):
+        shared = {
+            turn: spread(logs[n][turn] - own[n] for n in names).median
+            for turn, names in members.items()
+        }
+        own = {
+            n: spread(x - shared[turn] for turn, x in rows.items()).median
+            for n, rows in logs.items()
+        }
+    least = min(own.values(), default=0.0)
+    return {name: math.exp(x - least) for name, x in own.items()}
+
+
+POLISH = 20  # sweeps: more than it takes to settle
