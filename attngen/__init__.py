@@ -34,6 +34,7 @@ from attngen.version import __version__
 if TYPE_CHECKING:
     from attngen.emitter import Source
     from attngen.kernel import Kernel
+    from attngen.records import Record
 
 __all__ = [
     "AttentionSpec",
@@ -41,6 +42,7 @@ __all__ = [
     "Kernel",
     "Mask",
     "Plan",
+    "Record",
     "Report",
     "Score",
     "Source",
@@ -78,4 +80,8 @@ def __getattr__(name: str) -> Any:
         from attngen.kernel import Kernel
 
         return Kernel
+    if name == "Record":
+        from attngen.records import Record
+
+        return Record
     raise AttributeError(f"module 'attngen' has no attribute {name!r}")

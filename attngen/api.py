@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attngen import backends, files, planner, targets
-from attngen.backends import Backend
+from attngen import backends, building, files, planner, targets
+from attngen.building import stored
 from attngen.calls import Call, InsideTrace, check_trace, spec_fields, split
 from attngen.errors import (
     AttngenError,
     BackendError,
     FileError,
-    NotBuiltError,
-    PlanError,
-    ValidationError,
 )
 from attngen.plans import Option, Plan, check_fix
 from attngen.spec import AttentionSpec
@@ -24,9 +21,9 @@ from attngen.spec import AttentionSpec
 if TYPE_CHECKING:
     from attngen.emitter import Source
     from attngen.kernel import Kernel
+    from attngen.records import Record
     from attngen.reports import Certificate, Report
 
-EFFORTS = ("estimate", "measure", "patient")
 Fix = Mapping[str, Option]
 FixKey = tuple[tuple[str, Option], ...]
 
@@ -61,11 +58,7 @@ def emit(plan: Plan) -> Source:
     Raises:
         PlanError: it was edited, or read from JSON, and isn't legal.
     """
-    from attngen import emitter
-
-    by = backends.get(plan.backend)
-    planner.check(plan, targets.get(plan.target), by)
-    return emitter.emit(plan, by)
+    return building.emit(plan)
 
 
 def build(
@@ -74,15 +67,20 @@ def build(
     backend: str | None = None,
     effort: str = "estimate",
     fix: Fix | None = None,
+    *,
+    on_progress: Callable[[str], None] | None = None,
 ) -> Kernel:
     """Plan, emit, certify, load and validate: a kernel that is right and that fits.
 
-    Goes down the ranked plans until the target's compiler certifies one within the
-    budget, then judges it by the reference.
+    Takes the fastest plan that was timed here before and fits the budget. Where there is
+    none, goes down the ranked plans until the target's compiler certifies one within it.
+    Then judges it by the reference.
 
     Args:
         spec, target, backend, fix: as for `plan`.
-        effort: "estimate"; "measure" and "patient" aren't built yet.
+        effort: "estimate" times nothing; "measure" and "patient" tune first, unless a
+            search of that effort, or a greater one, has been done.
+        on_progress: receives what tuning tries, a line each.
 
     Returns:
         A Kernel: call it with arrays; it has spec, plan, source, report, certificate.
@@ -92,22 +90,25 @@ def build(
         BudgetError: no plan was certified within the budget.
         CompileError: the compiler refused, crashed, or took too long.
         ValidationError: the numbers are further from the reference than the rule allows.
+        TimingError, WisdomError: as `tune`. With "estimate", damaged wisdom is a warning.
     """
-    _check_effort(effort)
-    by = backends.get(backend)
-    ranked = planner.rank(spec, targets.get(target), by, fix)
-    chosen, source, certificate = _first_certified(ranked, by)
+    building.check_effort(effort)
+    by, device = backends.get(backend), targets.get(target)
+    by.refuse(spec)
+    fixed = check_fix(fix)
+    known = building.recall(spec, device, by, effort, fixed)
+    if known is None and effort != "estimate":
+        building.tune(spec, device, by, effort, fixed, say=on_progress)
+        known = building.recall(spec, device, by, effort, fixed)
+    if known is not None:
+        chosen, source = known
+        certificate = building.certify(chosen, source, chosen.target)
+    if known is None or not building.within(certificate, spec):
+        ranked = planner.rank(spec, device, by, fixed)
+        chosen, source, certificate = building.first_certified(ranked, by)
     function = by.load(stored(source))
-    report = _validate(chosen, by, function)
-    if not report.passed:
-        raise ValidationError(
-            "The emitted kernel doesn't compute its spec.",
-            got=str(report),
-            needed="at most twice the plain implementation's error, plus two units in the "
-            "last place",
-            hint="this is a fault in attngen: please report it with spec.to_json()",
-        )
-    return _kernel(chosen, source, function, report, certificate)
+    report = building.passed(chosen, by, function)
+    return building.kernel(chosen, source, function, report, certificate)
 
 
 def validate(kernel: Kernel | Source | str | Path, *, seed: int = 0) -> Report:
@@ -124,12 +125,12 @@ def validate(kernel: Kernel | Source | str | Path, *, seed: int = 0) -> Report:
 
     if isinstance(kernel, Kernel):
         by = backends.get(kernel.plan.backend)
-        return _validate(kernel.plan, by, kernel.function, seed)
+        return building.validate(kernel.plan, by, kernel.function, seed)
     path = stored(kernel) if isinstance(kernel, Source) else Path(kernel)
     made = plan_of(path)
     by = backends.get(made.backend)
     edited = emit(made).text != files.read(path)
-    return _validate(made, by, by.load(path), seed, rebuild=not edited)
+    return building.validate(made, by, by.load(path), seed, rebuild=not edited)
 
 
 def plan_of(path: Path) -> Plan:
@@ -170,7 +171,9 @@ def certify(f: Any, *shapes: Any, target: str | None = None) -> Certificate:
     if isinstance(f, Kernel | Plan):
         chosen = f.plan if isinstance(f, Kernel) else f
         source = f.source if isinstance(f, Kernel) else emit(f)
-        return _certify(chosen, source, targets.get(target or chosen.target).name)
+        return building.certify(
+            chosen, source, targets.get(target or chosen.target).name
+        )
     from attngen.backends.jax import exporting
 
     return exporting.certify(f, shapes, targets.get(target).name)
@@ -181,148 +184,59 @@ def tune(
     target: str | None = None,
     backend: str | None = None,
     effort: str = "measure",
-) -> Any:
-    """Search over plans by measuring them. Not built yet.
+    *,
+    seconds: float | None = None,
+    fix: Fix | None = None,
+    on_progress: Callable[[str], None] | None = None,
+) -> Record:
+    """Time plans side by side on this device; what is found is kept as wisdom.
+
+    `build` uses it from then on, whatever its effort, without timing anything. Tuning
+    again adds samples. An interrupt loses nothing that was finished. A larger budget is
+    worth a tuning of its own: only plans within the spec's are timed.
+
+    Args:
+        spec, target, backend, fix: as for `plan`.
+        effort: "measure" tries the model's best 8 plans, "patient" its best 48.
+        seconds: about how long it may take; None: 60 for measure, 900 for patient.
+        on_progress: receives what is being tried, a line each.
 
     Raises:
-        NotBuiltError: always.
+        As `plan`, and
+        PlanError: seconds isn't a positive number, or effort is neither.
+        TimingError: nothing could be timed, or the machine is too noisy to tell.
+        WisdomError: the wisdom file is damaged, or can't be written.
     """
-    raise NotBuiltError(
-        "tune isn't built yet.",
-        got=f"effort={effort!r}",
-        needed="build(spec), which takes the model's best plan that is certified",
-        hint="time a few plans yourself: build(spec, fix={'q_chunk': 512, 'k_chunk': 512})",
-    )
-
-
-# The steps that several of the above share.
-
-
-def _first_certified(
-    ranked: tuple[Plan, ...], by: Backend
-) -> tuple[Plan, Source, Certificate]:
-    """The first plan down the ranking whose certificate is within the budget."""
-    least: tuple[Plan, int] | None = None
-    for candidate in _tried(ranked):
-        source = emit(candidate)
-        certificate = _certify(candidate, source, candidate.target)
-        budget, need = candidate.spec.budget_bytes, certificate.temp_bytes
-        if budget is None or need is None or need <= budget:
-            return candidate, source, certificate
-        if least is None or need < least[1]:
-            least = (candidate, need)
-    assert least is not None
-    spec = least[0].spec
-    raise planner.no_fit(spec, targets.get(least[0].target), by, certified=least)
-
-
-TRIES = 8
-
-
-def _tried(ranked: tuple[Plan, ...]) -> list[Plan]:
-    """The fastest few, then ever smaller ones: each with a quarter less memory."""
-    tried = list(ranked[: TRIES // 2])
-    for candidate in ranked[TRIES // 2 :]:
-        if candidate.temp_bytes <= 0.75 * min(p.temp_bytes for p in tried):
-            tried.append(candidate)
-        if len(tried) == TRIES:
-            break
-    smallest = min(ranked, key=lambda p: p.temp_bytes)
-    return tried if smallest in tried else [*tried, smallest]
-
-
-def _certify(chosen: Plan, source: Source, target: str) -> Certificate:
-    from attngen import certifier
-
-    spec = chosen.spec
-    names = ("q", "k", "v", *(o.name for o in spec.operands))
-    return certifier.certify(
-        backends.get(chosen.backend).compiler,
-        target,
-        shapes=[(n, spec.shape_of(n), spec.dtype_of(n)) for n in names],
-        source=source.text,
-        digest=source.digest,
-        x64=needs_x64(chosen),
-    )
-
-
-def needs_x64(chosen: Plan) -> bool:
-    """Whether a plan computes with 64-bit numbers."""
-    spec = chosen.spec
-    used = (spec.dtype, spec.out_dtype_name, *(o.dtype for o in spec.operands))
-    return chosen.index_dtype == "int64" or bool({"float64", "int64"} & set(used))
-
-
-def stored(source: Source) -> Path:
-    """The source as a file in the cache: what is loaded is what was emitted."""
-    path = files.cache_folder() / "kernels" / f"{source.digest}.py"
-    if not path.exists() or path.read_bytes() != source.text.encode():
-        source.write(path)
-    return path
-
-
-def _validate(
-    chosen: Plan, by: Backend, function: Any, seed: int = 0, rebuild: bool = True
-) -> Report:
-    from attngen import validator
-
-    def small(spec: AttentionSpec, choice: Fix) -> Any:
-        return by.load(stored(emit(plan(spec, chosen.target, chosen.backend, choice))))
-
-    return validator.validate(
-        chosen.spec,
-        chosen,
-        function,
-        to_array=by.array,
-        rebuild=small if rebuild else None,
-        seed=seed,
-    )
-
-
-def _kernel(
-    chosen: Plan,
-    source: Source,
-    function: Any,
-    report: Report | None,
-    certificate: Certificate | None,
-) -> Kernel:
-    from attngen.kernel import Kernel
-
-    return Kernel(chosen.spec, chosen, source, report, certificate, function)
-
-
-def _check_effort(effort: str) -> None:
-    if effort not in EFFORTS:
-        raise PlanError(
-            f"There is no effort {effort!r}.",
-            got=f"effort={effort!r}",
-            needed="one of " + ", ".join(EFFORTS),
-        )
-    if effort != "estimate":
-        raise NotBuiltError(
-            f"effort={effort!r} isn't built yet.",
-            got=f"effort={effort!r}",
-            needed='effort="estimate"',
-        )
+    building.check_effort(effort, timed=True)
+    by, device = backends.get(backend), targets.get(target)
+    fixed = check_fix(fix)
+    return building.tune(spec, device, by, effort, fixed, seconds, on_progress)
 
 
 # attention(): a spec from the arrays, and kernels kept by spec.
 
 
 @functools.lru_cache(maxsize=1024)
-def _kernel_of(call: Call, traced: bool, target: str | None, fix: FixKey) -> Kernel:
+def _kernel_of(
+    call: Call, traced: bool, target: str | None, effort: str, fix: FixKey
+) -> Kernel:
     """The kernel of a call, built once.
 
-    Inside a trace it is planned and emitted only: nothing is compiled or validated.
+    Inside a trace it is planned and emitted only, or recalled: nothing is compiled,
+    validated or timed.
     """
     spec = AttentionSpec(**spec_fields(call))
     if not traced:
         check_trace()
-        return build(spec, target, "jax", fix=dict(fix))
-    chosen = plan(spec, target, "jax", dict(fix))
-    source = emit(chosen)
-    function = backends.get("jax").load(stored(source))
-    return _kernel(chosen, source, function, None, None)
+        return build(spec, target, "jax", effort, fix=dict(fix))
+    by, device = backends.get("jax"), targets.get(target)
+    by.refuse(spec)
+    known = building.recall(spec, device, by, "estimate", dict(fix))
+    if known is None:
+        chosen = plan(spec, target, "jax", dict(fix))
+        known = chosen, emit(chosen)
+    function = by.load(stored(known[1]))
+    return building.kernel(*known, function, None, None)
 
 
 def attention(
@@ -339,7 +253,7 @@ def attention(
     """Attention of JAX arrays: the spec from their shapes, the kernel built once.
 
     Outside a trace the first call with a new spec builds (certifies and validates);
-    inside `jax.jit` it plans and emits only. Gradients are JAX's own: right where it can
+    inside `jax.jit` it plans, or recalls what was timed, and emits only. Gradients are JAX's own: right where it can
     differentiate the loops (not where bounds come from the data or the mask), and outside
     the memory budget.
 
@@ -358,11 +272,11 @@ def attention(
     """
     if backend not in (None, "jax"):
         raise BackendError("attention() takes JAX arrays.", got=backend, needed="jax")
-    _check_effort(effort)
+    building.check_effort(effort)
     call, operands, traced = split(q, k, v, options)
     fixed = tuple(sorted(check_fix(fix).items())) if fix else ()
     try:
-        kernel = _kernel_of(call, traced, target, fixed)
+        kernel = _kernel_of(call, traced, target, effort, fixed)
     except InsideTrace:
-        kernel = _kernel_of(call, True, target, fixed)
+        kernel = _kernel_of(call, True, target, effort, fixed)
     return kernel(q, k, v, **operands)

@@ -7,14 +7,22 @@ Results go to stdout, everything else to stderr. Exit code 0: done; 1: the check
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
-from attngen.cli_spec import read_fix, read_spec, spec_options
-from attngen.errors import AttngenError, FileError, NotBuiltError, ValidationError
+from attngen.cli_output import print_json, progress, shown, status, table
+from attngen.cli_spec import plan_options, read_fix, read_spec
+from attngen.cli_tune import tune
+from attngen.cli_wisdom import wisdom
+from attngen.errors import (
+    AttngenError,
+    FileError,
+    NotBuiltError,
+    TimingError,
+    ValidationError,
+)
 from attngen.version import __version__
 
 CHECK_FAILED, WRONG_REQUEST = 1, 2
@@ -36,42 +44,15 @@ class Group(click.Group):
 
 def _fail(error: AttngenError, *, as_json: bool) -> NoReturn:
     if as_json:
-        _print_json(error.to_dict(), err=True)
+        print_json(error.to_dict(), err=True)
     else:
         from rich.console import Console
 
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
         console.print(str(error), markup=False)
-    sys.exit(CHECK_FAILED if isinstance(error, ValidationError) else WRONG_REQUEST)
-
-
-def _print_json(value: Any, *, err: bool = False) -> None:
-    import json
-
-    import msgspec
-
-    try:
-        text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
-    except UnicodeEncodeError:  # a file's name that isn't UTF-8: escaped
-        text = json.dumps(value, indent=2)
-    click.echo(text, err=err)
-
-
-def _shown(name: str) -> str:
-    """A file's name as UTF-8, which it need not be."""
-    return name.encode(errors="backslashreplace").decode()
-
-
-def _status(text: str) -> Any:
-    """A spinner on stderr while something slow runs; a plain line where that's no terminal."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        click.echo(text, err=True)
-    return console.status(Text(text))
+    failed = isinstance(error, ValidationError | TimingError)
+    sys.exit(CHECK_FAILED if failed else WRONG_REQUEST)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -82,27 +63,6 @@ def main() -> None:
     Say what attention you want (a preset, a TOML or JSON spec), on which target, within
     how many bytes; get readable source that is proven to compute it and proven to fit.
     """
-
-
-def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The spec, where it runs, and what the user decides."""
-    for option in reversed(
-        [
-            click.option(
-                "--target", help="Where: see `attngen targets`. Default: cpu."
-            ),
-            click.option("--backend", help="In what language. Default: jax."),
-            click.option(
-                "--fix",
-                multiple=True,
-                metavar="NAME=VALUE",
-                help="A choice that you make, e.g. q_chunk=512. Repeatable.",
-            ),
-            click.option("--json", "as_json", is_flag=True, help="Print JSON."),
-        ]
-    ):
-        command = option(command)
-    return spec_options(command)
 
 
 @main.command()
@@ -118,7 +78,7 @@ def plan(
     from attngen import api
 
     made = api.plan(read_spec(given), target, backend, read_fix(fix))
-    _print_json(made.to_dict()) if as_json else click.echo(made.explain())
+    print_json(made.to_dict()) if as_json else click.echo(made.explain())
 
 
 @main.command()
@@ -158,7 +118,7 @@ def emit(
         source.write(output)
         click.echo(f"wrote {output}", err=True)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "text": source.text,
                 "digest": source.digest,
@@ -183,10 +143,10 @@ def _check_emitted(paths: list[Path], as_json: bool) -> None:
     for path in found:
         results[str(path)] = api.emit(api.plan_of(path)).text == files.read(path)
     if as_json:
-        _print_json({"same": all(results.values()), "files": results})
+        print_json({"same": all(results.values()), "files": results})
     else:
         for name, same in results.items():
-            click.echo(f"{'same' if same else 'DIFFERS':<8} {_shown(name)}")
+            click.echo(f"{'same' if same else 'DIFFERS':<8} {shown(name)}")
     if not all(results.values()):
         sys.exit(CHECK_FAILED)
 
@@ -210,8 +170,10 @@ def build(
     from attngen import api, files
 
     spec = read_spec(given)
-    with _status("certifying and validating …"):
-        kernel = api.build(spec, target, backend, effort, read_fix(fix))
+    with status("certifying and validating …"):
+        kernel = api.build(
+            spec, target, backend, effort, read_fix(fix), on_progress=progress
+        )
     assert kernel.report is not None
     assert kernel.certificate is not None
     if output is not None:
@@ -220,7 +182,7 @@ def build(
         files.write(beside, kernel.certificate.to_json() + "\n")
         click.echo(f"wrote {output} and {beside}", err=True)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "plan": kernel.plan.to_dict(),
                 "report": kernel.report.to_dict(),
@@ -245,13 +207,13 @@ def validate(files: tuple[Path, ...], seed: int, as_json: bool) -> None:
 
     reports = {}
     for path in files:
-        with _status(f"validating {path} …"):
+        with status(f"validating {path} …"):
             reports[str(path)] = api.validate(path, seed=seed)
     if as_json:
-        _print_json({name: report.to_dict() for name, report in reports.items()})
+        print_json({name: report.to_dict() for name, report in reports.items()})
     else:
         for name, report in reports.items():
-            click.echo(f"{_shown(name)}: {report}")
+            click.echo(f"{shown(name)}: {report}")
     if not all(r.passed for r in reports.values()):
         sys.exit(CHECK_FAILED)
 
@@ -273,7 +235,7 @@ def certify(
 
     spec = read_spec(given)
     made = api.plan(spec, target, backend, read_fix(fix))
-    with _status("compiling …"):
+    with status("compiling …"):
         certificate = api.certify(made)
     budget = spec.budget_bytes
     fits = (
@@ -282,7 +244,7 @@ def certify(
         or certificate.temp_bytes <= budget
     )
     if as_json:
-        _print_json(certificate.to_dict() | {"fits": fits})
+        print_json(certificate.to_dict() | {"fits": fits})
     else:
         click.echo(f"{certificate}{'' if fits else ': over the budget'}")
     if not fits:
@@ -297,7 +259,7 @@ def targets(as_json: bool) -> None:
 
     listed = [known.get(name) for name in known.names()]
     if as_json:
-        _print_json([t.to_dict() for t in listed])
+        print_json([t.to_dict() for t in listed])
         return
     from attngen.units import show_bytes
 
@@ -311,7 +273,7 @@ def targets(as_json: bool) -> None:
         )
         for t in listed
     ]
-    _table(("target", "what", "cores", "memory", "certified by"), rows)
+    table(("target", "what", "cores", "memory", "certified by"), rows)
     click.echo("planned: " + ", ".join(known.PLANNED), err=True)
 
 
@@ -327,28 +289,18 @@ def presets(name: str | None, as_json: bool) -> None:
         click.echo(spec.to_json() if as_json else spec.to_toml(), nl=as_json)
         return
     if as_json:
-        _print_json(
+        print_json(
             {
                 n: {"spec": known.get(n).to_dict(), "source": known.source(n)}
                 for n in known.names()
             }
         )
         return
-    _table(("preset", "source"), [(n, known.source(n)) for n in known.names()])
+    table(("preset", "source"), [(n, known.source(n)) for n in known.names()])
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*head, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 100
-    console.print(table)
+main.add_command(tune)
+main.add_command(wisdom)
 
 
 def _not_built(name: str, instead: str) -> None:
@@ -363,6 +315,4 @@ def _not_built(name: str, instead: str) -> None:
     command.short_help = "Not built yet."
 
 
-_not_built("tune", "use `attngen build`, which takes the model's best certified plan")
 _not_built("bench", "see benchmarks/ in the repository")
-_not_built("wisdom", "there is none before `tune` is built")

@@ -51,6 +51,27 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The spec, where it runs, and what the user decides."""
+    for option in reversed(
+        [
+            click.option(
+                "--target", help="Where: see `attngen targets`. Default: cpu."
+            ),
+            click.option("--backend", help="In what language. Default: jax."),
+            click.option(
+                "--fix",
+                multiple=True,
+                metavar="NAME=VALUE",
+                help="A choice that you make, e.g. q_chunk=512. Repeatable.",
+            ),
+            click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+        ]
+    ):
+        command = option(command)
+    return spec_options(command)
+
+
 def _name(field: str) -> str:
     return "--" + field.replace("_", "-")
 

@@ -9,6 +9,11 @@ from pathlib import Path
 from attngen.errors import FileError
 
 
+def package() -> Path:
+    """The folder of attngen itself."""
+    return Path(__file__).parent
+
+
 def template_folder() -> Path:
     """Where the templates are: inside an installed package, beside a checkout's."""
     inside = Path(__file__).parent / "templates"

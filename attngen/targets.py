@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import asdict, dataclass
 
@@ -12,12 +13,14 @@ from attngen.errors import NotBuiltError, TargetError
 class Target:
     """A device and its limits.
 
-    memory_bytes is None where it can't be told; cores are those that this process may use.
+    model is what the device calls itself, "unknown" where it doesn't; memory_bytes is None
+    where it can't be told; cores are those that this process may use.
     """
 
     name: str
     architecture: str
     description: str
+    model: str
     memory_bytes: int | None
     cores: int
     backends: tuple[str, ...]
@@ -33,6 +36,7 @@ def _cpu() -> Target:
         name="cpu",
         architecture="cpu",
         description="this machine's processor",
+        model=_processor(),
         memory_bytes=page * pages if page > 0 and pages > 0 else None,
         cores=len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
@@ -40,6 +44,22 @@ def _cpu() -> Target:
         backends=("jax",),
         certifier="XLA:CPU",
     )
+
+
+@functools.cache
+def _processor() -> str:
+    """The processor's model, as the system names it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                name, _, value = line.partition(":")
+                if name.strip() == "model name" and value.strip():
+                    return value.strip()
+    except OSError:
+        pass
+    import platform
+
+    return platform.processor() or platform.machine() or "unknown"
 
 
 BUILT = {"cpu": _cpu}

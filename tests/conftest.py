@@ -1,4 +1,4 @@
-"""What every test gets: a cache folder of its own, never the user's."""
+"""What every test gets: folders of its own for cache and wisdom, never the user's."""
 
 import os
 
@@ -15,6 +15,8 @@ def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATTNGEN_CACHE", str(folder))
+        patch.setenv("ATTNGEN_WISDOM", str(folder / "wisdom"))
+        patch.delenv("ATTNGEN_WISDOM_PATH", raising=False)
         yield folder
 
 
@@ -23,7 +25,8 @@ def process_environment():
     """Of a process that a test starts: this one's, without what a shell may have set."""
     dropped = ("JAX_", "XLA_", "ATTNGEN_", "COLUMNS")
     kept = {n: v for n, v in os.environ.items() if not n.startswith(dropped)}
-    return kept | {"ATTNGEN_CACHE": os.environ["ATTNGEN_CACHE"]}
+    own = ("ATTNGEN_CACHE", "ATTNGEN_WISDOM")
+    return kept | {n: os.environ[n] for n in own}
 
 
 @pytest.fixture

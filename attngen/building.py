@@ -1,0 +1,382 @@
+"""The steps that `attngen.api` joins: certify, load, validate, tune, and recall."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from attngen import backends, files, planner, targets
+from attngen.backends import Backend
+from attngen.errors import (
+    AttngenError,
+    PlanError,
+    TimingError,
+    ValidationError,
+    WisdomError,
+)
+from attngen.plans import Option, Plan
+from attngen.records import EFFORTS, Candidate, Key, Record
+from attngen.spec import AttentionSpec
+from attngen.targets import Target
+from attngen.version import __version__
+
+if TYPE_CHECKING:
+    from attngen.emitter import Source
+    from attngen.kernel import Kernel
+    from attngen.reports import Certificate, Report
+    from attngen.tuner import Prepared
+
+Fix = Mapping[str, Option]
+
+
+def check_effort(effort: str, *, timed: bool = False) -> None:
+    """Refuse an unknown effort; with `timed`, one that times nothing too.
+
+    Raises:
+        PlanError: as it says.
+    """
+    known = EFFORTS[1:] if timed else EFFORTS
+    if effort not in known:
+        raise PlanError(
+            f"There is no effort {effort!r}"
+            + (" to tune with." if effort in EFFORTS else "."),
+            got=f"effort={effort!r}",
+            needed="one of " + ", ".join(known),
+        )
+
+
+# Plan → source → certificate → function → report.
+
+
+def emit(plan: Plan) -> Source:
+    """See `attngen.emit`."""
+    from attngen import emitter
+
+    by = backends.get(plan.backend)
+    planner.check(plan, targets.get(plan.target), by)
+    return emitter.emit(plan, by)
+
+
+def first_certified(
+    ranked: tuple[Plan, ...], by: Backend
+) -> tuple[Plan, Source, Certificate]:
+    """The first plan down the ranking whose certificate is within the budget.
+
+    Raises:
+        BudgetError: none was.
+    """
+    least: tuple[Plan, int] | None = None
+    for candidate in _tried(ranked):
+        source = emit(candidate)
+        certificate = certify(candidate, source, candidate.target)
+        if within(certificate, candidate.spec):
+            return candidate, source, certificate
+        need = certificate.temp_bytes
+        assert need is not None
+        if least is None or need < least[1]:
+            least = (candidate, need)
+    assert least is not None
+    spec = least[0].spec
+    raise planner.no_fit(spec, targets.get(least[0].target), by, certified=least)
+
+
+def within(certificate: Certificate, spec: AttentionSpec) -> bool:
+    """Whether what is known of the bytes is within the spec's budget."""
+    budget, need = spec.budget_bytes, certificate.temp_bytes
+    return budget is None or need is None or need <= budget
+
+
+TRIES = 8
+
+
+def _tried(ranked: tuple[Plan, ...]) -> list[Plan]:
+    """The fastest few, then ever smaller ones: each with a quarter less memory."""
+    tried = list(ranked[: TRIES // 2])
+    for candidate in ranked[TRIES // 2 :]:
+        if candidate.temp_bytes <= 0.75 * min(p.temp_bytes for p in tried):
+            tried.append(candidate)
+        if len(tried) == TRIES:
+            break
+    smallest = min(ranked, key=lambda p: p.temp_bytes)
+    return tried if smallest in tried else [*tried, smallest]
+
+
+def certify(chosen: Plan, source: Source, target: str) -> Certificate:
+    """What the compiler of a target says of a plan's source."""
+    from attngen import certifier
+
+    spec = chosen.spec
+    names = ("q", "k", "v", *(o.name for o in spec.operands))
+    return certifier.certify(
+        backends.get(chosen.backend).compiler,
+        target,
+        shapes=[(n, spec.shape_of(n), spec.dtype_of(n)) for n in names],
+        source=source.text,
+        digest=source.digest,
+        x64=needs_x64(chosen),
+    )
+
+
+def needs_x64(chosen: Plan) -> bool:
+    """Whether a plan computes with 64-bit numbers."""
+    spec = chosen.spec
+    used = (spec.dtype, spec.out_dtype_name, *(o.dtype for o in spec.operands))
+    return chosen.index_dtype == "int64" or bool({"float64", "int64"} & set(used))
+
+
+def stored(source: Source) -> Path:
+    """The source as a file in the cache: what is loaded is what was emitted."""
+    path = files.cache_folder() / "kernels" / f"{source.digest}.py"
+    if not path.exists() or path.read_bytes() != source.text.encode():
+        source.write(path)
+    return path
+
+
+def validate(
+    chosen: Plan, by: Backend, function: Any, seed: int = 0, rebuild: bool = True
+) -> Report:
+    """A function judged by the reference."""
+    from attngen import validator
+
+    def small(spec: AttentionSpec, choice: Fix) -> Any:
+        target = targets.get(chosen.target)
+        return by.load(stored(emit(planner.rank(spec, target, by, choice)[0])))
+
+    return validator.validate(
+        chosen.spec,
+        chosen,
+        function,
+        to_array=by.array,
+        rebuild=small if rebuild else None,
+        seed=seed,
+    )
+
+
+def passed(chosen: Plan, by: Backend, function: Any) -> Report:
+    """The report of a kernel that attngen made.
+
+    Raises:
+        ValidationError: its numbers are further from the reference than the rule allows.
+    """
+    report = validate(chosen, by, function)
+    if not report.passed:
+        raise ValidationError(
+            "The emitted kernel doesn't compute its spec.",
+            got=str(report),
+            needed="at most twice the plain implementation's error, plus two units in the "
+            "last place",
+            hint="this is a fault in attngen: please report it with spec.to_json()",
+        )
+    return report
+
+
+def kernel(
+    chosen: Plan,
+    source: Source,
+    function: Any,
+    report: Report | None,
+    certificate: Certificate | None,
+) -> Kernel:
+    from attngen.kernel import Kernel
+
+    return Kernel(chosen.spec, chosen, source, report, certificate, function)
+
+
+# Wisdom: what was timed before.
+
+
+def key_of(spec: AttentionSpec, target: Target, by: Backend) -> Key:
+    """What a time of the spec holds for, here and now."""
+    plain = msgspec.json.decode(spec.to_json())
+    plain.pop("memory_budget")
+    return Key(
+        spec=plain,
+        target=target.name,
+        device=target.model,
+        cores=target.cores,
+        backend=by.name,
+        versions=_versions(tuple(by.requires)),
+    )
+
+
+@functools.cache
+def _versions(requires: tuple[str, ...]) -> dict[str, str]:
+    names = [re.split(r"[^\w.-]", r.strip(), maxsplit=1)[0] for r in requires]
+    if "jax" in names:
+        names.append("jaxlib")
+    found = {"attngen": __version__}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def neutral(spec: AttentionSpec, target: Target, by: Backend, choice: Fix) -> Plan:
+    """The plan of a full choice, of the spec without its budget: what records are of."""
+    free = dataclasses.replace(spec, memory_budget=None)
+    return dataclasses.replace(planner.rank(free, target, by, choice)[0], fixed=())
+
+
+def recall(
+    spec: AttentionSpec, target: Target, by: Backend, effort: str, fix: Fix
+) -> tuple[Plan, Source] | None:
+    """The fastest recorded plan that fits, and that is still emitted as it was recorded.
+
+    None where no search of that effort ended, or none of its plans fits. Damaged wisdom is
+    a warning where the effort is "estimate".
+
+    Raises:
+        WisdomError: a file can't be read as wisdom.
+    """
+    from attngen import wisdom
+
+    try:
+        record = wisdom.find(key_of(spec, target, by))
+    except WisdomError as error:
+        if effort != "estimate":
+            raise
+        warnings.warn(f"Wisdom isn't used: {error}", stacklevel=4)
+        return None
+    if record is None or not record.finished_for(effort, fix):
+        return None
+    for candidate in record.ranked(spec.budget_bytes, fix):
+        if (plan := _current(candidate, spec, target, by)) is not None:
+            chosen = dataclasses.replace(plan, spec=spec, fixed=tuple(fix))
+            return chosen, emit(chosen)
+    return None
+
+
+def _current(
+    candidate: Candidate, spec: AttentionSpec, target: Target, by: Backend
+) -> Plan | None:
+    """The plan of a candidate, if it is emitted today as it was when it was timed."""
+    try:
+        plan = neutral(spec, target, by, candidate.choice)
+        return plan if emit(plan).digest == candidate.digest else None
+    except AttngenError:  # a choice that is no longer known, or legal
+        return None
+
+
+# Tuning: what is timed now.
+
+
+def check_seconds(seconds: float | None) -> None:
+    """Refuse an allowance that allows nothing.
+
+    Raises:
+        PlanError: it isn't a positive number of seconds.
+    """
+    if seconds is None:
+        return
+    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not (number and seconds > 0 and math.isfinite(seconds)):
+        raise PlanError(
+            "Tuning needs time.",
+            got=f"seconds={seconds!r}",
+            needed="a positive number of seconds",
+        )
+
+
+def tune(
+    spec: AttentionSpec,
+    target: Target,
+    by: Backend,
+    effort: str,
+    fix: Fix,
+    seconds: float | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Record:
+    """Time plans of a spec and keep what was found as wisdom; see `attngen.tune`."""
+    from attngen import tuner, wisdom
+
+    check_seconds(seconds)
+    ranked = planner.rank(spec, target, by, fix)
+    key = key_of(spec, target, by)
+    wisdom.check_writable(key)
+    record = wisdom.find(key) or Record(key=key)
+    prepare = _Preparer(spec, target, by, record)
+    _ = prepare.arrays  # too large ones are found before time is spent
+    return tuner.tune(
+        tuner.different(ranked, tuner.MOST[effort]),
+        prepare,
+        record,
+        effort=effort,
+        seconds=tuner.SECONDS[effort] if seconds is None else float(seconds),
+        fix=fix,
+        budget=spec.budget_bytes,
+        save=wisdom.add,
+        say=say or (lambda _: None),
+        describe=by.describe,
+    )
+
+
+class _Preparer:
+    """Makes plans callable: certified, validated, with the same inputs for all."""
+
+    def __init__(
+        self, spec: AttentionSpec, target: Target, by: Backend, record: Record
+    ) -> None:
+        self.spec, self.target, self.by, self.record = spec, target, by, record
+
+    @functools.cached_property
+    def arrays(self) -> dict[str, Any]:
+        from attngen import inputs
+
+        spec = self.spec
+        try:
+            given = inputs.arrays(spec)
+            return {n: self.by.array(x, spec.dtype_of(n)) for n, x in given.items()}
+        except (MemoryError, RuntimeError) as error:
+            raise TimingError(
+                "The inputs don't fit this machine's memory.",
+                got=f"{type(error).__name__}: {error!s:.200}",
+                needed="memory for q, k, v and the output",
+                hint="tune a smaller spec, or on a larger machine",
+            ) from error
+
+    def __call__(self, plan: Plan) -> Prepared:
+        from attngen import tuner
+
+        plan = neutral(self.spec, self.target, self.by, plan.choice)
+        source = emit(plan)
+        known = self.record.find(plan.choice, source.digest)
+        if known is None or known.failed is not None:
+            need = certify(plan, source, plan.target).temp_bytes
+            known = Candidate(
+                choice=plan.choice,
+                digest=source.digest,
+                temp_bytes=need,
+                modelled_bytes=plan.temp_bytes,
+                modelled_s=plan.time_s,
+            )
+        budget = self.spec.budget_bytes
+        if budget is not None and (known.temp_bytes or 0) > budget:
+            return tuner.Prepared(known, None)
+        function = self.by.load(stored(source))
+        if not known.samples_s:  # what was timed once was validated
+            passed(plan, self.by, function)
+        arrays, block = self.arrays, self.by.block
+
+        def call() -> Any:
+            return block(function(**arrays))
+
+        try:
+            call()
+        except tuner.BROKEN as error:
+            raise TimingError(
+                "A call failed.",
+                got=f"{type(error).__name__}: {error!s:.200}",
+                needed="memory for the temporaries and the output",
+            ) from error
+        return tuner.Prepared(known, call)

@@ -1,0 +1,57 @@
+"""What commands print: JSON, tables, and what is being done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+
+def print_json(value: Any, *, err: bool = False) -> None:
+    """A value as JSON, to stdout or stderr."""
+    import json
+
+    import msgspec
+
+    try:
+        text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    except UnicodeEncodeError:  # a file's name that isn't UTF-8: escaped
+        text = json.dumps(value, indent=2)
+    click.echo(text, err=err)
+
+
+def shown(name: str) -> str:
+    """A file's name as UTF-8, which it need not be."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def status(text: str) -> Any:
+    """A spinner on stderr while something slow runs; a plain line where that's no terminal."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        click.echo(text, err=True)
+    return console.status(Text(text))
+
+
+def progress(text: str) -> None:
+    """A line on stderr."""
+    click.echo(text, err=True)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Rows under a head, to stdout, in at most 100 columns."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    made = Table(*head, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        made.add_row(*row)
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 100
+    console.print(made)

@@ -1,0 +1,152 @@
+"""`attngen wisdom`: what is known of this device from tuning, where, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from attngen.cli_output import print_json, shown, table
+from attngen.cli_spec import read_spec, spec_options
+
+if TYPE_CHECKING:
+    from attngen.records import Key
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _key_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        _json,
+        click.option("--backend", help="In what language. Default: jax."),
+        click.option("--target", help="Where: see `attngen targets`. Default: cpu."),
+    ):
+        command = option(command)
+    return spec_options(command)
+
+
+def _key(given: dict[str, Any], target: str | None, backend: str | None) -> Key:
+    from attngen import backends, building, targets
+
+    spec = read_spec(given)
+    return building.key_of(spec, targets.get(target), backends.get(backend))
+
+
+@click.group()
+def wisdom() -> None:
+    """Records of tuning: where they are, what they say, to share and to delete."""
+
+
+@wisdom.command("dir")
+@_json
+def where(as_json: bool) -> None:
+    """Print the folder that is written, and each place that is read."""
+    from attngen import wisdom as known
+
+    places = [(str(p), len(known.files_of(p))) for p in known.places()]
+    if as_json:
+        print_json(
+            {
+                "folder": str(known.folder()),
+                "places": [{"path": p, "files": n} for p, n in places],
+            }
+        )
+        return
+    for index, (path, count) in enumerate(places):
+        use = "read and written" if index == 0 else "read"
+        click.echo(f"{shown(path)}  ({use}, {count} files)")
+
+
+@wisdom.command()
+@_key_options
+def show(target: str | None, backend: str | None, as_json: bool, **given: Any) -> None:
+    """List the records; with a spec, show all that was timed of it."""
+    from attngen import wisdom as known
+    from attngen.units import show_time
+
+    if any(value is not None for value in given.values()):
+        key = _key(given, target, backend)
+        record = known.find(key)
+        if as_json:
+            print_json(None if record is None else record.to_dict())
+        else:
+            click.echo(known.why(key) if record is None else str(record))
+        return
+    found = list(known.everything())
+    if as_json:
+        print_json([{"file": str(p), **r.to_dict()} for p, r in found])
+        return
+    rows = []
+    for _, record in found:
+        best = record.best()
+        seconds = "" if best is None else show_time(min(best.samples_s))
+        size = record.size.replace("queries × ", "× ")
+        rows.append((size, record.key.device, record.effort, seconds))
+    table(("spec", "device", "effort", "least"), rows)
+
+
+@wisdom.command()
+@_key_options
+def why(target: str | None, backend: str | None, as_json: bool, **given: Any) -> None:
+    """Say whether there is a record of a spec, or what differs from the nearest."""
+    from attngen import wisdom as known
+
+    key = _key(given, target, backend)
+    said = known.why(key)
+    if as_json:
+        print_json({"found": known.find(key) is not None, "why": said})
+    else:
+        click.echo(said)
+
+
+@wisdom.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_json
+def merge(paths: tuple[Path, ...], as_json: bool) -> None:
+    """Take over the records of files, or of folders of them."""
+    from attngen import wisdom as known
+
+    written = known.merge(paths)
+    if as_json:
+        print_json({"written": {str(p): n for p, n in written.items()}})
+        return
+    for path, count in written.items():
+        click.echo(f"{count} records into {shown(str(path))}")
+
+
+@wisdom.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@_json
+def export(path: Path, as_json: bool) -> None:
+    """Write all records to one file, to ship with a project or an image."""
+    from attngen import wisdom as known
+
+    count = known.export(path)
+    if as_json:
+        print_json({"path": str(path), "records": count})
+    else:
+        click.echo(f"{count} records into {shown(str(path))}")
+
+
+@wisdom.command()
+@click.option("--yes", is_flag=True, help="Do delete.")
+@_json
+def clear(yes: bool, as_json: bool) -> None:
+    """Delete this user's records."""
+    from attngen import wisdom as known
+    from attngen.errors import WisdomError
+
+    if not yes:
+        raise WisdomError(
+            "Clearing deletes records that took time to make.",
+            got="no --yes",
+            needed="--yes",
+            hint=f"they are in {known.folder()}",
+        )
+    deleted = [str(p) for p in known.clear()]
+    if as_json:
+        print_json({"deleted": deleted})
+        return
+    click.echo("\n".join(f"deleted {shown(p)}" for p in deleted) or "nothing to delete")

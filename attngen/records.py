@@ -1,0 +1,332 @@
+"""Key, Candidate, Record: what was timed on a device, and what it says is fastest.
+
+Values only: nothing here runs, reads or writes anything.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Hashable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import msgspec
+
+from attngen import timing
+from attngen.errors import FileError
+from attngen.plans import Option
+from attngen.units import show_bytes, show_time
+
+EFFORTS = ("estimate", "measure", "patient")  # each at least as good as those before
+SHOWN = 16  # candidates in a record's table
+
+
+def canonical(value: Any) -> str:
+    """Plain values as JSON that is the same for equal values."""
+    return msgspec.json.encode(value, order="sorted").decode()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """What a time holds for: nothing of it may differ.
+
+    Args:
+        spec: all its fields as plain values, but its memory_budget.
+        device: the model, as the device calls itself.
+        cores: that the process may use.
+        versions: of attngen and of what computes.
+    """
+
+    spec: dict[str, Any]
+    target: str
+    device: str
+    cores: int
+    backend: str
+    versions: dict[str, str]
+
+    @functools.cached_property
+    def text(self) -> str:
+        """Equal for equal keys."""
+        return canonical(asdict(self))
+
+    def fields(self) -> dict[str, Any]:
+        """Each thing that can differ, by a name for people."""
+        rest = {"target": self.target, "device": self.device, "cores": self.cores}
+        versions = {f"version of {n}": v for n, v in self.versions.items()}
+        return self.spec | rest | {"backend": self.backend} | versions
+
+    def differences(self, other: Key) -> list[str]:
+        """What this key has, and the other hasn't, in words."""
+        own, others = self.fields(), other.fields()
+        names = [n for n in {**own, **others} if own.get(n) != others.get(n)]
+        return [f"{n}: {_short(own.get(n))} ≠ {_short(others.get(n))}" for n in names]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else canonical(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+Choices = dict[str, Option]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A plan that was tried.
+
+    Args:
+        choice: all choices of the plan, as `fix` takes them.
+        digest: SHA-256 of its emitted source, of the spec without a budget; None where it
+            couldn't be emitted.
+        temp_bytes: of temporaries, certified; None where the compiler doesn't say.
+        modelled_bytes, modelled_s: what the model says.
+        samples_s: seconds of a call, a sample a round.
+        yardsticks_s: of a fixed piece of work in the same rounds. Samples of candidates
+            with the same yardstick were taken in the same round.
+        failed: why it can't be used; None where it can.
+    """
+
+    choice: Choices
+    digest: str | None
+    temp_bytes: int | None
+    modelled_bytes: int
+    modelled_s: float
+    samples_s: tuple[float, ...] = ()
+    yardsticks_s: tuple[float, ...] = ()
+    failed: str | None = None
+
+    @functools.cached_property
+    def identity(self) -> str:
+        return canonical([self.choice, self.digest])
+
+    def fits(self, budget: int | None) -> bool:
+        """Whether its certified bytes are within a budget; unknown ones fit none."""
+        if budget is None:
+            return True
+        return self.temp_bytes is not None and self.temp_bytes <= budget
+
+    def agrees(self, fix: Mapping[str, Option]) -> bool:
+        """Whether it has the choices that a user makes."""
+        return all(
+            n in self.choice and _same(self.choice[n], v) for n, v in fix.items()
+        )
+
+    def merged(self, other: Candidate) -> Candidate:
+        """The samples of both, each once; all else as the other says."""
+        own = list(zip(self.yardsticks_s, self.samples_s, strict=True))
+        missing = Counter(zip(other.yardsticks_s, other.samples_s, strict=True))
+        missing.subtract(Counter(own))
+        both = own + [pair for pair, n in missing.items() for _ in range(n)]
+        return replace(
+            other,
+            samples_s=tuple(s for _, s in both),
+            yardsticks_s=tuple(y for y, _ in both),
+        )
+
+
+def _same(one: Option, other: Option) -> bool:
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A search that ran to its end.
+
+    Args:
+        effort: "measure" or "patient".
+        fix: the choices that were the user's.
+        budget: bytes; None: what the device's memory leaves.
+        noise: how much the machine changed from round to round, as a share.
+    """
+
+    effort: Literal["measure", "patient"]
+    fix: Choices
+    budget: int | None
+    noise: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """All that was timed of one key.
+
+    Args:
+        finished: the searches that ran to their ends; none where all were interrupted.
+        candidates: every plan that was tried, those that failed too.
+    """
+
+    key: Key
+    finished: tuple[Finished, ...] = ()
+    candidates: tuple[Candidate, ...] = field(default=())
+
+    @property
+    def effort(self) -> str:
+        """The greatest effort that was finished; "unfinished" where none was."""
+        done = [f.effort for f in self.finished]
+        return max(done, key=EFFORTS.index, default="unfinished")
+
+    def finished_for(self, effort: str, fix: Mapping[str, Option]) -> bool:
+        """Whether a search of at least that effort ended that wasn't narrower than fix.
+
+        For "estimate", any search does.
+        """
+        return any(
+            EFFORTS.index(f.effort) >= EFFORTS.index(effort)
+            and all(n in fix and _same(fix[n], v) for n, v in f.fix.items())
+            for f in self.finished
+        )
+
+    @functools.cached_property
+    def standings(self) -> dict[str, float]:
+        """What each timed candidate takes by what the fastest takes, by identity."""
+        seconds: dict[str, dict[Hashable, float]] = {
+            c.identity: dict(zip(c.yardsticks_s, c.samples_s, strict=True))
+            for c in self.candidates
+            if c.samples_s and c.failed is None
+        }
+        return timing.standings(seconds) if seconds else {}
+
+    def ranked(
+        self, budget: int | None = None, fix: Mapping[str, Option] | None = None
+    ) -> tuple[Candidate, ...]:
+        """The timed candidates whose certified bytes fit, the fastest first."""
+        usable = [
+            c
+            for c in self.candidates
+            if c.identity in self.standings and c.fits(budget) and c.agrees(fix or {})
+        ]
+        return tuple(
+            sorted(
+                usable, key=lambda c: (self.standings[c.identity], c.temp_bytes or 0)
+            )
+        )
+
+    def best(
+        self, budget: int | None = None, fix: Mapping[str, Option] | None = None
+    ) -> Candidate | None:
+        """The fastest candidate within a budget (bytes) that has the fixed choices."""
+        return next(iter(self.ranked(budget, fix)), None)
+
+    def find(self, choice: Mapping[str, Option], digest: str) -> Candidate | None:
+        """The candidate of a choice and a source."""
+        identity = canonical([dict(choice), digest])
+        return next((c for c in self.candidates if c.identity == identity), None)
+
+    def merged(self, other: Record) -> Record:
+        """All that either has; samples that both have are kept once.
+
+        A plan that once couldn't be emitted or certified is forgotten when it could.
+        """
+        candidates = {c.identity: c for c in self.candidates}
+        for c in other.candidates:
+            known = candidates.get(c.identity)
+            candidates[c.identity] = c if known is None else known.merged(c)
+        made = {
+            canonical(c.choice) for c in candidates.values() if c.digest is not None
+        }
+        finished = {
+            canonical([f.effort, f.fix, f.budget]): f
+            for f in (*self.finished, *other.finished)
+        }
+        return Record(
+            key=self.key,
+            finished=tuple(finished.values()),
+            candidates=tuple(
+                c
+                for c in candidates.values()
+                if c.digest is not None or canonical(c.choice) not in made
+            ),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"effort": self.effort}
+
+    def to_json(self, *, indent: int = 2) -> str:
+        return msgspec.json.format(
+            msgspec.json.encode(self.to_dict()), indent=indent
+        ).decode()
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Record:
+        """The record that `to_dict` wrote.
+
+        Raises:
+            FileError: it isn't one.
+        """
+        try:
+            made = msgspec.convert(data, cls)
+        except msgspec.ValidationError as error:
+            raise _no_record(str(error)) from error
+        for c in made.candidates:
+            if len(c.samples_s) != len(c.yardsticks_s):
+                raise _no_record("samples_s and yardsticks_s of different lengths")
+            if not all(0 < s < float("inf") for s in (*c.samples_s, *c.yardsticks_s)):
+                raise _no_record("a sample that isn't a positive number of seconds")
+        return made
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Record:
+        try:
+            return cls.from_dict(msgspec.json.decode(text))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise _no_record(str(error)) from error
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.size} on {self.key.target} by {self.key.backend}"[:100],
+            f"{self.key.device}, {self.key.cores} cores; effort: {self.effort}"[:100],
+            "",
+            f"{'':>6}{'a call':>11}{'spread':>8}{'rounds':>8}{'certified':>12}  plan",
+        ]
+        ranked = self.ranked()
+        for c in ranked[:SHOWN]:
+            took = timing.spread(c.samples_s)
+            known = "?" if c.temp_bytes is None else show_bytes(c.temp_bytes)
+            lines.append(
+                f"{self.standings[c.identity]:>5.2f}×{show_time(took.median):>11}"
+                f"{took.relative:>8.0%}{len(c.samples_s):>8}{known:>12}  {_words(c)}"
+            )
+        if len(ranked) > SHOWN:
+            lines.append(f"       and {len(ranked) - SHOWN} that are slower")
+        failed = [c for c in self.candidates if c.failed is not None]
+        lines += [f"failed {_words(c)}"[:100] for c in failed]
+        untimed = len(self.candidates) - len(ranked) - len(failed)
+        if untimed:
+            lines.append(f"       and {untimed} without a sample")
+        for f in self.finished:
+            if f.noise >= timing.NOISY:
+                lines.append(
+                    f"noisy: in {f.effort}, neighbouring rounds differed by {f.noise:.0%}"
+                )
+        return "\n".join(lines)
+
+    @property
+    def size(self) -> str:
+        """What is computed, in few words."""
+        s = self.key.spec
+        return (
+            f"{s.get('batch')} × {s.get('q_heads')} heads, {s.get('q_len')} queries × "
+            f"{s.get('kv_len')} keys × {s.get('qk_dim')}, {s.get('dtype')}"
+        )
+
+
+def _words(c: Candidate) -> str:
+    """A choice in the columns that are left."""
+    rest = {n: v for n, v in c.choice.items() if n not in _FIRST}
+    first = f"{c.choice.get('algorithm')} {c.choice.get('q_chunk')}×{c.choice.get('k_chunk')}"
+    text = " ".join(
+        [first, *(f"{_ABBREVIATED.get(n, n)}={v}" for n, v in rest.items())]
+    )
+    if c.failed is not None:
+        text = f"{first}: {c.failed.splitlines()[0]}"
+    return text if len(text) <= 53 else text[:52] + "…"
+
+
+_FIRST = ("algorithm", "q_chunk", "k_chunk", "product_dtype", "guard")
+_ABBREVIATED = {"head_chunk": "heads", "batch_chunk": "batch"}
+
+
+def _no_record(got: str) -> FileError:
+    return FileError(
+        "This isn't a record.", got=got, needed="what record.to_json() writes"
+    )

@@ -1,0 +1,322 @@
+"""Candidates → which is fastest here: prepared one by one, then timed side by side.
+
+A worker: it is handed plans, how to make one callable, and where to keep what it found.
+Nothing it finds is lost when it is interrupted: it hands over the record as it grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from attngen import timing
+from attngen.errors import FAULTS, AttngenError, TimingError
+from attngen.plans import Option, Plan
+from attngen.records import Candidate, Finished, Record
+from attngen.timing import Call, Rounds
+from attngen.units import show_bytes, show_time
+
+MOST = {"measure": 8, "patient": 48}  # plans that are tried
+SECONDS = {"measure": 60.0, "patient": 900.0}  # unless the user says
+STAGES = (2, 4, 8, 16)  # rounds of each; after it the slower half goes
+FAR = 1.5  # times the leader's: goes after any stage
+CLEAR = 1.03  # the lower quartile of each other's ratio to the leader's: the leader is clear
+SAVE_S = 0.2  # longest between two savings, but for one call
+PREPARE = 0.5  # of the allowance: the most that is spent before timing
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan that is certified and validated, ready to be timed.
+
+    call returns when its work is done; None where the plan doesn't fit the budget.
+    """
+
+    candidate: Candidate
+    call: Call | None
+
+
+# what a call may raise on this machine
+BROKEN: tuple[type[BaseException], ...] = (*FAULTS, MemoryError)
+Prepare = Callable[[Plan], Prepared]
+Save = Callable[[Record], object]
+Say = Callable[[str], None]
+
+
+def tune(
+    plans: Sequence[Plan],
+    prepare: Prepare,
+    record: Record,
+    *,
+    effort: str,
+    seconds: float,
+    fix: Mapping[str, Option],
+    budget: int | None,
+    save: Save,
+    say: Say,
+    describe: Callable[[Mapping[str, Option]], str],
+) -> Record:
+    """Time plans on this device, within about so many seconds.
+
+    Args:
+        plans: best first.
+        prepare: certifies and validates a plan; raises AttngenError where that fails.
+        record: what is known already; its samples are kept.
+        effort: "measure" or "patient".
+        seconds: the allowance; one plan and one round are always done.
+        fix, budget: of the request, for the record.
+        save: receives the record after each round, and after each long sample.
+        say: receives what is being done, a line each.
+
+    Raises:
+        TimingError: nothing could be timed, or the machine is too noisy.
+    """
+    fixed = timing.yardstick()
+    timing.sample(fixed)  # a clock that stands is found before anything else
+    search = _Search(record, effort, seconds, save, say, describe, fixed)
+    try:
+        search.prepare(plans[: MOST[effort]], prepare)
+        noise = search.run()
+    finally:  # an interrupt, too, keeps each finished sample
+        save(search.record)
+    if noise >= timing.NOISY:
+        say(
+            f"this machine is noisy: neighbouring rounds differ by {noise:.0%}; differences "
+            "below that may be chance"
+        )
+    done = Finished(effort=effort, fix=dict(fix), budget=budget, noise=noise)  # type: ignore[arg-type]
+    found = search.record.merged(replace(search.record, finished=(done,)))
+    save(found)
+    return found
+
+
+class _Search:
+    def __init__(
+        self,
+        record: Record,
+        effort: str,
+        seconds: float,
+        save: Save,
+        say: Say,
+        describe: Callable[[Mapping[str, Option]], str],
+        fixed: Call,
+    ) -> None:
+        self.key, self.finished = record.key, record.finished
+        self.candidates = {c.identity: c for c in record.candidates}
+        self.effort = effort
+        self.save, self.say, self.describe = save, say, describe
+        self.fixed = fixed
+        self.begin = self.saved = timing.clock()
+        self.seconds = seconds
+        self.calls: dict[str, Call] = {}
+        self.yardsticks: list[float] = []
+
+    def _left(self) -> float:
+        return self.begin + self.seconds - timing.clock()
+
+    @property
+    def record(self) -> Record:
+        """All that is known so far."""
+        made = tuple(self.candidates.values())
+        return Record(key=self.key, finished=self.finished, candidates=made)
+
+    def _keep(self, candidate: Candidate) -> None:
+        self.candidates[candidate.identity] = candidate
+
+    def _save(self) -> None:
+        self.save(self.record)
+        self.saved = timing.clock()
+
+    def prepare(self, plans: Sequence[Plan], prepare: Prepare) -> None:
+        """Certify and validate plans until half of the allowance is spent."""
+        failures: list[str] = []
+        for index, plan in enumerate(plans, 1):
+            if self.calls and self._left() < (1 - PREPARE) * self.seconds:
+                self.say(f"time for {index - 1} of {len(plans)} plans")
+                break
+            words = self.describe(plan.choice)
+            self.say(f"{index} of {len(plans)}: {words}")
+            try:
+                made = prepare(plan)
+            except AttngenError as error:
+                failures.append(f"{words}: {error.what}")
+                self.say(f"  failed: {error.what}")
+                self._keep(_failed(plan, str(error)))
+                continue
+            self._keep(made.candidate)
+            if made.call is None:
+                need = show_bytes(made.candidate.temp_bytes or 0)
+                self.say(f"  over the budget: {need}, certified")
+            else:
+                self.calls[made.candidate.identity] = made.call
+        self._save()
+        if not self.calls:
+            raise TimingError(
+                "There is nothing to time: no plan was certified and validated.",
+                got="; ".join(failures[:3])
+                or "each plan is over the budget, certified",
+                needed="a plan that is",
+                hint="build(spec) says more of the first",
+            )
+
+    def run(self) -> float:
+        """Time what was prepared, stage by stage; returns the noise.
+
+        Raises:
+            TimingError: the machine is too noisy, or no call ended.
+        """
+        names = list(self.calls)
+        for rounds in STAGES:
+            if len(names) == 1 and self.yardsticks:
+                break
+            found, over = self._stage(names, rounds)
+            names = self._survivors([n for n in names if n in self.calls])
+            if not names:
+                raise TimingError(
+                    "No call ended.",
+                    got="; ".join(str(c.failed) for c in self.record.candidates[:3]),
+                    needed="memory for inputs and outputs, and for one call",
+                )
+            if over or self._clear(found):
+                break
+        timing.check_noise(self.yardsticks)
+        return timing.noise(self.yardsticks)
+
+    def _stage(self, names: list[str], rounds: int) -> tuple[Rounds, bool]:
+        """Some rounds of those named; whether the allowance is spent."""
+        over = False
+
+        def on_sample(name: str, seconds: float, yardstick: float) -> None:
+            known = self.candidates[name]
+            self._keep(
+                replace(
+                    known,
+                    samples_s=(*known.samples_s, seconds),
+                    yardsticks_s=(*known.yardsticks_s, yardstick),
+                )
+            )
+            if timing.clock() - self.saved > SAVE_S:
+                self._save()
+
+        def on_round(found: Rounds) -> bool:
+            nonlocal over
+            self._save()
+            over = self._left() <= 0
+            return over or self._clear(found)
+
+        calls = {n: self._guarded(n) for n in names}
+        try:
+            found = timing.interleaved(
+                calls,
+                rounds,
+                on_sample=on_sample,
+                on_round=on_round,
+                yardstick=self.fixed,
+                warm_up=False,
+            )
+        except _Broken as error:
+            self.calls.pop(error.name)
+            self._keep_failed(error)
+            rest = [n for n in names if n in self.calls]
+            return self._stage(rest, rounds) if rest else (Rounds({}), True)
+        self.yardsticks += found.yardsticks_s
+        self._report(len(self.yardsticks))
+        return found, over
+
+    def _guarded(self, name: str) -> Call:
+        call = self.calls[name]
+
+        def guarded() -> None:
+            try:
+                call()
+            except BROKEN as error:
+                raise _Broken(
+                    name, f"{type(error).__name__}: {error!s:.200}"
+                ) from error
+
+        return guarded
+
+    def _keep_failed(self, error: _Broken) -> None:
+        failed = replace(self.candidates[error.name], failed=str(error))
+        self._keep(failed)
+        self.say(f"  failed: {self.describe(failed.choice)}: {error}")
+        self._save()
+
+    def _survivors(self, names: list[str]) -> list[str]:
+        """The faster half, at least two, none that is far behind."""
+        standings = self.record.standings
+        ranked = sorted(
+            (n for n in names if n in standings), key=lambda n: standings[n]
+        )
+        if not ranked:
+            return []
+        lead = standings[ranked[0]]
+        near = [n for n in ranked if standings[n] <= FAR * lead]
+        return near[: max(2, (len(ranked) + 1) // 2)]
+
+    def _clear(self, found: Rounds) -> bool:
+        """Whether one is faster than each other in nearly every round."""
+        if found.count < timing.ENOUGH or len(found.samples_s) < 2:
+            return False
+        medians = {n: timing.spread(s).median for n, s in found.samples_s.items()}
+        leader = min(medians, key=lambda n: medians[n])
+        return all(found.ratio(n, leader).low >= CLEAR for n in medians if n != leader)
+
+    def _report(self, rounds: int) -> None:
+        record = self.record
+        ranked = [c for c in record.ranked() if c.identity in self.calls]
+        if not ranked:
+            return
+        first = ranked[0]
+        took = show_time(timing.spread(first.samples_s).median)
+        text = f"after {rounds} rounds: {took} {self.describe(first.choice)}"
+        if len(ranked) > 1:
+            standings = record.standings
+            ahead = standings[ranked[1].identity] / standings[first.identity] - 1
+            text += f"; the next is {ahead:.0%} slower"
+        self.say(text)
+
+
+class _Broken(Exception):
+    """A contender's call failed."""
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(text)
+        self.name = name
+
+
+def _failed(plan: Plan, reason: str) -> Candidate:
+    return Candidate(
+        choice=plan.choice,
+        digest=None,
+        temp_bytes=None,
+        modelled_bytes=plan.temp_bytes,
+        modelled_s=plan.time_s,
+        failed=reason,
+    )
+
+
+def different(plans: Sequence[Plan], most: int) -> list[Plan]:
+    """The best plans that aren't all alike, and some that need far less memory.
+
+    Of plans with the same chunk sizes two are taken, so that a choice that the model sees
+    no difference in doesn't take all places. The last places are for plans of a quarter of
+    the memory, which a smaller budget will ask for.
+    """
+    small = most // 4
+    picked: list[Plan] = []
+    seen: dict[tuple[object, ...], int] = {}
+    for plan in plans:
+        chunks = (plan.algorithm, plan.q_chunk, plan.k_chunk)
+        if seen.setdefault(chunks, 0) < 2 and len(picked) < most - small:
+            seen[chunks] += 1
+            picked.append(plan)
+    least = min(p.temp_bytes for p in picked)
+    for plan in plans:
+        if len(picked) < most and plan.temp_bytes <= least / 4:
+            picked.append(plan)
+            least = plan.temp_bytes
+    for plan in plans:
+        if len(picked) < most and plan not in picked:
+            picked.append(plan)
+    return picked

@@ -1,0 +1,300 @@
+"""Wisdom: records kept in files, one a device, and found again by their key.
+
+Data only: reading wisdom runs nothing. What is written is written whole, under a lock that
+processes share; a file that can't be read as wisdom is never overwritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import msgspec
+
+from attngen import files
+from attngen.errors import FileError, WisdomError
+from attngen.records import Key, Record
+
+FORMAT = 1
+LOCK_S = 60.0  # that another process may hold a file
+
+
+def folder() -> Path:
+    """Where this user's wisdom is; ATTNGEN_WISDOM names another folder."""
+    named = os.environ.get("ATTNGEN_WISDOM")
+    if named:
+        return Path(named)
+    import platformdirs
+
+    return Path(platformdirs.user_data_dir("attngen")) / "wisdom"
+
+
+def places() -> tuple[Path, ...]:
+    """All folders and files that are read: the user's own, ATTNGEN_WISDOM_PATH's, packaged."""
+    listed = os.environ.get("ATTNGEN_WISDOM_PATH", "").split(os.pathsep)
+    return (folder(), *(Path(p) for p in listed if p), files.package() / "wisdom_data")
+
+
+def path_of(key: Key) -> Path:
+    """The user's file for a key's device."""
+    words = re.sub(r"[^a-z0-9]+", "-", f"{key.device}".lower()).strip("-")[:80]
+    return folder() / f"{key.target}-{words or 'unknown'}-{key.cores}-cores.json"
+
+
+def files_of(place: Path) -> list[Path]:
+    """The wisdom files of a folder, or a file itself.
+
+    Raises:
+        WisdomError: the folder can't be read.
+    """
+    try:
+        if place.is_dir():
+            return sorted(p for p in place.iterdir() if p.suffix == ".json")
+        return [place] if place.exists() else []
+    except OSError as error:
+        raise _unreadable(place, error.strerror) from error
+
+
+def read(path: Path) -> tuple[Record, ...]:
+    """The records of a file.
+
+    Raises:
+        WisdomError: it can't be read, is damaged, or is of another format.
+    """
+    try:
+        data = msgspec.json.decode(files.read(path))
+    except FileError as error:
+        raise _unreadable(path, error.got) from error
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(data, dict) or "format" not in data:
+        raise _damaged(path, "no format number")
+    if data["format"] != FORMAT or isinstance(data["format"], bool):
+        raise WisdomError(
+            f"{path} is wisdom of another format.",
+            got=f"format {data['format']!r:.40}",
+            needed=f"format {FORMAT}, which this version of attngen reads",
+            hint="move it away, and tune again; or use the attngen that wrote it",
+        )
+    if not isinstance(records := data.get("records"), list):
+        raise _damaged(path, "no list of records")
+    try:
+        return tuple(Record.from_dict(r) for r in records)
+    except FileError as error:
+        raise _damaged(path, str(error.got)) from error
+
+
+def everything() -> Iterator[tuple[Path, Record]]:
+    """Each record of each place, with its file.
+
+    Raises:
+        WisdomError: a file can't be read as wisdom.
+    """
+    for place in places():
+        for path in files_of(place):
+            for record in read(path):
+                yield path, record
+
+
+def find(key: Key) -> Record | None:
+    """What is known of a key, from all places together.
+
+    Raises:
+        WisdomError: a file can't be read as wisdom.
+    """
+    found = [r for _, r in everything() if r.key.text == key.text]
+    return functools.reduce(Record.merged, found) if found else None
+
+
+def why(key: Key) -> str:
+    """Whether there is a record of a key; if not, what differs from the nearest.
+
+    Raises:
+        WisdomError: a file can't be read as wisdom.
+    """
+    known = {r.key.text: r.key for _, r in everything()}
+    if key.text in known:
+        record = find(key)
+        assert record is not None
+        if record.finished:
+            return f"There is a record of it, of effort {record.effort}."
+        return "There is a record of it, of a search that was interrupted."
+    if not known:
+        return "There is no wisdom yet: " + ", ".join(map(str, places()))
+    nearest = min(known.values(), key=lambda k: len(key.differences(k)))
+    return "\n".join(
+        ["No record. The nearest differs in (asked ≠ recorded)"]
+        + [f"  {line}" for line in key.differences(nearest)]
+    )
+
+
+def add(record: Record) -> Path:
+    """Keep a record: merged with what the user's file of its device has. Returns the file.
+
+    Raises:
+        WisdomError: the file can't be read as wisdom, or can't be written.
+    """
+    path = path_of(record.key)
+    _add(path, [record])
+    return path
+
+
+def check_writable(key: Key) -> None:
+    """Refuse before time is spent: the file of a key's device is sound, and can be written.
+
+    Raises:
+        WisdomError: it isn't, or can't.
+    """
+    path = path_of(key)
+    with _locked(path):
+        if path.exists():
+            read(path)
+        try:
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writable-")
+            os.close(handle)
+            os.unlink(temporary)
+        except OSError as error:
+            raise _unwritable(path, error.strerror) from error
+
+
+def merge(paths: Iterable[Path]) -> dict[Path, int]:
+    """Take the records of files, and of folders, over: by file, how many were written.
+
+    Everything is read before anything is written.
+
+    Raises:
+        WisdomError: one isn't there, isn't wisdom, or the user's can't be written.
+    """
+    by_file: dict[Path, list[Record]] = {}
+    for place in paths:
+        found = files_of(place)
+        if not found:
+            raise _unreadable(place, "no wisdom file there")
+        for path in found:
+            for record in read(path):
+                by_file.setdefault(path_of(record.key), []).append(record)
+    for path in by_file:
+        if path.exists():
+            read(path)
+    for path, records in by_file.items():
+        _add(path, records)
+    return {path: len(records) for path, records in by_file.items()}
+
+
+def export(path: Path) -> int:
+    """Write all records of all places to one file, to ship; returns how many.
+
+    Raises:
+        WisdomError: there are none, a file can't be read as wisdom, or path can't be written.
+    """
+    records = _merged(r for _, r in everything())
+    if not records:
+        raise WisdomError(
+            "There is no wisdom to export.",
+            got=", ".join(map(str, places())),
+            needed="a record; `attngen tune` makes them",
+        )
+    _write(path, records)
+    return len(records)
+
+
+def clear() -> tuple[Path, ...]:
+    """Delete the user's own wisdom files, damaged ones too; returns those deleted.
+
+    Raises:
+        WisdomError: one can't be deleted.
+    """
+    deleted = files_of(folder())
+    for path in deleted:
+        try:
+            with _locked(path):
+                path.unlink(missing_ok=True)
+            _lock_of(path).unlink(missing_ok=True)
+        except OSError as error:
+            if isinstance(error, WisdomError):
+                raise
+            raise _unwritable(path, error.strerror) from error
+    return tuple(deleted)
+
+
+def _add(path: Path, records: list[Record]) -> None:
+    with _locked(path):
+        known = read(path) if path.exists() else ()
+        _write(path, _merged([*known, *records]))
+
+
+def _merged(records: Iterable[Record]) -> list[Record]:
+    by_key: dict[str, Record] = {}
+    for record in records:
+        known = by_key.get(record.key.text)
+        by_key[record.key.text] = record if known is None else known.merged(record)
+    return list(by_key.values())
+
+
+def _write(path: Path, records: list[Record]) -> None:
+    data = {"format": FORMAT, "records": [asdict(r) for r in records]}
+    text = msgspec.json.format(msgspec.json.encode(data), indent=1).decode()
+    try:
+        files.write(path, text + "\n")
+    except FileError as error:
+        raise _unwritable(path, error.got) from error
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """No other process writes the file meanwhile; its folder is made.
+
+    Raises:
+        WisdomError: the folder can't be made or written, or the lock isn't let go.
+    """
+    import filelock
+
+    lock = filelock.FileLock(_lock_of(path), timeout=LOCK_S)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise _unwritable(path, f"locked for more than {LOCK_S:.0f} s") from error
+    except (OSError, NotImplementedError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise _unwritable(path, reason) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _unreadable(path: Path, got: object) -> WisdomError:
+    return WisdomError(
+        f"{path} can't be read as wisdom.",
+        got=got or "an error of the file system",
+        needed="a readable file that attngen wrote",
+    )
+
+
+def _damaged(path: Path, got: str) -> WisdomError:
+    return WisdomError(
+        f"{path} is damaged.",
+        got=got,
+        needed="wisdom as attngen wrote it",
+        hint="nothing was overwritten: repair it, or move it away",
+    )
+
+
+def _unwritable(path: Path, got: object) -> WisdomError:
+    return WisdomError(
+        f"{path} can't be written.",
+        got=got or "an error of the file system",
+        needed="a folder that can be written",
+        hint="name another in ATTNGEN_WISDOM",
+    )
