@@ -71,9 +71,10 @@ def _alternatives(plan: Plan, describe: object) -> list[str]:
 
 
 def _short(name: str) -> str:
-    return (
-        name.removeprefix("running · ").removesuffix(" · fori").replace(" a step", "")
-    )
+    short = name.removeprefix("running · ").removesuffix(" · fori")
+    for long in (" a step", " queries", " keys"):
+        short = short.replace(long, "")
+    return short
 
 
 def _one_each(refused: list[Alternative]) -> list[Alternative]:

@@ -14,7 +14,7 @@ _OWN = "attention b h q k s v sink kv_lengths q_lengths q_offset"
 # of the JAX templates
 _JAX = """
     jax jnp lax
-    B T S H G R D QK_DIM V_DIM SCALE Q_OFFSET K_OFFSET
+    B T S H G R D QK_DIM V_DIM SCALE LOG2E Q_OFFSET K_OFFSET
     B_CHUNK G_CHUNK Q_CHUNK K_CHUNK Q_CHUNKS
     queries tile interior edge step steps carried carry c i g
     q_start k_start at q_here k_here v_here rows kc vc

@@ -18,7 +18,7 @@ spec      {"q_heads": 2, "kv_heads": 2, "q_len": 512, "kv_len": 512, "qk_dim": 9
           "k"]]}}
 choices   {"backend": "jax", "target": "cpu", "algorithm": "dense", "q_chunk": 512,
           "k_chunk": 512, "head_chunk": 2, "batch_chunk": 1, "loop": "unrolled",
-          "product_dtype": "float32", "guard": false}
+          "unroll": 1, "exp": "exp", "product_dtype": "float32", "guard": false}
 """
 
 import jax.numpy as jnp

@@ -21,10 +21,11 @@ spec      {"batch": 4, "q_heads": 16, "kv_heads": 2, "q_len": 1, "kv_len": 4096,
           "qk_dim": 128, "v_dim": 128, "q_offset": "operand", "mask": "causal",
           "kv_lengths": true, "outputs": ["out", "lse"], "memory_budget": "8MiB"}
 choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 1,
-          "k_chunk": 4096, "head_chunk": 1, "batch_chunk": 1, "loop": "fori",
-          "product_dtype": "float32", "guard": false}
+          "k_chunk": 4096, "head_chunk": 1, "batch_chunk": 1, "loop": "fori", "unroll":
+          1, "exp": "polynomial", "product_dtype": "float32", "guard": false}
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -33,7 +34,8 @@ H, G = 16, 2  # query heads, kv heads
 R = H // G  # query heads that share a kv head
 D = 128  # head dim
 Q_CHUNK, K_CHUNK = 1, 4096  # of a tile
-SCALE = 0.08838834764831845
+LOG2E = 1.4426950408889634  # exp(s) is 2**(s * LOG2E)
+SCALE = 0.08838834764831845 * LOG2E
 
 
 def attention(q, k, v, *, kv_lengths, q_offset):
@@ -92,7 +94,7 @@ def attention(q, k, v, *, kv_lengths, q_offset):
         carry = m, total, acc
         carry = edge(0, carry)
         m, total, acc = carry
-        lse = (m + jnp.log(total)).reshape(1, R, Q_CHUNK)
+        lse = ((m + jnp.log2(total)) / LOG2E).reshape(1, R, Q_CHUNK)
         total = jnp.where(total == 0, 1, total)  # a row that saw no key is 0
         out = acc / total[..., None]
         out = out.transpose(1, 0, 2)
@@ -116,7 +118,24 @@ def _add(carry, s, vc):
     m, total, acc = carry
     m_new = jnp.maximum(m, s.max(-1))
     m_safe = jnp.where(m_new == -jnp.inf, 0, m_new)  # a row that saw no key yet
-    p = jnp.exp(s - m_safe[..., None])
-    rescale = jnp.exp(m - m_safe)
+    p = _exp2(s - m_safe[..., None])
+    rescale = jnp.exp2(m - m_safe)
     pv = jnp.einsum("rqk,kd->rqd", p, vc)
     return m_new, total * rescale + p.sum(-1), acc * rescale[..., None] + pv
+
+
+@jax.custom_jvp
+def _exp2(x):
+    """2**x for x <= 0 to a relative error of 3e-7, and 0 below -126."""
+    y = jnp.maximum(x, -126)
+    whole = lax.round(y, lax.RoundingMethod.TO_NEAREST_EVEN)
+    power = jnp.float32(0.0013276466)
+    for coefficient in (0.009675541, 0.055507135, 0.2402212, 0.69314694, 1.0000001):
+        power = power * (y - whole) + coefficient
+    bits = lax.bitcast_convert_type(power, jnp.int32)
+    bits += whole.astype(jnp.int32) << 23  # to the exponent
+    power = lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.where(x < -126, 0, power)
+
+
+_exp2.defjvps(lambda dx, power, x: dx * power / LOG2E)

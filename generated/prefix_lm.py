@@ -16,10 +16,11 @@ spec      {"q_heads": 8, "kv_heads": 8, "q_len": 2048, "kv_len": 2048, "qk_dim":
           "v_dim": 64, "mask": {"or": ["causal", {"prefix": {"length": 300}}]},
           "memory_budget": "8MiB"}
 choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 512,
-          "k_chunk": 512, "head_chunk": 1, "batch_chunk": 1, "loop": "fori",
-          "product_dtype": "float32", "guard": false}
+          "k_chunk": 512, "head_chunk": 1, "batch_chunk": 1, "loop": "fori", "unroll":
+          1, "exp": "polynomial", "product_dtype": "float32", "guard": false}
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -28,7 +29,8 @@ H, G = 8, 8  # query heads, kv heads
 R = H // G  # query heads that share a kv head
 D = 64  # head dim
 Q_CHUNK, K_CHUNK = 512, 512  # of a tile
-SCALE = 0.125
+LOG2E = 1.4426950408889634  # exp(s) is 2**(s * LOG2E)
+SCALE = 0.125 * LOG2E
 Q_CHUNKS = -(-T // Q_CHUNK)
 
 
@@ -111,7 +113,24 @@ def _add(carry, s, vc):
     m, total, acc = carry
     m_new = jnp.maximum(m, s.max(-1))
     m_safe = jnp.where(m_new == -jnp.inf, 0, m_new)  # a row that saw no key yet
-    p = jnp.exp(s - m_safe[..., None])
-    rescale = jnp.exp(m - m_safe)
+    p = _exp2(s - m_safe[..., None])
+    rescale = jnp.exp2(m - m_safe)
     pv = jnp.einsum("qk,kd->qd", p, vc)
     return m_new, total * rescale + p.sum(-1), acc * rescale[..., None] + pv
+
+
+@jax.custom_jvp
+def _exp2(x):
+    """2**x for x <= 0 to a relative error of 3e-7, and 0 below -126."""
+    y = jnp.maximum(x, -126)
+    whole = lax.round(y, lax.RoundingMethod.TO_NEAREST_EVEN)
+    power = jnp.float32(0.0013276466)
+    for coefficient in (0.009675541, 0.055507135, 0.2402212, 0.69314694, 1.0000001):
+        power = power * (y - whole) + coefficient
+    bits = lax.bitcast_convert_type(power, jnp.int32)
+    bits += whole.astype(jnp.int32) << 23  # to the exponent
+    power = lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.where(x < -126, 0, power)
+
+
+_exp2.defjvps(lambda dx, power, x: dx * power / LOG2E)

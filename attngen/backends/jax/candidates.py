@@ -48,6 +48,8 @@ def space(spec: AttentionSpec) -> Mapping[str, Mapping[str, Sequence[Option]]]:
         "head_chunk": (spec.kv_heads,),
         "batch_chunk": (spec.batch,),
         "loop": ("unrolled",),
+        "unroll": (1,),
+        "exp": ("exp",),
         "product_dtype": product,
         "guard": (False,),
     }
@@ -57,6 +59,8 @@ def space(spec: AttentionSpec) -> Mapping[str, Mapping[str, Sequence[Option]]]:
         "head_chunk": _parts(spec.kv_heads),
         "batch_chunk": tuple(dict.fromkeys((1, spec.batch))),
         "loop": ("fori", "unrolled"),
+        "unroll": (1,) if bounded(spec) else (1, 2),
+        "exp": exponentials(spec)[:1],
         "product_dtype": product,
         "guard": guard,
     }
@@ -66,6 +70,16 @@ def space(spec: AttentionSpec) -> Mapping[str, Mapping[str, Sequence[Option]]]:
 def products(spec: AttentionSpec) -> tuple[str, ...]:
     """The dtypes that the matrix products can be made in, the wider first."""
     return tuple(dict.fromkeys((spec.stats_dtype, spec.dtype)))
+
+
+def exponentials(spec: AttentionSpec) -> tuple[str, ...]:
+    """How a tile of scores can be raised, the fastest on a processor first.
+
+    "polynomial" is 2**x by a polynomial of degree 5 and an addition to the exponent, in
+    float32, to a relative error of 3e-7.
+    """
+    own = ("polynomial",) if spec.stats_dtype == "float32" else ()
+    return (*own, "exp", "exp2")
 
 
 def _chunks(length: int) -> tuple[int, ...]:
@@ -108,6 +122,13 @@ def illegal(spec: AttentionSpec, choice: Choice) -> str | None:
         return "product_dtype must be " + " or ".join(products(spec))
     if not isinstance(choice["guard"], bool):
         return "guard must be true or false"
+    if choice["exp"] not in exponentials(spec):
+        return "exp must be one of " + ", ".join(exponentials(spec))
+    unroll = choice["unroll"]
+    if isinstance(unroll, bool) or unroll not in (1, 2, 4, 8):
+        return "unroll must be 1, 2, 4 or 8"
+    if choice["algorithm"] == "dense" and (unroll, choice["exp"]) != (1, "exp"):
+        return "dense has no loop to unroll, and exp = exp"
     if choice["algorithm"] == "dense":
         return (
             None
@@ -117,6 +138,10 @@ def illegal(spec: AttentionSpec, choice: Choice) -> str | None:
     chunks = -(-spec.kv_len // int(choice["k_chunk"]))
     if choice["loop"] == "unrolled" and chunks > UNROLLED:
         return f"unrolled only for at most {UNROLLED} key chunks"
+    if unroll != 1 and (choice["loop"] != "fori" or bounded(spec)):
+        return "only fori loops with constant bounds can be unrolled by a number"
+    if int(unroll) > chunks:
+        return f"unroll can't exceed the key chunks, {chunks}"
     if choice["loop"] != "fori" and chunks > 1 and bounded(spec):
         return "only fori skips key chunks whose bounds depend on the query chunk"
     return None
@@ -141,4 +166,6 @@ def describe(choice: Choice) -> str:
     )
     batch = f" of {choice['batch_chunk']} batches" if choice["batch_chunk"] != 1 else ""
     text = f"running · {choice['q_chunk']} queries × {choice['k_chunk']} keys · {heads}{batch} a step"
+    if choice["unroll"] != 1:
+        return f"{text} · {choice['loop']} by {choice['unroll']}"
     return f"{text} · {choice['loop']}"

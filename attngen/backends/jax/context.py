@@ -55,7 +55,11 @@ def _constants(plan: Plan, at: Tile) -> dict[str, Any]:
             lines.append(
                 ("G_CHUNK", str(plan.option("head_chunk")), "kv heads of a tile")
             )
-    lines.append(("SCALE", repr(spec.scale_value), ""))
+    base_2 = _exponential(plan)["base_2"]
+    if plan.option("exp") != "exp":
+        lines.append(("LOG2E", "1.4426950408889634", "exp(s) is 2**(s * LOG2E)"))
+    scale = repr(spec.scale_value)
+    lines.append(("SCALE", f"{scale} * LOG2E" if base_2 else scale, ""))
     if spec.static_q_offset not in (0, None):
         lines.append(("Q_OFFSET", str(spec.static_q_offset), "position of query 0"))
     if spec.kv_offset:
@@ -125,9 +129,28 @@ def _products(plan: Plan, at: Tile) -> dict[str, Any]:
         "stats_shape": at.shape(at.rows),
         "tile_shape": at.shape(at.letters),
         "guards": _guards(plan),
+        **_exponential(plan),
         "drops_keys": plan.drops_keys,
         "row_axes": _axes_text([at.letters.index(a) for a in at.rows if a in "rq"]),
         "there_order": _inverse_keys(keys, at.letters),
+    }
+
+
+def _exponential(plan: Plan) -> dict[str, Any]:
+    """How a tile, and a row, are raised.
+
+    base_2: scores come in units of log 2. Not where there are score functions: their
+    values can be large, and another rounding of them costs more than the difference's.
+    """
+    kind = str(plan.option("exp"))
+    base_2 = kind != "exp" and not plan.spec.score
+    rows = "jnp.exp2" if base_2 else "jnp.exp"
+    return {
+        "base_2": base_2,
+        "exp_scaled": kind != "exp" and not base_2,
+        "polynomial": kind == "polynomial",
+        "exp": {"exp": "jnp.exp", "exp2": "jnp.exp2"}.get(kind, "_exp2"),
+        "exp_rows": rows,
     }
 
 
@@ -224,6 +247,7 @@ def _running(plan: Plan, at: Tile) -> dict[str, Any]:
     v = "D" if spec.qk_dim == spec.v_dim else "V_DIM"
     unit = {"b": at.sizes["b"], "q": "Q_CHUNK", "h": heads(at)}
     head_begin = starts.g if starts.g == "0" or spec.repeats == 1 else f"{starts.g} * R"
+    unroll = int(plan.option("unroll"))
     memory["lse_begin"] = f"({starts.b}, {head_begin}, {starts.q})"
     return {
         "code": code,
@@ -246,6 +270,7 @@ def _running(plan: Plan, at: Tile) -> dict[str, Any]:
         "starts": starts,
         "guard": bool(plan.option("guard")),
         "loop_kind": str(plan.option("loop")),
+        "unroll": "" if unroll == 1 else f", unroll={unroll}",
         "bounds": visited,
         "kinds": {kind for kind, _, _ in visited["loops"]},
     }

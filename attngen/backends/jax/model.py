@@ -8,6 +8,7 @@ benchmarks/results names; a guide for ranking, not a clock.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from attngen.cost import Cost, tile_flop
@@ -58,6 +59,8 @@ def temp_bytes(spec: AttentionSpec, choice: Choice) -> int:
         rows = tile.rows * size * (spec.qk_dim + spec.v_dim + 4)
     keys = 1.02 * tile.batches * tile.keys * (spec.qk_dim + spec.v_dim) * size
     chunks = -(-spec.kv_len // tile.keys)
+    unroll = int(choice["unroll"])  # steps in one body, each with buffers of its own
+    scores, rows, keys = scores * unroll, rows * (0.9 + 0.1 * unroll), keys * unroll
     if choice["loop"] == "unrolled":
         keys *= chunks
     if chunks > 1 and spec.kv_len % tile.keys:  # the last chunk has buffers of its own
@@ -105,7 +108,10 @@ def _live_tiles(spec: AttentionSpec, choice: Choice) -> float:
 # Seconds of a CPU of two cores, fitted with benchmarks/model_cpu.py.
 FLOP_S = 155e9  # of the products, where nothing else holds them up
 STEP_S = 20e-6  # of a step of the key loop
-SCORE_S = 0.45e-9  # of an element's maximum, exponential and sum
+# of an element's maximum, exponential and sum
+SCORE_S = {"exp": 0.45e-9, "exp2": 0.47e-9, "polynomial": 0.35e-9}
+LARGE_S = 0.1e-9  # of an element, more with each doubling of a tile beyond the caches
+CACHE_BYTES = 2**22
 SCORES_S = {"exp": 2e-9, "tanh": 3e-9, "log": 2e-9, "load": 0.5e-9}  # in a score, each
 MASK_S = 0.4e-9  # of an element of an edge tile
 ROW_S = 0.15e-9  # of an element of the weighted sum, rescaled in each step
@@ -118,13 +124,16 @@ def time_s(spec: AttentionSpec, choice: Choice, tiles: Tiles) -> float:
     """Modelled seconds: what a tile costs, times the tiles that are visited."""
     tile = shape(spec, choice)
     groups = spec.batch * spec.kv_heads / tile.batches
-    element = SCORE_S + sum(_score_s(s.expr) for s in spec.score)
+    element = SCORE_S[str(choice["exp"])] + sum(_score_s(s.expr) for s in spec.score)
+    large = tile.scores * BYTES[spec.stats_dtype] / CACHE_BYTES
+    element += LARGE_S * max(0.0, math.log2(large))
     work = tile_flop(spec, tile.rows, tile.keys) / FLOP_S + tile.scores * element
     work *= 1 + SMALL / (SMALL + tile.scores)
     keys = tile.batches * tile.keys * (spec.qk_dim + spec.v_dim)
     whole = tile.keys == spec.kv_len  # read where they lie, by a library fusion
     slices = 0.5e-9 if whole else SLICE_S[tile.batches > 1]
-    moved = keys * slices + tile.rows * spec.v_dim * ROW_S
+    carried = 1 / int(choice["unroll"])
+    moved = keys * slices + tile.rows * spec.v_dim * ROW_S * carried
     edges = tiles.edge * tile.scores * MASK_S
     fresh = temp_bytes(spec, choice) * FAULT_S
     return float(groups * (tiles.visited * (STEP_S + work + moved) + edges) + fresh)
