@@ -7,10 +7,10 @@ from refusals import refused
 from small import FIX, SPEC, close, qkv, spec_of
 
 import attngen
-from attngen import api
+from attngen import building
 from attngen.backends.jax import model
 from attngen.cost import Cost
-from attngen.errors import BudgetError, NotBuiltError, PlanError, ValidationError
+from attngen.errors import BudgetError, PlanError, ValidationError
 
 
 def test_a_kernel_is_certified_and_validated():
@@ -103,7 +103,7 @@ def test_a_kernel_that_computes_something_else_is_not_returned(
     monkeypatch, certificates
 ):
     certificates(lambda source: 1)
-    emit = api.emit
+    emit = building.emit
 
     def wrong(plan):
         source = emit(plan)
@@ -111,24 +111,14 @@ def test_a_kernel_that_computes_something_else_is_not_returned(
             source, text=source.text.replace("\nSCALE = ", "\nSCALE = 2 * ")
         )
 
-    monkeypatch.setattr(api, "emit", wrong)
+    monkeypatch.setattr(building, "emit", wrong)
     with refused(ValidationError) as caught:
         attngen.build(SPEC, fix=FIX)
     assert "FAILED" in caught.value.got
 
 
-@pytest.mark.parametrize(
-    ("kind", "effort"),
-    [(NotBuiltError, "measure"), (NotBuiltError, "patient"), (PlanError, "hard")],
-)
-def test_efforts_that_are_not_there(kind, effort):
-    with refused(kind):
-        attngen.build(SPEC, effort=effort)
-    with refused(kind):
-        attngen.attention(*qkv(), effort=effort)
-
-
-def test_tune_is_not_built():
-    with refused(NotBuiltError) as caught:
-        attngen.tune(SPEC, effort="patient")
-    assert "build(spec, fix=" in caught.value.hint
+def test_an_effort_that_is_not_there():
+    with refused(PlanError):
+        attngen.build(SPEC, effort="hard")
+    with refused(PlanError):
+        attngen.attention(*qkv(), effort="hard")

@@ -15,7 +15,7 @@ SECONDS = 0.8  # for a whole process, start to end
 TRIES = 8  # of which one suffices: the machine may be busy
 HEAVY = {
     "jax", "jaxlib", "torch", "triton", "numpy", "ml_dtypes", "scipy", "sympy",
-    "matplotlib", "jinja2", "platformdirs",
+    "matplotlib", "jinja2", "platformdirs", "filelock",
 }  # fmt: skip
 COMMANDS = {
     "plan": ("plan", "--preset", "llama3-8b"),
@@ -27,6 +27,8 @@ COMMANDS = {
     "targets": ("targets",),
     "help": ("--help",),
     "help of plan": ("plan", "--help"),
+    "help of tune": ("tune", "--help"),
+    "wisdom's places": ("wisdom", "dir"),
 }
 
 
