@@ -21,8 +21,8 @@ clock: Callable[[], float] = time.perf_counter  # seconds, from any beginning
 
 FILL_S = 0.010  # a sample of shorter calls is the mean of as many as fill this
 MOST_CALLS = 10_000  # of one sample
-NOISY = 0.2  # of `noise`: neighbouring rounds differ by 20%; said, and more rounds help
-USELESS = 1.0  # neighbouring rounds differ by their own size: nothing can be told
+NOISY = 0.1  # of `noise`: neighbouring rounds differ by 10%; said, and more rounds help
+USELESS = 1.0  # neighbouring rounds differ by a factor of two: nothing can be told
 ENOUGH = 5  # rounds before noise can be told
 
 Call = Callable[[], Any]
@@ -64,14 +64,17 @@ def ratio(one: Sequence[float], other: Sequence[float]) -> Spread:
 
 
 def noise(yardsticks: Sequence[float]) -> float:
-    """How much the machine changes from one round to the next, as a share; 0 of too few.
+    """How much one round differs from the next, as a share; 0 of too few.
 
-    The distance of the quartiles of the ratios of neighbouring samples. A slow change, of
-    a clock that follows its temperature, say, is no noise: it cancels within each round.
+    Half the distance of the quartiles of the logarithms of the ratios of neighbouring
+    samples, as a factor less one: where each round takes 10% more or less than the one
+    before, 0.1. A slow change, of a clock that follows its temperature, say, is no noise:
+    it cancels within each round.
     """
     if len(yardsticks) < ENOUGH:
         return 0.0
-    return ratio(yardsticks[1:], yardsticks[:-1]).relative
+    found = ratio(yardsticks[1:], yardsticks[:-1])
+    return math.sqrt(found.high / found.low) - 1
 
 
 def check_noise(yardsticks: Sequence[float]) -> None:
@@ -157,6 +160,7 @@ def interleaved(
     on_round: Callable[[Rounds], bool] | None = None,
     yardstick: Call | None = None,
     warm_up: bool = True,
+    settle_s: float = 0.0,
 ) -> Rounds:
     """Time calls side by side: each once a round, in an order that rotates.
 
@@ -167,6 +171,9 @@ def interleaved(
         on_round: told all so far after each round; True ends it.
         yardstick: the fixed work; None: `yardstick()`.
         warm_up: call each once before, untimed.
+        settle_s: to wait after each sample. Threads of a pool look for more work for some
+            milliseconds (libgomp's about ten) and hold up who is timed next: it matters
+            where contenders have pools of their own.
 
     Raises:
         TimingError: the clock doesn't advance.
@@ -179,8 +186,10 @@ def interleaved(
     for turn in range(rounds):
         first = turn % len(names) if names else 0
         found.yardsticks_s.append(sample(fixed))
+        time.sleep(settle_s)
         for name in names[first:] + names[:first]:
             found.samples_s[name].append(sample(calls[name]))
+            time.sleep(settle_s)
             if on_sample is not None:
                 on_sample(name, found.samples_s[name][-1], found.yardsticks_s[-1])
         if on_round is not None and on_round(found):

@@ -1,0 +1,134 @@
+"""Records: to JSON and back, merged, and what they say is fastest."""
+
+import dataclasses
+import json
+
+import pytest
+from machine import candidate
+from refusals import refused
+from small import SPEC, spec_of
+
+import attngen
+from attngen import backends, building, planner, targets
+from attngen.errors import FileError
+from attngen.records import Finished, Record
+
+TARGET, JAX = targets.get(), backends.get()
+PLANS = planner.rank(SPEC, TARGET, JAX)
+KEY = building.key_of(SPEC, TARGET, JAX)
+DONE = Finished(effort="measure", fix={}, budget=None, noise=0.01)
+
+
+def record(*timed, **changes):
+    """A record of plans with (bytes, seconds of each round)."""
+    made = tuple(
+        candidate(
+            plan,
+            temp_bytes=need,
+            samples_s=tuple(seconds),
+            yardsticks_s=tuple(0.01 * (i + 1) for i in range(len(seconds))),
+        )
+        for plan, (need, seconds) in zip(PLANS, timed, strict=False)
+    )
+    return Record(**{"key": KEY, "finished": (DONE,), "candidates": made} | changes)
+
+
+RECORD = record((1000, [3.0, 3.1]), (100, [4.0, 4.1]), (2000, [1.0, 1.0]))
+
+
+def test_to_json_and_back():
+    assert Record.from_json(RECORD.to_json()) == RECORD
+    assert attngen.Record is Record
+    assert json.loads(RECORD.to_json())["effort"] == "measure"
+
+
+def test_the_fastest_that_fits():
+    first, second, third = RECORD.candidates
+    assert RECORD.ranked() == (third, first, second)
+    assert RECORD.best(1999) == first
+    assert RECORD.best(100) == second
+    assert RECORD.best(99) is None
+    assert RECORD.best(fix=second.choice) == second
+    assert RECORD.best(fix={"q_chunk": -1}) is None
+    assert RECORD.best(fix={"no such choice": 1}) is None
+
+
+def test_what_isnt_timed_or_failed_or_unknown_is_never_best():
+    first = dataclasses.replace(RECORD.candidates[0], failed="it crashed")
+    second = dataclasses.replace(RECORD.candidates[1], temp_bytes=None)
+    third = dataclasses.replace(RECORD.candidates[2], samples_s=(), yardsticks_s=())
+    changed = dataclasses.replace(RECORD, candidates=(first, second, third))
+    assert changed.ranked() == (second,)
+    assert changed.best(10**9) is None
+    assert "failed" in str(changed)
+
+
+def test_a_finished_search_is_of_an_effort_and_no_narrower():
+    assert RECORD.finished_for("estimate", {})
+    assert RECORD.finished_for("measure", {"q_chunk": 16})
+    assert not RECORD.finished_for("patient", {})
+    narrow = record(finished=(dataclasses.replace(DONE, fix={"q_chunk": 16}),))
+    assert not narrow.finished_for("estimate", {})
+    assert narrow.finished_for("measure", {"q_chunk": 16, "k_chunk": 16})
+    assert record(finished=()).effort == "unfinished"
+
+
+def test_merging_keeps_each_sample_once():
+    assert RECORD.merged(RECORD) == RECORD
+    more = record((1000, [3.0, 3.1, 2.9]))
+    merged = RECORD.merged(more)
+    assert merged.candidates[0].samples_s == (3.0, 3.1, 2.9)
+    assert merged.candidates[1:] == RECORD.candidates[1:]
+    assert more.merged(RECORD).candidates[0].samples_s == (3.0, 3.1, 2.9)
+
+
+def test_a_plan_that_failed_once_and_then_worked_is_kept_as_working():
+    bad = candidate(PLANS[0], digest=None, failed="no memory")
+    merged = Record(key=KEY, candidates=(bad,)).merged(RECORD)
+    assert merged.candidates == RECORD.candidates
+
+
+def test_the_key_is_the_spec_without_its_budget():
+    assert building.key_of(spec_of(memory_budget="1MiB"), TARGET, JAX) == KEY
+    other = building.key_of(spec_of(q_len=64, kv_len=64), TARGET, JAX)
+    assert KEY.differences(other) == ["q_len: 48 ≠ 64", "kv_len: 48 ≠ 64"]
+    assert {"attngen", "jax", "jaxlib"} == set(KEY.versions)
+    older = dataclasses.replace(KEY, versions=KEY.versions | {"jax": "0.1"})
+    assert older.differences(KEY)[0].startswith("version of jax: 0.1 ≠ ")
+
+
+def test_the_table_is_narrow_and_says_what_was_noisy():
+    noisy = record((1000, [3.0] * 3), finished=(dataclasses.replace(DONE, noise=0.5),))
+    text = str(noisy)
+    assert max(map(len, text.splitlines())) <= 100
+    assert "noisy: in measure, neighbouring rounds differed by 50%" in text
+    assert "1.00×" in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"key": 3},
+        {"candidates": [{}]},
+        {"finished": [{"effort": "hard", "fix": {}, "budget": None, "noise": 0}]},
+        {
+            "candidates": [
+                {**json.loads(RECORD.to_json())["candidates"][0], "samples_s": [1]}
+            ]
+        },
+        {
+            "candidates": [
+                {
+                    **json.loads(RECORD.to_json())["candidates"][0],
+                    "samples_s": [-1, 2],
+                }
+            ]
+        },
+    ],
+)
+def test_what_isnt_a_record_is_refused(change):
+    data = json.loads(RECORD.to_json()) | change
+    with refused(FileError):
+        Record.from_json(json.dumps(data))
+    with refused(FileError):
+        Record.from_json("{")

@@ -1,0 +1,81 @@
+"""The clock: samples, rounds, spreads, noise."""
+
+import itertools
+
+import pytest
+from machine import Machine
+from refusals import refused
+
+from attngen import timing
+from attngen.errors import TimingError
+
+
+def test_a_spread_is_the_median_and_the_quartiles():
+    found = timing.spread([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert (found.median, found.low, found.high) == (3.0, 2.0, 4.0)
+    assert found.relative == pytest.approx(2 / 3)
+    assert timing.spread([7.0]).relative == 0
+
+
+def test_ratios_are_taken_round_by_round():
+    # each round twice as slow as the one before: the ratio is the same in all
+    assert timing.ratio([2, 4, 8], [1, 2, 4]) == timing.Spread(2, 2, 2)
+
+
+def test_a_short_call_is_timed_many_times(monkeypatch):
+    machine = Machine(monkeypatch)
+    assert timing.sample(machine.work(1e-4)) == pytest.approx(1e-4)
+    assert machine.now == pytest.approx(timing.FILL_S + 1e-4)
+    assert timing.sample(machine.work(0.5)) == pytest.approx(0.5)
+
+
+def test_a_clock_that_stands_is_refused(monkeypatch):
+    monkeypatch.setattr(timing, "clock", lambda: 5.0)
+    with refused(TimingError, "doesn't advance"):
+        timing.sample(lambda: None)
+
+
+def test_a_clock_that_runs_backwards_is_refused(monkeypatch):
+    ticks = itertools.count(0, -1)
+    monkeypatch.setattr(timing, "clock", lambda: float(next(ticks)))
+    with refused(TimingError, "doesn't advance"):
+        timing.sample(lambda: None)
+
+
+def test_contenders_take_turns(monkeypatch):
+    machine = Machine(monkeypatch)
+    order = []
+
+    def contender(name, seconds):
+        work = machine.work(seconds)
+        return lambda: (order.append(name), work())
+
+    calls = {"a": contender("a", 0.1), "b": contender("b", 0.2)}
+    found = timing.interleaved(calls, 3, warm_up=False)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert found.count == 3
+    assert found.ratio("b", "a").median == pytest.approx(2)
+    ended = timing.interleaved(calls, 30, on_round=lambda r: r.count == 2)
+    assert ended.count == 2
+
+
+def test_a_slow_change_is_no_noise_and_a_quick_one_is():
+    assert timing.noise([1.1**i for i in range(20)]) == pytest.approx(0, abs=1e-9)
+    assert timing.noise([1, 1.3] * 10) == pytest.approx(0.3)
+    assert timing.noise([1, 5]) == 0  # too few to tell
+    with refused(TimingError, "too noisy"):
+        timing.check_noise([1, 9] * 10)
+    timing.check_noise([1, 1.05] * 10)
+
+
+def test_standings_join_rounds_that_not_all_ran():
+    # the second session is three times as slow; b ran in both, a and c in one each
+    seconds = {
+        "a": {1: 1.0, 2: 1.0},
+        "b": {1: 2.0, 2: 2.0, 3: 6.0, 4: 6.0},
+        "c": {3: 12.0, 4: 12.0},
+    }
+    found = timing.standings(seconds)
+    assert found["a"] == pytest.approx(1, rel=1e-4)
+    assert found["b"] == pytest.approx(2, rel=1e-4)
+    assert found["c"] == pytest.approx(4, rel=1e-4)
