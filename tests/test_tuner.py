@@ -1,0 +1,203 @@
+"""The tuner by a clock that a test moves: what it finds, when it ends, what it keeps."""
+
+import dataclasses
+
+import pytest
+from machine import Machine, prepared
+from refusals import refused
+from small import spec_of
+from test_records import JAX, KEY, PLANS
+
+from attngen import planner, targets, timing, tuner
+from attngen.errors import CompileError, TimingError
+from attngen.records import Record
+
+DIFFERENT = tuner.different(PLANS, 8)
+
+
+class Run:
+    """One tuning; `seconds_of` says what a plan's call takes, by its place."""
+
+    def __init__(self, monkeypatch, seconds_of, noise=(1.0,)):
+        self.machine = Machine(monkeypatch, noise)
+        self.seconds_of = seconds_of
+        self.saved, self.said, self.asked = [], [], []
+        self.start = Record(key=KEY)
+        self.prepare_s = 0.0
+
+    def prepare(self, plan):
+        index = DIFFERENT.index(plan)
+        self.asked.append(index)
+        self.machine.now += self.prepare_s
+        seconds = self.seconds_of(index)
+        if isinstance(seconds, Exception):
+            raise seconds
+        return prepared(plan, seconds and self.machine.work(seconds))
+
+    def __call__(self, effort="measure", seconds=1000.0):
+        return tuner.tune(
+            DIFFERENT,
+            self.prepare,
+            self.start,
+            effort=effort,
+            seconds=seconds,
+            fix={},
+            budget=None,
+            save=self.saved.append,
+            say=self.said.append,
+            describe=JAX.describe,
+        )
+
+
+def test_the_fastest_is_found_and_the_search_ends_early(monkeypatch):
+    run = Run(monkeypatch, lambda i: 0.1 if i == 5 else 0.2)
+    found = run()
+    assert found.best().choice == DIFFERENT[5].choice
+    assert found.effort == "measure"
+    assert all(c.samples_s for c in found.candidates)
+    assert max(len(c.samples_s) for c in found.candidates) <= 10
+    assert run.saved[-1] == found
+    assert len(run.said) > len(DIFFERENT)
+
+
+def test_the_slower_half_goes(monkeypatch):
+    run = Run(monkeypatch, lambda i: 0.1 * 1.01**i)
+    found = run()
+    counts = {DIFFERENT.index(p): 0 for p in DIFFERENT}
+    for c in found.candidates:
+        index = next(i for i, p in enumerate(DIFFERENT) if p.choice == c.choice)
+        counts[index] = len(c.samples_s)
+    assert counts[7] == 2
+    assert counts[0] == max(counts.values())
+    assert found.best().choice == DIFFERENT[0].choice
+
+
+def test_the_allowance_ends_it(monkeypatch):
+    run = Run(monkeypatch, lambda i: 1.0)
+    run.prepare_s = 2.0
+    found = run(seconds=10)
+    assert len(run.asked) == 3  # until half of it is spent
+    assert run.machine.now < 16
+    assert found.finished
+    assert any("time for 3 of 8" in line for line in run.said)
+
+
+def test_an_allowance_of_nearly_nothing_times_one_plan(monkeypatch):
+    run = Run(monkeypatch, lambda i: 0.1)
+    run.prepare_s = 1.0
+    found = run(seconds=1e-3)
+    assert [len(c.samples_s) for c in found.candidates] == [1]
+
+
+def test_failures_are_recorded_with_their_reasons(monkeypatch):
+    error = CompileError("It crashed.", got="this", needed="that")
+    run = Run(monkeypatch, lambda i: error if i == 0 else 0.1 + i / 100)
+    found = run()
+    failed = [c for c in found.candidates if c.failed]
+    assert [c.choice for c in failed] == [DIFFERENT[0].choice]
+    assert failed[0].failed.startswith("It crashed.")
+    assert found.best().choice == DIFFERENT[1].choice
+
+
+def test_a_call_that_fails_while_it_is_timed_is_left_out(monkeypatch):
+    run = Run(monkeypatch, lambda i: 0.1)
+
+    def broken():
+        raise MemoryError("no room")
+
+    def prepare(plan):
+        made = Run.prepare(run, plan)
+        return dataclasses.replace(made, call=broken) if plan == DIFFERENT[0] else made
+
+    run.prepare = prepare
+    found = run()
+    assert [c.failed for c in found.candidates if c.failed] == ["MemoryError: no room"]
+    assert len(found.ranked()) == len(DIFFERENT) - 1
+
+
+def test_nothing_that_works_is_an_error(monkeypatch):
+    error = CompileError("It crashed.", got="this", needed="that")
+    run = Run(monkeypatch, lambda i: error)
+    with refused(TimingError, "nothing to time"):
+        run()
+    assert not run.saved[-1].finished
+    run = Run(monkeypatch, lambda i: None)  # each over the budget
+    with refused(TimingError, "nothing to time") as caught:
+        run()
+    assert "over the budget" in caught.value.got
+
+
+def test_a_noisy_machine_is_said(monkeypatch):
+    noise = [1.0] * 9 + [1.4] * 9  # a round of the yardstick and eight plans
+    run = Run(monkeypatch, lambda i: 0.1 * 1.001**i, noise=noise)
+    monkeypatch.setattr(tuner, "STAGES", (12,))
+    found = run()
+    assert found.finished[0].noise == pytest.approx(0.4)
+    assert "differ by 40%" in run.said[-1]
+    assert "noisy" in str(found)
+    assert found.best().choice == DIFFERENT[0].choice
+
+
+def test_a_useless_machine_is_an_error_that_keeps_the_samples(monkeypatch):
+    noise = [9.0] * 9 + [1.0] * 9
+    run = Run(monkeypatch, lambda i: 0.1 * 1.001**i, noise=noise)
+    monkeypatch.setattr(tuner, "FAR", 1e9)
+    monkeypatch.setattr(tuner, "STAGES", (12,))
+    with refused(TimingError, "too noisy"):
+        run()
+    assert not run.saved[-1].finished
+    assert len(run.saved[-1].candidates[0].samples_s) == 12
+
+
+def test_a_clock_that_stands_is_found_before_anything_is_prepared(monkeypatch):
+    run = Run(monkeypatch, lambda i: 0.1)
+    monkeypatch.setattr(timing, "clock", lambda: 1.0)
+    with refused(TimingError, "doesn't advance"):
+        run()
+    assert run.asked == []
+
+
+def test_an_interrupt_keeps_every_finished_sample(monkeypatch):
+    run = Run(monkeypatch, lambda i: 0.1)
+    done = []
+
+    def interrupted(plan):
+        made = Run.prepare(run, plan)
+
+        def call():
+            if len(done) == 11:
+                raise KeyboardInterrupt
+            made.call()
+            done.append(plan)
+
+        return dataclasses.replace(made, call=call)
+
+    run.prepare = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    kept = run.saved[-1]
+    assert sum(len(c.samples_s) for c in kept.candidates) == 11
+    assert kept.effort == "unfinished"
+    run.start = kept
+    run.prepare = lambda plan: prepared(
+        plan,
+        run.machine.work(0.1),
+        samples_s=next(c.samples_s for c in kept.candidates if c.choice == plan.choice),
+        yardsticks_s=next(
+            c.yardsticks_s for c in kept.candidates if c.choice == plan.choice
+        ),
+    )
+    again = run()
+    assert sum(len(c.samples_s) for c in again.candidates) > 11
+    assert again.effort == "measure"
+
+
+def test_different_plans_arent_all_alike():
+    plans = planner.rank(spec_of(q_len=2048, kv_len=2048), targets.get(), JAX)
+    picked = tuner.different(plans, 8)
+    chunks = [(p.algorithm, p.q_chunk, p.k_chunk) for p in picked]
+    assert picked[0] == plans[0]
+    assert len({str(p.choice) for p in picked}) == 8
+    assert max(chunks.count(c) for c in chunks[:6]) <= 2
+    assert picked[6].temp_bytes <= min(p.temp_bytes for p in picked[:6]) / 4
+    assert tuner.different(plans[:3], 8) == list(plans[:3])
