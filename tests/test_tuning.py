@@ -1,0 +1,305 @@
+"""Tuning end to end: what is timed once is found again, and nothing is timed twice."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+from commands import FAILED, SMALL, WRONG, process, run
+from commands import refused as command_refused
+from refusals import refused
+from small import SPEC, close, qkv, spec_of
+
+import attngen
+from attngen import api, backends, building, targets, timing, tuner, wisdom
+from attngen.errors import PlanError, TimingError, WisdomError
+
+FIX = {"k_chunk": 16, "unroll": 1, "loop": "fori"}
+TARGET, JAX = targets.get(), backends.get()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATTNGEN_WISDOM", str(tmp_path / "own"))
+    return tmp_path / "own"
+
+
+@pytest.fixture
+def sizes(certificates):
+    """Certified bytes: what the model says of the plan, without a compiler."""
+    by_text = {}
+
+    def bytes_of(source):
+        return by_text.setdefault(source, 1000 + 1000 * len(by_text))
+
+    return certificates(bytes_of)
+
+
+@pytest.fixture
+def tuned(sizes, monkeypatch):
+    """A record of SPEC from two plans; then no clock."""
+    monkeypatch.setitem(tuner.MOST, "measure", 2)
+    record = attngen.tune(SPEC, seconds=60)
+
+    def clock():
+        raise AssertionError("something was timed")
+
+    monkeypatch.setattr(timing, "clock", clock)
+    sizes.clear()
+    return record
+
+
+def test_a_second_build_times_nothing(tuned):
+    assert len(tuned.ranked()) == 2
+    for effort in ("estimate", "measure"):
+        kernel = attngen.build(SPEC, effort=effort)
+        assert kernel.plan.choice == tuned.best().choice
+        assert kernel.report.passed
+        assert kernel.plan.fixed == ()
+
+
+def test_a_new_budget_selects_again(tuned):
+    small = min(tuned.ranked(), key=lambda c: c.temp_bytes)
+    spec = spec_of(memory_budget=small.temp_bytes)
+    chosen = building.recall(spec, TARGET, JAX, "measure", {})[0]
+    assert chosen.choice == small.choice
+    assert chosen.spec == spec
+    none = spec_of(memory_budget=small.temp_bytes - 1)
+    assert building.recall(none, TARGET, JAX, "measure", {}) is None
+
+
+def test_a_greater_effort_or_another_spec_isnt_there(tuned):
+    assert building.recall(SPEC, TARGET, JAX, "patient", {}) is None
+    assert building.recall(spec_of(qk_dim=4), TARGET, JAX, "estimate", {}) is None
+    with pytest.raises(AssertionError, match="something was timed"):
+        attngen.build(SPEC, effort="patient")
+
+
+def test_fixed_choices_agree(tuned):
+    second = tuned.ranked()[1].choice
+    assert building.recall(SPEC, TARGET, JAX, "measure", second)[0].choice == second
+    assert building.recall(SPEC, TARGET, JAX, "measure", {"q_chunk": 1}) is None
+
+
+def test_what_is_emitted_otherwise_today_is_stale(tuned, monkeypatch):
+    best, second = tuned.ranked()
+    stale = dataclasses.replace(best, digest="0" * 64)
+    changed = dataclasses.replace(tuned, candidates=(stale, second))
+    wisdom.clear()
+    wisdom.add(changed)
+    found = building.recall(SPEC, TARGET, JAX, "measure", {})
+    assert found[0].choice == second.choice
+    wisdom.clear()
+    wisdom.add(dataclasses.replace(tuned, candidates=(stale,)))
+    assert building.recall(SPEC, TARGET, JAX, "estimate", {}) is None
+
+
+def test_a_choice_that_is_no_longer_known_is_stale(tuned):
+    best, second = tuned.ranked()
+    odd = dataclasses.replace(best, choice=best.choice | {"magic": 1})
+    wisdom.clear()
+    wisdom.add(dataclasses.replace(tuned, candidates=(odd, second)))
+    assert building.recall(SPEC, TARGET, JAX, "measure", {})[0].choice == second.choice
+
+
+def test_attention_recalls_in_and_outside_a_trace(tuned):
+    import jax
+
+    api._kernel_of.cache_clear()
+    q, k, v = qkv()
+
+    def call(*arrays):
+        return attngen.attention(*arrays, mask=SPEC.mask, effort="measure")
+
+    assert close(SPEC, call(q, k, v), (q, k, v))
+    assert close(SPEC, jax.jit(call)(q, k, v), (q, k, v))
+    api._kernel_of.cache_clear()
+
+
+def test_tuning_again_adds_samples_and_certifies_nothing(sizes, monkeypatch):
+    monkeypatch.setitem(tuner.MOST, "measure", 2)
+    first = attngen.tune(SPEC, seconds=60)
+    asked = len(sizes)
+    second = attngen.tune(SPEC, seconds=60)
+    assert len(sizes) == asked
+    for c in first.candidates:
+        now = second.find(c.choice, c.digest)
+        assert now.samples_s[: len(c.samples_s)] == c.samples_s
+        assert len(now.samples_s) > len(c.samples_s)
+    assert wisdom.find(second.key) == second
+
+
+def test_a_search_with_fixed_choices_doesnt_decide_for_others(sizes):
+    attngen.tune(SPEC, seconds=1e-3, fix={"q_chunk": 1})
+    assert building.recall(SPEC, TARGET, JAX, "estimate", {}) is None
+    fixed = building.recall(SPEC, TARGET, JAX, "measure", {"q_chunk": 1})
+    assert fixed[0].q_chunk == 1
+    assert fixed[0].fixed == ("q_chunk",)
+
+
+def test_damaged_wisdom_warns_an_estimate_and_stops_a_tuning(sizes, folder):
+    path = wisdom.path_of(building.key_of(SPEC, TARGET, JAX))
+    folder.mkdir()
+    path.write_text("{")
+    with pytest.warns(UserWarning, match="is damaged"):
+        kernel = attngen.build(SPEC, fix={"q_chunk": 16, "k_chunk": 16})
+    assert kernel.report.passed
+    for effort in ("measure", "patient"):
+        with refused(WisdomError, "damaged"):
+            attngen.build(SPEC, effort=effort)
+        with refused(WisdomError, "damaged"):
+            attngen.tune(SPEC, effort=effort)
+    assert path.read_text() == "{"
+
+
+def test_a_place_that_cant_be_written_is_refused_before_time_is_spent(
+    no_compiler, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ATTNGEN_WISDOM", str(tmp_path / "file" / "own"))
+    with refused(WisdomError, "can't be written"):
+        attngen.tune(SPEC)
+    assert "WisdomError" in run("tune", *SMALL, code=WRONG)[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert wisdom.find(building.key_of(SPEC, TARGET, JAX)) is None
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), "5", True])
+def test_no_time_is_refused(seconds, no_compiler):
+    with refused(PlanError, "needs time"):
+        attngen.tune(SPEC, seconds=seconds)
+
+
+def test_tune_takes_an_effort_that_times(no_compiler):
+    for effort in ("estimate", "hard"):
+        with refused(PlanError):
+            attngen.tune(SPEC, effort=effort)
+
+
+def test_inputs_beyond_memory_are_refused(no_compiler, monkeypatch):
+    def arrays(*_, **__):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("attngen.inputs.arrays", arrays)
+    with refused(TimingError, "memory"):
+        attngen.tune(SPEC)
+    assert "TimingError" in run("tune", *SMALL, code=FAILED)[1]
+
+
+# The command line.
+
+
+def test_the_commands(sizes, tmp_path, monkeypatch):
+    monkeypatch.setitem(tuner.MOST, "measure", 2)
+    out, err = run("tune", *SMALL, "--seconds", "20")
+    assert "× " in out
+    assert "1 of 2: " in err
+    data = json.loads(run("tune", *SMALL, "--seconds", "0.01", "--json")[0])
+    assert data["effort"] == "measure"
+    assert "measure" in run("wisdom", "show")[0]
+    assert len(json.loads(run("wisdom", "show", "--json")[0])) == 1
+    assert "rounds" in run("wisdom", "show", *SMALL)[0]
+    assert json.loads(run("wisdom", "show", *SMALL, "--json")[0]) == data
+    assert (
+        json.loads(run("wisdom", "show", *SMALL, "--batch", "2", "--json")[0]) is None
+    )
+    assert "batch: 2 ≠ 1" in run("wisdom", "show", *SMALL, "--batch", "2")[0]
+    assert json.loads(run("wisdom", "why", *SMALL, "--json")[0])["found"] is True
+    assert "batch: 2 ≠ 1" in run("wisdom", "why", *SMALL, "--batch", "2")[0]
+    exported = tmp_path / "all.json"
+    assert "1 records" in run("wisdom", "export", exported)[0]
+    command_refused("WisdomError", "wisdom", "clear")
+    assert "deleted" in run("wisdom", "clear", "--yes")[0]
+    assert json.loads(run("wisdom", "clear", "--yes", "--json")[0])["deleted"] == []
+    command_refused("WisdomError", "wisdom", "export", tmp_path / "none.json")
+    assert not (tmp_path / "none.json").exists()
+    merged = json.loads(run("wisdom", "merge", exported, "--json")[0])
+    assert list(merged["written"].values()) == [1]
+    places = json.loads(run("wisdom", "dir", "--json")[0])
+    assert places["places"][0] == {"path": places["folder"], "files": 1}
+    assert places["folder"] in run("wisdom", "dir")[0]
+    assert run("build", *SMALL, "--effort", "measure")[0]
+
+
+@pytest.mark.parametrize("seconds", ["0", "-3", "nan"])
+def test_the_command_refuses_no_time(seconds):
+    command_refused("PlanError", "tune", *SMALL, "--seconds", seconds)
+
+
+def test_the_commands_name_a_damaged_file(folder):
+    folder.mkdir()
+    (folder / "x.json").write_text("[")
+    for command in (("why", *SMALL), ("show",), ("show", *SMALL)):
+        error = command_refused("WisdomError", "wisdom", *command)
+        assert "x.json" in error["what"]
+    (folder / "x.json").write_text('{"format": 99, "records": []}')
+    assert "99" in command_refused("WisdomError", "wisdom", "show")["got"]
+    command_refused("WisdomError", "wisdom", "merge", folder / "missing.json")
+
+
+def test_an_interrupt_ends_the_command_with_a_message(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(building, "tune", interrupted)
+    out, err = run("tune", *SMALL, code=FAILED)
+    assert out == ""
+    assert err.startswith("interrupted: ")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=lambda s: s.name)
+def test_a_killed_tuning_keeps_its_samples(sent, folder, process_environment, tmp_path):
+    command = [str(Path(sys.executable).parent / "attngen"), "tune", *SMALL]
+    environment = process_environment | {"ATTNGEN_WISDOM": str(folder)}
+    with (tmp_path / "log").open("wb") as log:
+        # a slow kernel would do; a slow machine does: one plan, timed for long
+        code = (
+            "import sys\n"
+            "from attngen import timing, tuner\n"
+            "tuner.MOST['measure'] = 1\n"
+            "tuner.STAGES = (10**6,)\n"
+            "from attngen.cli import main\n"
+            "main(sys.argv[1:])\n"
+        )
+        started = subprocess.Popen(
+            [sys.executable, "-c", code, *command[1:]],
+            env=environment,
+            stderr=log,
+            stdout=log,
+        )
+    path = wisdom.path_of(
+        building.key_of(
+            attngen.AttentionSpec(q_heads=2, q_len=40, qk_dim=8), TARGET, JAX
+        )
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and started.poll() is None:
+        known = wisdom.read(path)[0].candidates if path.exists() else ()
+        if known and len(known[0].samples_s) >= 5:
+            break
+        time.sleep(0.05)
+    os.kill(started.pid, sent)
+    started.wait(30)
+    record = wisdom.read(path)[0]
+    assert len(record.candidates[0].samples_s) >= 5
+    assert record.effort == "unfinished"
+    said = (tmp_path / "log").read_text()
+    assert "Traceback" not in said
+    if sent == signal.SIGINT:
+        assert started.returncode == 1
+        assert "interrupted: " in said
+
+
+def test_the_exit_code_of_a_refused_process(process_environment, tmp_path):
+    ran = process(
+        "tune", *SMALL, "--seconds", "0", cwd=tmp_path, environment=process_environment
+    )
+    assert ran.returncode == WRONG
+    assert "Traceback" not in ran.stderr
