@@ -104,7 +104,7 @@ def build(
         chosen, source = known
         certificate = building.certify(chosen, source, chosen.target)
     if known is None or not building.within(certificate, spec):
-        ranked = planner.rank(spec, device, by, fixed)
+        ranked = planner.rank(spec, device, by, fixed, smallest=building.TRIES)
         chosen, source, certificate = building.first_certified(ranked, by)
     function = by.load(stored(source))
     report = building.passed(chosen, by, function)
@@ -143,7 +143,8 @@ def plan_of(path: Path) -> Plan:
 
     head = read_header(path)
     try:
-        return plan(head.spec, head.target, head.backend, head.choice)
+        device, by = targets.get(head.target), backends.get(head.backend)
+        return planner.rank(head.spec, device, by, head.choice, smallest=1)[0]
     except AttngenError as error:
         raise FileError(
             f"{path} has a header that can't be met: {error.what}",

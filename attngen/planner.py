@@ -31,8 +31,15 @@ def rank(
     target: Target,
     backend: Backend,
     fix: Mapping[str, Option] | None = None,
+    *,
+    smallest: int = 0,
 ) -> tuple[Plan, ...]:
     """Every legal plan that is modelled to fit the budget, the fastest first.
+
+    Args:
+        smallest: where nothing fits, so many plans with the fewest modelled bytes, the
+            smallest first, instead of the error: the model is an upper bound, and the
+            compiler may certify less.
 
     Raises:
         NotBuiltError: the spec asks for something that isn't built.
@@ -55,7 +62,10 @@ def rank(
     budget = _budget(spec, target)
     fitting = [p for p in priced if budget is None or p[2].temp_bytes <= budget]
     if not fitting:
-        raise no_fit(spec, target, backend, min(priced, key=lambda c: c[2].temp_bytes))
+        priced.sort(key=lambda c: (c[2].temp_bytes, c[2].time_s))
+        if not smallest:
+            raise no_fit(spec, target, backend, priced[0])
+        fitting = priced[:smallest]
     alternatives = _alternatives(priced, refused, budget, fitting[0])
 
     def plan(choice: Choice, tiles: Tiles, cost: Cost) -> Plan:
