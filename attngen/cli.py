@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
+from attngen.cli_bench import bench
 from attngen.cli_output import print_json, progress, shown, status, table
 from attngen.cli_spec import plan_options, read_fix, read_spec
 from attngen.cli_tune import tune
@@ -19,7 +20,6 @@ from attngen.cli_wisdom import wisdom
 from attngen.errors import (
     AttngenError,
     FileError,
-    NotBuiltError,
     TimingError,
     ValidationError,
 )
@@ -299,20 +299,6 @@ def presets(name: str | None, as_json: bool) -> None:
     table(("preset", "source"), [(n, known.source(n)) for n in known.names()])
 
 
+main.add_command(bench)
 main.add_command(tune)
 main.add_command(wisdom)
-
-
-def _not_built(name: str, instead: str) -> None:
-    @main.command(name, context_settings={"ignore_unknown_options": True})
-    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-    def command(arguments: tuple[str, ...]) -> None:
-        raise NotBuiltError(
-            f"`attngen {name}` isn't built yet.", got=name, needed="build", hint=instead
-        )
-
-    command.help = f"Not built yet: {instead}."
-    command.short_help = "Not built yet."
-
-
-_not_built("bench", "see benchmarks/ in the repository")

@@ -81,6 +81,10 @@ class BackendError(AttngenError, LookupError):
     """There is no such backend, or what it needs isn't installed."""
 
 
+class PeerError(AttngenError, LookupError):
+    """There is no such peer to compare with."""
+
+
 class PlanError(AttngenError, ValueError):
     """A fixed choice isn't known, or isn't legal for this spec."""
 

@@ -234,14 +234,6 @@ def test_an_effort_is_refused(effort):
     refused("PlanError", "tune", *SMALL, "--effort", effort)
 
 
-@pytest.mark.parametrize("name", ["bench"])
-def test_what_is_not_built_says_so(name):
-    refused("NotBuiltError", name)
-    refused(
-        "NotBuiltError", name, "show", "--preset", "llama3-8b", "--effort", "patient"
-    )
-
-
 def test_a_files_name_need_not_be_text(tmp_path):
     folder = tmp_path / "a \udcff [b] \\"
     folder.mkdir()

@@ -28,6 +28,7 @@ COMMANDS = {
     "help": ("--help",),
     "help of plan": ("plan", "--help"),
     "help of tune": ("tune", "--help"),
+    "help of bench": ("bench", "--help"),
     "wisdom's places": ("wisdom", "dir"),
 }
 

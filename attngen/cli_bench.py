@@ -1,0 +1,77 @@
+"""`attngen bench`: attngen beside its peers, on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+from attngen.cli_output import print_json, progress
+from attngen.cli_spec import plan_options, read_fix, read_spec
+
+
+@click.command()
+@click.option(
+    "--rounds",
+    type=int,
+    default=15,
+    show_default=True,
+    help="How often each contender takes its turn.",
+)
+@click.option(
+    "--peers",
+    metavar="A,B",
+    help="Some of plain, jax.nn, paper, sdpa, flex. Default: all.",
+)
+@click.option(
+    "--effort", default="estimate", show_default=True, help="Of attngen's own kernel."
+)
+@plan_options
+def bench(
+    rounds: int,
+    peers: str | None,
+    effort: str,
+    target: str | None,
+    backend: str | None,
+    fix: tuple[str, ...],
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Time attngen beside its peers, in turns, each checked first.
+
+    plain jnp and jax.nn compute all scores; paper is Rabe & Staats' algorithm; sdpa and
+    flex are torch's, where that is installed. What can't say the spec, or computes
+    something else, is listed with the reason.
+    """
+    from attngen import bench as worker
+
+    spec = read_spec(given)
+    names = None if peers is None else [n.strip() for n in peers.split(",")]
+    with _progress() as say:
+        comparison = worker.compare(
+            spec,
+            target=target,
+            backend=backend,
+            peers=names,
+            rounds=rounds,
+            effort=effort,
+            fix=read_fix(fix),
+            on_progress=say,
+        )
+    print_json(comparison.to_dict()) if as_json else click.echo(str(comparison))
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """One line on stderr that says what is being done; lines where that's no terminal."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield progress
+        return
+    with console.status(Text("starting …")) as line:
+        yield lambda text: line.update(Text(text))
