@@ -301,24 +301,30 @@ def tune(
     from attngen import tuner, wisdom
 
     check_seconds(seconds)
-    ranked = planner.rank(spec, target, by, fix)
+    ranked = planner.rank(spec, target, by, fix, smallest=TRIES)
     key = key_of(spec, target, by)
     wisdom.check_writable(key)
     record = wisdom.find(key) or Record(key=key)
     prepare = _Preparer(spec, target, by, record)
     _ = prepare.arrays  # too large ones are found before time is spent
-    return tuner.tune(
-        tuner.different(ranked, tuner.MOST[effort]),
-        prepare,
-        record,
-        effort=effort,
-        seconds=tuner.SECONDS[effort] if seconds is None else float(seconds),
-        fix=fix,
-        budget=spec.budget_bytes,
-        save=wisdom.add,
-        say=say or (lambda _: None),
-        describe=by.describe,
-    )
+    try:
+        return tuner.tune(
+            tuner.different(ranked, tuner.MOST[effort]),
+            prepare,
+            record,
+            effort=effort,
+            seconds=tuner.SECONDS[effort] if seconds is None else float(seconds),
+            fix=fix,
+            budget=spec.budget_bytes,
+            save=wisdom.add,
+            say=say or (lambda _: None),
+            describe=by.describe,
+        )
+    except TimingError as error:
+        if prepare.fitted or not prepare.over:
+            raise
+        least = min(prepare.over, key=lambda p: p[1])
+        raise planner.no_fit(spec, target, by, certified=least) from error
 
 
 class _Preparer:
@@ -328,6 +334,8 @@ class _Preparer:
         self, spec: AttentionSpec, target: Target, by: Backend, record: Record
     ) -> None:
         self.spec, self.target, self.by, self.record = spec, target, by, record
+        self.fitted = False  # whether one is within the budget
+        self.over: list[tuple[Plan, int]] = []  # those that aren't, with their bytes
 
     @functools.cached_property
     def arrays(self) -> dict[str, Any]:
@@ -362,7 +370,9 @@ class _Preparer:
             )
         budget = self.spec.budget_bytes
         if budget is not None and (known.temp_bytes or 0) > budget:
+            self.over.append((plan, known.temp_bytes or 0))
             return tuner.Prepared(known, None)
+        self.fitted = True
         function = self.by.load(stored(source))
         if not known.samples_s:  # what was timed once was validated
             passed(plan, self.by, function)

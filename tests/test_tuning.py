@@ -18,7 +18,7 @@ from small import SPEC, close, qkv, spec_of
 
 import attngen
 from attngen import api, backends, building, targets, timing, tuner, wisdom
-from attngen.errors import PlanError, TimingError, WisdomError
+from attngen.errors import BudgetError, PlanError, TimingError, WisdomError
 
 FIX = {"k_chunk": 16, "unroll": 1, "loop": "fori"}
 TARGET, JAX = targets.get(), backends.get()
@@ -191,6 +191,14 @@ def test_inputs_beyond_memory_are_refused(no_compiler, monkeypatch):
     with refused(TimingError, "memory"):
         attngen.tune(SPEC)
     assert "TimingError" in run("tune", *SMALL, code=FAILED)[1]
+
+
+def test_a_budget_that_nothing_is_certified_within_is_refused(certificates):
+    certificates(lambda source: 5000)
+    for act in (attngen.tune, lambda spec: attngen.build(spec, effort="measure")):
+        with refused(BudgetError) as caught:
+            act(spec_of(memory_budget=4999))
+        assert "5000 bytes, certified" in caught.value.needed
 
 
 # The command line.
