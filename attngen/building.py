@@ -1,39 +1,25 @@
-"""The steps that `attngen.api` joins: certify, load, validate, tune, and recall."""
+"""The steps that `attngen.api` joins: emit, certify, load, validate."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import importlib.metadata
-import math
-import re
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from attngen import backends, files, planner, targets
 from attngen.backends import Backend
 from attngen.errors import (
-    AttngenError,
     PlanError,
-    TimingError,
     ValidationError,
-    WisdomError,
 )
 from attngen.plans import Option, Plan
-from attngen.records import EFFORTS, Candidate, Key, Record
+from attngen.records import EFFORTS
 from attngen.spec import AttentionSpec
-from attngen.targets import Target
-from attngen.version import __version__
 
 if TYPE_CHECKING:
     from attngen.emitter import Source
     from attngen.kernel import Kernel
     from attngen.reports import Certificate, Report
-    from attngen.tuner import Prepared
 
 Fix = Mapping[str, Option]
 
@@ -189,204 +175,3 @@ def kernel(
     from attngen.kernel import Kernel
 
     return Kernel(chosen.spec, chosen, source, report, certificate, function)
-
-
-# Wisdom: what was timed before.
-
-
-def key_of(spec: AttentionSpec, target: Target, by: Backend) -> Key:
-    """What a time of the spec holds for, here and now."""
-    plain = msgspec.json.decode(spec.to_json())
-    plain.pop("memory_budget")
-    return Key(
-        spec=plain,
-        target=target.name,
-        device=target.model,
-        cores=target.cores,
-        backend=by.name,
-        versions=_versions(tuple(by.requires)),
-    )
-
-
-@functools.cache
-def _versions(requires: tuple[str, ...]) -> dict[str, str]:
-    names = [re.split(r"[^\w.-]", r.strip(), maxsplit=1)[0] for r in requires]
-    if "jax" in names:
-        names.append("jaxlib")
-    found = {"attngen": __version__}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "none"
-    return found
-
-
-def neutral(spec: AttentionSpec, target: Target, by: Backend, choice: Fix) -> Plan:
-    """The plan of a full choice, of the spec without its budget: what records are of."""
-    free = dataclasses.replace(spec, memory_budget=None)
-    return dataclasses.replace(planner.rank(free, target, by, choice)[0], fixed=())
-
-
-def recall(
-    spec: AttentionSpec, target: Target, by: Backend, effort: str, fix: Fix
-) -> tuple[Plan, Source] | None:
-    """The fastest recorded plan that fits, and that is still emitted as it was recorded.
-
-    None where no search of that effort ended, or none of its plans fits. Damaged wisdom is
-    a warning where the effort is "estimate".
-
-    Raises:
-        WisdomError: a file can't be read as wisdom.
-    """
-    from attngen import wisdom
-
-    try:
-        record = wisdom.find(key_of(spec, target, by))
-    except WisdomError as error:
-        if effort != "estimate":
-            raise
-        warnings.warn(f"Wisdom isn't used: {error}", stacklevel=4)
-        return None
-    if record is None or not record.finished_for(effort, fix):
-        return None
-    for candidate in record.ranked(spec.budget_bytes, fix):
-        if (plan := _current(candidate, spec, target, by)) is not None:
-            chosen = dataclasses.replace(plan, spec=spec, fixed=tuple(fix))
-            return chosen, emit(chosen)
-    return None
-
-
-def _current(
-    candidate: Candidate, spec: AttentionSpec, target: Target, by: Backend
-) -> Plan | None:
-    """The plan of a candidate, if it is emitted today as it was when it was timed."""
-    try:
-        plan = neutral(spec, target, by, candidate.choice)
-        return plan if emit(plan).digest == candidate.digest else None
-    except AttngenError:  # a choice that is no longer known, or legal
-        return None
-
-
-# Tuning: what is timed now.
-
-
-def check_seconds(seconds: float | None) -> None:
-    """Refuse an allowance that allows nothing.
-
-    Raises:
-        PlanError: it isn't a positive number of seconds.
-    """
-    if seconds is None:
-        return
-    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    if not (number and seconds > 0 and math.isfinite(seconds)):
-        raise PlanError(
-            "Tuning needs time.",
-            got=f"seconds={seconds!r}",
-            needed="a positive number of seconds",
-        )
-
-
-def tune(
-    spec: AttentionSpec,
-    target: Target,
-    by: Backend,
-    effort: str,
-    fix: Fix,
-    seconds: float | None = None,
-    say: Callable[[str], None] | None = None,
-) -> Record:
-    """Time plans of a spec and keep what was found as wisdom; see `attngen.tune`."""
-    from attngen import tuner, wisdom
-
-    check_seconds(seconds)
-    ranked = planner.rank(spec, target, by, fix, smallest=TRIES)
-    key = key_of(spec, target, by)
-    wisdom.check_writable(key)
-    record = wisdom.find(key) or Record(key=key)
-    prepare = _Preparer(spec, target, by, record)
-    _ = prepare.arrays  # too large ones are found before time is spent
-    try:
-        return tuner.tune(
-            tuner.different(ranked, tuner.MOST[effort]),
-            prepare,
-            record,
-            effort=effort,
-            seconds=tuner.SECONDS[effort] if seconds is None else float(seconds),
-            fix=fix,
-            budget=spec.budget_bytes,
-            save=wisdom.add,
-            say=say or (lambda _: None),
-            describe=by.describe,
-        )
-    except TimingError as error:
-        if prepare.fitted or not prepare.over:
-            raise
-        least = min(prepare.over, key=lambda p: p[1])
-        raise planner.no_fit(spec, target, by, certified=least) from error
-
-
-class _Preparer:
-    """Makes plans callable: certified, validated, with the same inputs for all."""
-
-    def __init__(
-        self, spec: AttentionSpec, target: Target, by: Backend, record: Record
-    ) -> None:
-        self.spec, self.target, self.by, self.record = spec, target, by, record
-        self.fitted = False  # whether one is within the budget
-        self.over: list[tuple[Plan, int]] = []  # those that aren't, with their bytes
-
-    @functools.cached_property
-    def arrays(self) -> dict[str, Any]:
-        from attngen import inputs
-
-        spec = self.spec
-        try:
-            given = inputs.arrays(spec)
-            return {n: self.by.array(x, spec.dtype_of(n)) for n, x in given.items()}
-        except (MemoryError, RuntimeError) as error:
-            raise TimingError(
-                "The inputs don't fit this machine's memory.",
-                got=f"{type(error).__name__}: {error!s:.200}",
-                needed="memory for q, k, v and the output",
-                hint="tune a smaller spec, or on a larger machine",
-            ) from error
-
-    def __call__(self, plan: Plan) -> Prepared:
-        from attngen import tuner
-
-        plan = neutral(self.spec, self.target, self.by, plan.choice)
-        source = emit(plan)
-        known = self.record.find(plan.choice, source.digest)
-        if known is None or known.failed is not None:
-            need = certify(plan, source, plan.target).temp_bytes
-            known = Candidate(
-                choice=plan.choice,
-                digest=source.digest,
-                temp_bytes=need,
-                modelled_bytes=plan.temp_bytes,
-                modelled_s=plan.time_s,
-            )
-        budget = self.spec.budget_bytes
-        if budget is not None and (known.temp_bytes or 0) > budget:
-            self.over.append((plan, known.temp_bytes or 0))
-            return tuner.Prepared(known, None)
-        self.fitted = True
-        function = self.by.load(stored(source))
-        if not known.samples_s:  # what was timed once was validated
-            passed(plan, self.by, function)
-        arrays, block = self.arrays, self.by.block
-
-        def call() -> Any:
-            return block(function(**arrays))
-
-        try:
-            call()
-        except tuner.BROKEN as error:
-            raise TimingError(
-                "A call failed.",
-                got=f"{type(error).__name__}: {error!s:.200}",
-                needed="memory for the temporaries and the output",
-            ) from error
-        return tuner.Prepared(known, call)

@@ -28,10 +28,10 @@ def _key_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _key(given: dict[str, Any], target: str | None, backend: str | None) -> Key:
-    from attngen import backends, building, targets
+    from attngen import backends, targets, tuning
 
     spec = read_spec(given)
-    return building.key_of(spec, targets.get(target), backends.get(backend))
+    return tuning.key_of(spec, targets.get(target), backends.get(backend))
 
 
 @click.group()

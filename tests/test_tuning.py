@@ -17,7 +17,7 @@ from refusals import refused
 from small import SPEC, close, qkv, spec_of
 
 import attngen
-from attngen import api, backends, building, targets, timing, tuner, wisdom
+from attngen import api, backends, targets, timing, tuner, tuning, wisdom
 from attngen.errors import BudgetError, PlanError, TimingError, WisdomError
 
 FIX = {"k_chunk": 16, "unroll": 1, "loop": "fori"}
@@ -67,24 +67,24 @@ def test_a_second_build_times_nothing(tuned):
 def test_a_new_budget_selects_again(tuned):
     small = min(tuned.ranked(), key=lambda c: c.temp_bytes)
     spec = spec_of(memory_budget=small.temp_bytes)
-    chosen = building.recall(spec, TARGET, JAX, "measure", {})[0]
+    chosen = tuning.recall(spec, TARGET, JAX, "measure", {})[0]
     assert chosen.choice == small.choice
     assert chosen.spec == spec
     none = spec_of(memory_budget=small.temp_bytes - 1)
-    assert building.recall(none, TARGET, JAX, "measure", {}) is None
+    assert tuning.recall(none, TARGET, JAX, "measure", {}) is None
 
 
 def test_a_greater_effort_or_another_spec_isnt_there(tuned):
-    assert building.recall(SPEC, TARGET, JAX, "patient", {}) is None
-    assert building.recall(spec_of(qk_dim=4), TARGET, JAX, "estimate", {}) is None
+    assert tuning.recall(SPEC, TARGET, JAX, "patient", {}) is None
+    assert tuning.recall(spec_of(qk_dim=4), TARGET, JAX, "estimate", {}) is None
     with pytest.raises(AssertionError, match="something was timed"):
         attngen.build(SPEC, effort="patient")
 
 
 def test_fixed_choices_agree(tuned):
     second = tuned.ranked()[1].choice
-    assert building.recall(SPEC, TARGET, JAX, "measure", second)[0].choice == second
-    assert building.recall(SPEC, TARGET, JAX, "measure", {"q_chunk": 1}) is None
+    assert tuning.recall(SPEC, TARGET, JAX, "measure", second)[0].choice == second
+    assert tuning.recall(SPEC, TARGET, JAX, "measure", {"q_chunk": 1}) is None
 
 
 def test_what_is_emitted_otherwise_today_is_stale(tuned, monkeypatch):
@@ -93,11 +93,11 @@ def test_what_is_emitted_otherwise_today_is_stale(tuned, monkeypatch):
     changed = dataclasses.replace(tuned, candidates=(stale, second))
     wisdom.clear()
     wisdom.add(changed)
-    found = building.recall(SPEC, TARGET, JAX, "measure", {})
+    found = tuning.recall(SPEC, TARGET, JAX, "measure", {})
     assert found[0].choice == second.choice
     wisdom.clear()
     wisdom.add(dataclasses.replace(tuned, candidates=(stale,)))
-    assert building.recall(SPEC, TARGET, JAX, "estimate", {}) is None
+    assert tuning.recall(SPEC, TARGET, JAX, "estimate", {}) is None
 
 
 def test_a_choice_that_is_no_longer_known_is_stale(tuned):
@@ -105,7 +105,7 @@ def test_a_choice_that_is_no_longer_known_is_stale(tuned):
     odd = dataclasses.replace(best, choice=best.choice | {"magic": 1})
     wisdom.clear()
     wisdom.add(dataclasses.replace(tuned, candidates=(odd, second)))
-    assert building.recall(SPEC, TARGET, JAX, "measure", {})[0].choice == second.choice
+    assert tuning.recall(SPEC, TARGET, JAX, "measure", {})[0].choice == second.choice
 
 
 def test_attention_recalls_in_and_outside_a_trace(tuned):
@@ -137,14 +137,14 @@ def test_tuning_again_adds_samples_and_certifies_nothing(sizes, monkeypatch):
 
 def test_a_search_with_fixed_choices_doesnt_decide_for_others(sizes):
     attngen.tune(SPEC, seconds=1e-3, fix={"q_chunk": 1})
-    assert building.recall(SPEC, TARGET, JAX, "estimate", {}) is None
-    fixed = building.recall(SPEC, TARGET, JAX, "measure", {"q_chunk": 1})
+    assert tuning.recall(SPEC, TARGET, JAX, "estimate", {}) is None
+    fixed = tuning.recall(SPEC, TARGET, JAX, "measure", {"q_chunk": 1})
     assert fixed[0].q_chunk == 1
     assert fixed[0].fixed == ("q_chunk",)
 
 
 def test_damaged_wisdom_warns_an_estimate_and_stops_a_tuning(sizes, folder):
-    path = wisdom.path_of(building.key_of(SPEC, TARGET, JAX))
+    path = wisdom.path_of(tuning.key_of(SPEC, TARGET, JAX))
     folder.mkdir()
     path.write_text("{")
     with pytest.warns(UserWarning, match="is damaged"):
@@ -168,7 +168,7 @@ def test_a_place_that_cant_be_written_is_refused_before_time_is_spent(
     assert "WisdomError" in run("tune", *SMALL, code=WRONG)[1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert wisdom.find(building.key_of(SPEC, TARGET, JAX)) is None
+        assert wisdom.find(tuning.key_of(SPEC, TARGET, JAX)) is None
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), "5", True])
@@ -256,7 +256,7 @@ def test_an_interrupt_ends_the_command_with_a_message(monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(building, "tune", interrupted)
+    monkeypatch.setattr(tuning, "tune", interrupted)
     out, err = run("tune", *SMALL, code=FAILED)
     assert out == ""
     assert err.startswith("interrupted: ")
@@ -283,9 +283,7 @@ def test_a_killed_tuning_keeps_its_samples(sent, folder, process_environment, tm
             stdout=log,
         )
     path = wisdom.path_of(
-        building.key_of(
-            attngen.AttentionSpec(q_heads=2, q_len=40, qk_dim=8), TARGET, JAX
-        )
+        tuning.key_of(attngen.AttentionSpec(q_heads=2, q_len=40, qk_dim=8), TARGET, JAX)
     )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and started.poll() is None:
