@@ -23,24 +23,20 @@ COMPUTED = (
 SIZES = {"q_heads": 4, "kv_heads": 2, "q_len": 50, "qk_dim": 12}
 CAUSAL = masks.causal()
 WINDOW = CAUSAL & masks.sliding_window(9)
+MODULAR = mask(lambda b, h, q, k: ((k - q) % 3 == 0) & ((k - 30) // 7 < 2))
+OVER = scores.bias("over", axes=("k", "b", "q"))  # in another order than the scores'
 SPECS = {
-    "causal": {"mask": CAUSAL, "batch": 2},
+    "causal, a batch": {"mask": CAUSAL, "batch": 2},
     "top left": {"mask": CAUSAL, "kv_len": 77, "q_offset": 0},
     "bottom right": {"mask": CAUSAL, "kv_len": 77, "q_offset": "bottom_right"},
     "window, bhtd": {"mask": WINDOW, "layout": "bhtd"},
     "both sides": {"mask": masks.sliding_window(9, 4), "kv_offset": 3},
-    "lengths": {"batch": 3, "kv_lengths": True},
-    "lengths of queries": {"batch": 3, "q_lengths": True, "mask": CAUSAL},
+    "lengths": {"batch": 3, "kv_lengths": True, "q_lengths": True},
     "bfloat16": {"mask": CAUSAL, "dtype": "bfloat16", "out_dtype": "float32"},
-    "bias of heads": {"batch": 2, "score": (scores.bias(axes="hqk"),)},
-    "bias, transposed": {"batch": 2, "score": (scores.bias(axes=("k", "b", "q")),)},
-    "two biases": {"mask": CAUSAL, "score": (scores.bias(axes="qk"), scores.alibi())},
+    "biases": {"batch": 2, "score": (scores.bias(axes="hqk"), OVER, scores.alibi())},
     "buckets": {"score": (scores.relative_buckets(),)},
-    "documents": {"batch": 2, "mask": masks.documents() & CAUSAL},
-    "prefix": {"batch": 2, "mask": masks.prefix("prefix_lengths") | CAUSAL},
-    "floors": {
-        "mask": mask(lambda b, h, q, k: ((k - q) % 3 == 0) & ((k - 30) // 7 < 2))
-    },
+    "documents": {"batch": 2, "mask": masks.documents() & (CAUSAL | masks.prefix("n"))},
+    "floors": {"mask": MODULAR},
     "run-time offset": {
         "batch": 2,
         "kv_len": 77,
@@ -106,7 +102,7 @@ def test_the_plain_peer_has_sinks():
 def test_the_paper_takes_ragged_chunks(monkeypatch):
     monkeypatch.setattr("attngen.peers.paper.Q_CHUNK", 16)
     monkeypatch.setattr("attngen.peers.paper.K_CHUNK", 24)
-    assert right("paper", spec_of(**SPECS["two biases"]))
+    assert right("paper", spec_of(**SPECS["biases"]))
     assert right("paper", spec_of(**SPECS["documents"]))
     assert right("paper", spec_of(**EMPTY, outputs=("lse", "out")))
 
