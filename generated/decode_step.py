@@ -86,7 +86,7 @@ def attention(q, k, v, *, kv_lengths, q_offset):
             s = jnp.where(seen, s, -jnp.inf)
             there = (s != -jnp.inf).any((0, 1))
             vc = jnp.where(there[..., None], vc, 0)  # a NaN that no query sees
-            return _add(carry, s, vc)
+            return _add(carry, s, vc, unseen=True)
 
         m = jnp.full((R, Q_CHUNK), -jnp.inf, jnp.float32)
         total = jnp.zeros((R, Q_CHUNK), jnp.float32)
@@ -113,12 +113,19 @@ def _check(name, x, shape, dtype):
         raise TypeError(f"{name} is {x.dtype}{x.shape}, not {dtype}{shape}")
 
 
-def _add(carry, s, vc):
-    """The running maximum, sum, and weighted sum of values, with one more tile."""
+def _add(carry, s, vc, *, unseen=False):
+    """The running maximum, sum, and weighted sum of values, with one more tile.
+
+    unseen: a score can be -inf, that of a key which its query doesn't see
+    """
     m, total, acc = carry
     m_new = jnp.maximum(m, s.max(-1))
-    m_safe = jnp.where(m_new == -jnp.inf, 0, m_new)  # a row that saw no key yet
+    m_safe = m_new
+    if unseen:
+        m_safe = jnp.where(m_new == -jnp.inf, 0, m_new)  # a row that saw no key yet
     p = _exp2(s - m_safe[..., None])
+    if unseen:
+        p = jnp.where(s == -jnp.inf, 0, p)
     rescale = jnp.exp2(m - m_safe)
     pv = jnp.einsum("rqk,kd->rqd", p, vc)
     return m_new, total * rescale + p.sum(-1), acc * rescale[..., None] + pv
@@ -126,7 +133,7 @@ def _add(carry, s, vc):
 
 @jax.custom_jvp
 def _exp2(x):
-    """2**x for x <= 0 to a relative error of 3e-7, and 0 below -126."""
+    """2**x for x <= 0, not below 2**-126, to a relative error of 3e-7."""
     y = jnp.maximum(x, -126)
     whole = lax.round(y, lax.RoundingMethod.TO_NEAREST_EVEN)
     power = jnp.float32(0.0013276466)
@@ -134,8 +141,7 @@ def _exp2(x):
         power = power * (y - whole) + coefficient
     bits = lax.bitcast_convert_type(power, jnp.int32)
     bits += whole.astype(jnp.int32) << 23  # to the exponent
-    power = lax.bitcast_convert_type(bits, jnp.float32)
-    return jnp.where(x < -126, 0, power)
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 _exp2.defjvps(lambda dx, power, x: dx * power / LOG2E)

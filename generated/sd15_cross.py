@@ -100,7 +100,7 @@ def _add(carry, s, vc):
 
 @jax.custom_jvp
 def _exp2(x):
-    """2**x for x <= 0 to a relative error of 3e-7."""
+    """2**x for x <= 0, not below 2**-126, to a relative error of 3e-7."""
     y = jnp.maximum(x, -126)
     whole = lax.round(y, lax.RoundingMethod.TO_NEAREST_EVEN)
     power = jnp.float32(0.0013276466)
@@ -108,8 +108,7 @@ def _exp2(x):
         power = power * (y - whole) + coefficient
     bits = lax.bitcast_convert_type(power, jnp.int32)
     bits += whole.astype(jnp.int32) << 23  # to the exponent
-    power = lax.bitcast_convert_type(bits, jnp.float32)
-    return power
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 _exp2.defjvps(lambda dx, power, x: dx * power / LOG2E)
