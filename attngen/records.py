@@ -64,6 +64,8 @@ class Key:
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "none"
     text = value if isinstance(value, str) else canonical(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
@@ -311,18 +313,22 @@ class Record:
 
 
 def _words(c: Candidate) -> str:
-    """A choice in the columns that are left."""
-    rest = {n: v for n, v in c.choice.items() if n not in _FIRST}
+    """A choice in the columns that are left: what is usual is left out."""
     first = f"{c.choice.get('algorithm')} {c.choice.get('q_chunk')}×{c.choice.get('k_chunk')}"
-    text = " ".join(
-        [first, *(f"{_ABBREVIATED.get(n, n)}={v}" for n, v in rest.items())]
-    )
     if c.failed is not None:
         text = f"{first}: {c.failed.splitlines()[0]}"
+    else:
+        rest = {n: v for n, v in c.choice.items() if n not in _FIRST}
+        shown = [
+            v if isinstance(v, str) else f"{_ABBREVIATED.get(n, n)}={canonical(v)}"
+            for n, v in rest.items()
+            if n == "head_chunk" or (v != 1 and v is not False)
+        ]
+        text = " ".join([first, *shown])
     return text if len(text) <= 53 else text[:52] + "…"
 
 
-_FIRST = ("algorithm", "q_chunk", "k_chunk", "product_dtype", "guard")
+_FIRST = ("algorithm", "q_chunk", "k_chunk", "guard")
 _ABBREVIATED = {"head_chunk": "heads", "batch_chunk": "batch"}
 
 

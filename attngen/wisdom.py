@@ -22,6 +22,7 @@ from attngen.errors import FileError, WisdomError
 from attngen.records import Key, Record
 
 FORMAT = 1
+ENDING = "-cores.json"  # of the files that are written
 LOCK_S = 60.0  # that another process may hold a file
 
 
@@ -44,7 +45,7 @@ def places() -> tuple[Path, ...]:
 def path_of(key: Key) -> Path:
     """The user's file for a key's device."""
     words = re.sub(r"[^a-z0-9]+", "-", f"{key.device}".lower()).strip("-")[:80]
-    return folder() / f"{key.target}-{words or 'unknown'}-{key.cores}-cores.json"
+    return folder() / f"{key.target}-{words or 'unknown'}-{key.cores}{ENDING}"
 
 
 def files_of(place: Path) -> list[Path]:
@@ -207,10 +208,14 @@ def export(path: Path) -> int:
 def clear() -> tuple[Path, ...]:
     """Delete the user's own wisdom files, damaged ones too; returns those deleted.
 
+    What else is in the folder stays.
+
     Raises:
         WisdomError: one can't be deleted.
     """
-    deleted = files_of(folder())
+    own = folder()
+    listed = files_of(own) if own.is_dir() else []
+    deleted = [p for p in listed if p.name.endswith(ENDING)]
     for path in deleted:
         try:
             with _locked(path):

@@ -201,6 +201,18 @@ def test_a_budget_that_nothing_is_certified_within_is_refused(certificates):
         assert "5000 bytes, certified" in caught.value.needed
 
 
+def test_another_backend_is_tuned_alike():
+    backends.register("numpy", "toy_backend")
+    spec = spec_of(q_len=100, kv_len=100)
+    record = attngen.tune(spec, backend="numpy", seconds=20)
+    assert record.key.backend == "numpy"
+    assert "numpy" in record.key.versions
+    assert "jax" not in record.key.versions
+    kernel = attngen.build(spec, backend="numpy")
+    assert kernel.plan.choice == record.best().choice
+    assert tuning.recall(spec, TARGET, JAX, "estimate", {}) is None
+
+
 # The command line.
 
 

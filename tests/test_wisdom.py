@@ -52,6 +52,15 @@ def test_each_device_has_a_file(folder):
     assert wisdom.find(OTHER.key) == OTHER
 
 
+def test_clear_deletes_what_tuning_wrote_and_nothing_else(folder):
+    path = wisdom.add(RECORD)
+    path.write_text("damaged")
+    (folder / "mine.json").write_text("{}")
+    assert wisdom.clear() == (path,)
+    assert [p.name for p in folder.iterdir()] == ["mine.json"]
+    assert wisdom.clear() == ()
+
+
 def test_why_names_what_differs():
     assert wisdom.why(KEY).startswith("There is no wisdom yet")
     wisdom.add(RECORD)
