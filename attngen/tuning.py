@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from attngen import planner
+from attngen import planner, timing
 from attngen.backends import Backend
 from attngen.building import TRIES, certify, emit, passed, stored
 from attngen.errors import AttngenError, PlanError, TimingError, WisdomError
-from attngen.plans import Option, Plan
+from attngen.plans import Alternative, Option, Plan
 from attngen.records import Candidate, Key, Record
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from attngen.tuner import Prepared
 
 Fix = Mapping[str, Option]
+SHOWN = 5  # other plans that were timed, in a plan's explanation
 
 
 # Wisdom: what was timed before.
@@ -91,9 +92,31 @@ def recall(
         return None
     for candidate in record.ranked(spec.budget_bytes, fix):
         if (plan := _current(candidate, spec, target, by)) is not None:
-            chosen = dataclasses.replace(plan, spec=spec, fixed=tuple(fix))
+            others = _others(record, candidate, spec, fix)
+            chosen = dataclasses.replace(
+                plan, spec=spec, fixed=tuple(fix), alternatives=others
+            )
             return chosen, emit(chosen)
     return None
+
+
+def _others(
+    record: Record, chosen: Candidate, spec: AttentionSpec, fix: Fix
+) -> tuple[Alternative, ...]:
+    """What else was timed, in the order of its speed, with the reason against it."""
+    made = []
+    for c in record.ranked(None, fix):
+        if c == chosen:
+            continue
+        if c.fits(spec.budget_bytes):
+            ratio = record.standings[c.identity] / record.standings[chosen.identity]
+            reason = f"timed here: {ratio - 1:.0%} slower"
+        else:
+            reason = "timed here: over the budget"
+        seconds = timing.spread(c.samples_s).median
+        need = c.modelled_bytes if c.temp_bytes is None else c.temp_bytes
+        made.append(Alternative(c.choice, need, seconds, reason))
+    return tuple(made[:SHOWN])
 
 
 def _current(

@@ -64,6 +64,19 @@ def test_a_second_build_times_nothing(tuned):
         assert kernel.plan.fixed == ()
 
 
+def test_the_explanation_names_what_else_was_timed(tuned):
+    best, second = tuned.ranked()
+    plan = tuning.recall(SPEC, TARGET, JAX, "measure", {})[0]
+    (other,) = plan.alternatives
+    assert other.choice == second.choice
+    assert other.temp_bytes == second.temp_bytes
+    assert "timed here: " in plan.explain()
+    if best.temp_bytes < second.temp_bytes:
+        spec = spec_of(memory_budget=best.temp_bytes)
+        plan = tuning.recall(spec, TARGET, JAX, "measure", {})[0]
+        assert "timed here: over the budget" in plan.explain()
+
+
 def test_a_new_budget_selects_again(tuned):
     small = min(tuned.ranked(), key=lambda c: c.temp_bytes)
     spec = spec_of(memory_budget=small.temp_bytes)
