@@ -22,7 +22,7 @@ clock: Callable[[], float] = time.perf_counter  # seconds, from any beginning
 FILL_S = 0.010  # a sample of shorter calls is the mean of as many as fill this
 MOST_CALLS = 10_000  # of one sample
 NOISY = 0.1  # of `noise`: neighbouring rounds differ by 10%; said, and more rounds help
-USELESS = 1.0  # neighbouring rounds differ by a factor of two: nothing can be told
+USELESS = 2.0  # neighbouring rounds differ by a factor of three: nothing can be told
 ENOUGH = 5  # rounds before noise can be told
 
 Call = Callable[[], Any]

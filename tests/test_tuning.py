@@ -26,6 +26,8 @@ TARGET, JAX = targets.get(), backends.get()
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
+    """Wisdom of a test's own; and a machine that may be busy with other tests."""
+    monkeypatch.setattr(timing, "USELESS", float("inf"))
     monkeypatch.setenv("ATTNGEN_WISDOM", str(tmp_path / "own"))
     return tmp_path / "own"
 
