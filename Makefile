@@ -30,7 +30,7 @@ golden: $(INSTALLED)  ## emit the gallery anew
 	$(BIN)/python tests/gallery.py
 
 bench: $(INSTALLED)  ## the committed benchmark
-	$(BIN)/python benchmarks/forward_cpu.py
+	$(BIN)/python benchmarks/targets_cpu.py
 
 $(INSTALLED): pyproject.toml
 	@echo "setting up $(VENV) (once, about a minute) …"

@@ -114,7 +114,7 @@ def compare(
         rows=len(judge.rows),
         yardsticks_s=tuple(timed.yardsticks_s),
         device=device.to_dict(),
-        versions=_versions(),
+        versions=versions(),
     )
 
 
@@ -281,7 +281,8 @@ def _timed(
     return found
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of attngen and of what contenders compute with, as far as they are installed."""
     found = {}
     for name in ("attngen", "jax", "jaxlib", "numpy", "torch"):
         try:

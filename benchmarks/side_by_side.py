@@ -9,13 +9,12 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import attngen
 from attngen import AttentionSpec, inputs, peers, targets, timing
-from attngen.bench import RAISED, SETTLE_S, Judge
+from attngen.bench import RAISED, SETTLE_S, Judge, versions
 from attngen.peers import Ready
 from attngen.peers.jax_common import jax_arrays, ready
 from attngen.peers.matrices import available_bytes
@@ -177,13 +176,7 @@ class Goal:
 
 def circumstances() -> dict[str, Any]:
     """The machine, and versions of all that computes."""
-    found = {}
-    for name in ("attngen", "jax", "jaxlib", "numpy", "torch"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {"device": targets.get().to_dict(), "versions": found}
+    return {"device": targets.get().to_dict(), "versions": versions()}
 
 
 def merge(file: str, parts: Mapping[str, Any]) -> Path:
