@@ -186,7 +186,8 @@ class Record:
             for c in self.candidates
             if c.samples_s and c.failed is None
         }
-        return timing.standings(seconds) if seconds else {}
+        fixed = {y: y for rows in seconds.values() for y in rows}
+        return timing.standings(seconds, fixed)  # type: ignore[arg-type]
 
     def ranked(
         self, budget: int | None = None, fix: Mapping[str, Option] | None = None

@@ -197,33 +197,37 @@ def interleaved(
     return found
 
 
-def standings(seconds: Mapping[Name, Mapping[Hashable, float]]) -> dict[Name, float]:
+def standings(
+    seconds: Mapping[Name, Mapping[Hashable, float]], fixed: Mapping[Hashable, float]
+) -> dict[Name, float]:
     """What each contender takes by what the quickest takes, from rounds that not all ran.
 
-    Median polish (Tukey, Exploratory Data Analysis, 1977) of log seconds: a contender's
-    share and a round's share, each the median of what the other leaves. Rounds are tied
-    to each other by the contenders that they have in common.
+    Two that ran in the same rounds are compared by the median of their ratios there; who
+    never met by way of others, those first that met most often (a maximum spanning tree).
+    Only where nobody ties two sessions together does the fixed work.
 
     Args:
         seconds: for each contender its seconds by round; at least one each.
+        fixed: seconds of the fixed work, in every round.
     """
-    logs = {n: {r: math.log(s) for r, s in rows.items()} for n, rows in seconds.items()}
-    members: dict[Hashable, list[Name]] = {}
-    for name, rows in logs.items():
-        for turn in rows:
-            members.setdefault(turn, []).append(name)
-    own = dict.fromkeys(logs, 0.0)
-    for _ in range(POLISH):
-        shared = {
-            turn: spread(logs[n][turn] - own[n] for n in names).median
-            for turn, names in members.items()
-        }
-        own = {
-            n: spread(x - shared[turn] for turn, x in rows.items()).median
-            for n, rows in logs.items()
-        }
-    least = min(own.values(), default=0.0)
-    return {name: math.exp(x - least) for name, x in own.items()}
+    rows = [dict(x) for x in seconds.values()] + [dict(fixed)]
+    last = len(rows) - 1  # the fixed work's place
+    first = max(range(last), key=lambda i: len(rows[i]), default=last)
+    own = {first: 0.0}  # logarithms of the seconds, by the first's
 
+    def tie(one: int, other: int) -> tuple[bool, int]:
+        met = len(rows[one].keys() & rows[other].keys())
+        return met > 0 and last not in (one, other), met
 
-POLISH = 20  # sweeps: more than it takes to settle
+    best = {i: (tie(i, first), first) for i in range(len(rows)) if i != first}
+    while best:
+        new = max(best, key=lambda i: best[i][0])
+        via = best.pop(new)[1]
+        met = rows[new].keys() & rows[via].keys()
+        median = spread(math.log(rows[new][r] / rows[via][r]) for r in met).median
+        own[new] = own[via] + median
+        for i, (known, _) in best.items():
+            if (tied := tie(i, new)) > known:
+                best[i] = tied, new
+    least = min(own[i] for i in range(last)) if last else 0.0
+    return {n: math.exp(own[i] - least) for i, n in enumerate(seconds)}

@@ -68,14 +68,50 @@ def test_a_slow_change_is_no_noise_and_a_quick_one_is():
     timing.check_noise([1, 1.05] * 10)
 
 
+def rounds(*sessions):
+    """(speed, number of rounds, seconds by name) → seconds by name and round, and fixed."""
+    seconds, fixed = {}, {}
+    for speed, count, times in sessions:
+        for turn in range(len(fixed), len(fixed) + count):
+            fixed[turn] = 0.01 * speed
+            for name, s in times.items():
+                seconds.setdefault(name, {})[turn] = s * speed
+    return seconds, fixed
+
+
 def test_standings_join_rounds_that_not_all_ran():
     # the second session is three times as slow; b ran in both, a and c in one each
-    seconds = {
-        "a": {1: 1.0, 2: 1.0},
-        "b": {1: 2.0, 2: 2.0, 3: 6.0, 4: 6.0},
-        "c": {3: 12.0, 4: 12.0},
-    }
-    found = timing.standings(seconds)
-    assert found["a"] == pytest.approx(1, rel=1e-4)
-    assert found["b"] == pytest.approx(2, rel=1e-4)
-    assert found["c"] == pytest.approx(4, rel=1e-4)
+    found = timing.standings(
+        *rounds((1, 2, {"a": 1.0, "b": 2.0}), (3, 2, {"b": 2.0, "c": 4.0}))
+    )
+    assert found == pytest.approx({"a": 1, "b": 2, "c": 4})
+
+
+def test_standings_of_those_that_ran_only_at_first():
+    """Most left early, and are no quicker for it."""
+    times = dict(
+        zip("abcdefgh", [1.0, 1.01, 1.6, 1.8, 2.0, 2.2, 2.4, 2.6], strict=True)
+    )
+    few = {n: times[n] for n in "ab"}
+    for sessions in (
+        ((1, 2, times), (1, 12, few)),
+        ((1, 2, times), (3, 12, few)),
+        ((3, 20, few), (1, 2, times)),
+    ):
+        found = timing.standings(*rounds(*sessions))
+        assert found == pytest.approx(times)
+
+
+def test_standings_of_sessions_with_nobody_in_common_go_by_the_fixed_work():
+    found = timing.standings(
+        *rounds((1, 2, {"a": 1.0, "b": 1.5}), (4, 5, {"c": 3.0, "d": 0.5}))
+    )
+    assert found == pytest.approx({"a": 2, "b": 3, "c": 6, "d": 1})
+
+
+def test_one_wild_sample_changes_no_standing():
+    seconds, fixed = rounds((1, 7, {"a": 1.0, "b": 1.3}))
+    seconds["a"][3] = 40.0
+    assert timing.standings(seconds, fixed) == pytest.approx({"a": 1.0, "b": 1.3})
+    assert timing.standings({"a": {1: 5.0}}, {1: 1.0}) == {"a": 1.0}
+    assert timing.standings({}, {}) == {}
