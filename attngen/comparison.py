@@ -117,18 +117,18 @@ class Comparison:
 
     def _head(self) -> list[str]:
         spec, device = self.spec, self.device
-        size = f"{spec.batch} × {spec.q_heads} heads"
+        size = f"{spec.batch} × {spec.q_heads} head{'' if spec.q_heads == 1 else 's'}"
         size += f" over {spec.kv_heads}" if spec.repeats > 1 else ""
         size += f", {spec.q_len} queries × {spec.kv_len} keys, dim {spec.qk_dim}"
         size += f" and {spec.v_dim}" if spec.v_dim != spec.qk_dim else ""
         rounds = len(self.yardsticks_s)
         where = f"{device['name']} ({device['model']}, {device['cores']} cores)"
         noisy = "" if self.noise < timing.NOISY else ": noisy, more rounds help"
-        said = f"{rounds} rounds side by side, each contender once a round; noise "
+        said = f"{rounds} round{'' if rounds == 1 else 's'} side by side, each contender once "
         return [
             f"{size}, {spec.dtype}",
             *textwrap.wrap(f"on {where}", WIDTH),
-            f"{said}{self.noise:.0%}{noisy}",
+            f"{said}a round; noise {self.noise:.0%}{noisy}",
         ]
 
     def _table(self) -> list[str]:

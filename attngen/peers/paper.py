@@ -46,7 +46,7 @@ class Paper:
 
         said = f"chunks of {chunks.q} queries and {chunks.k} keys"
         if spec.expressions or spec.kv_lengths or spec.q_lengths:
-            said += ", masks and scores within the summaries"
+            said += ", masks and scores applied in the summaries"
         if chunks.q_padded > spec.q_len or chunks.k_padded > spec.kv_len:
             said += ", the ragged end padded"
         return ready(attention, jax_arrays(spec, arrays), said)
