@@ -57,17 +57,23 @@ def temp_bytes(spec: AttentionSpec, choice: Choice) -> int:
         rows = tile.rows * size * (1.1 * spec.qk_dim + 2.15 * spec.v_dim + 4)
     else:
         rows = tile.rows * size * (spec.qk_dim + spec.v_dim + 4)
-    keys = 1.02 * tile.batches * tile.keys * (spec.qk_dim + spec.v_dim) * size
+    cast = spec.dtype != choice["product_dtype"]
+    one = 1.02 * tile.batches * tile.keys * size  # an element of each key
+    keys = one * (spec.qk_dim + spec.v_dim)
     chunks = -(-spec.kv_len // tile.keys)
     unroll = int(choice["unroll"])  # steps in one body, each with buffers of its own
-    scores, rows, keys = scores * unroll, rows * (0.9 + 0.1 * unroll), keys * unroll
+    scores, rows = scores * unroll, rows * (0.8 + 0.2 * unroll)
+    keys *= unroll * (2 if unroll > 1 and cast else 1)
     if choice["loop"] == "unrolled":
-        keys *= chunks
+        keys *= chunks * (1.5 if cast else 1.0)
     if chunks > 1 and spec.kv_len % tile.keys:  # the last chunk has buffers of its own
-        rows, keys = 2.4 * rows, 1.6 * keys
+        rows, keys = (2.4 if unroll == 1 else 3.0) * rows, 1.6 * keys
+        rows *= 1.2 if choice["loop"] == "unrolled" else 1.0
     elif chunks == 1:  # values that no query sees are blanked in a copy
-        keys *= 1.7
-    bound = scores + rows + keys + OVERHEAD_BYTES
+        read = 0.2 if spec.qk_dim % 64 == 0 else 1.0  # other keys are packed anew
+        keys = 1.7 * keys if cast else one * (read * spec.qk_dim + 1.1 * spec.v_dim)
+    bound = (1.0 if tile.batches == 1 else 1.02) * (scores + rows + keys)
+    bound += OVERHEAD_BYTES
     if (
         choice["algorithm"] == "running"
         and not choice["guard"]
@@ -97,12 +103,14 @@ def _live_tiles(spec: AttentionSpec, choice: Choice) -> float:
     dense = sum({"q", "k"} <= set(o.axes) for o in spec.operands)
     if chunks == 1:  # one library fusion, with everything inside it
         return 3.45 + dense
+    if choice["loop"] == "unrolled":  # what one chunk frees isn't taken by the next
+        return chunks * (1.8 if ragged or edges else 1.3) + chunks * dense
     live = 1.0 + dense
     if edges:
         live += 0.25 if matrix else 1.25
     if ragged:
         live = max(live + 1.25, 3.3 + dense)
-    return live * (1.8 * chunks if choice["loop"] == "unrolled" else 1.0)
+    return live
 
 
 # Seconds of a CPU of two cores, fitted with benchmarks/model_cpu.py.
