@@ -163,19 +163,19 @@ class Record:
 
     @property
     def effort(self) -> str:
-        """The greatest effort that was finished; "unfinished" where none was."""
+        """The greatest that was finished; "unfinished" where only an interrupted search was."""
         done = [f.effort for f in self.finished]
-        return max(done, key=EFFORTS.index, default="unfinished")
+        timed = any(c.samples_s for c in self.candidates)
+        none = "unfinished" if timed else "estimate"
+        return max(done, key=EFFORTS.index, default=none)
 
-    def finished_for(self, effort: str, fix: Mapping[str, Option]) -> bool:
-        """Whether a search of at least that effort ended that wasn't narrower than fix.
-
-        For "estimate", any search does.
-        """
-        return any(
-            EFFORTS.index(f.effort) >= EFFORTS.index(effort)
-            and all(n in fix and _same(fix[n], v) for n, v in f.fix.items())
+    def searched(self, effort: str, fix: Mapping[str, Option]) -> tuple[Finished, ...]:
+        """The searches of at least that effort that weren't narrower than fix."""
+        return tuple(
+            f
             for f in self.finished
+            if EFFORTS.index(f.effort) >= EFFORTS.index(effort)
+            and all(n in fix and _same(fix[n], v) for n, v in f.fix.items())
         )
 
     @functools.cached_property

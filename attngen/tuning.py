@@ -73,8 +73,9 @@ def recall(
 ) -> tuple[Plan, Source] | None:
     """The fastest recorded plan that fits, and that is still emitted as it was recorded.
 
-    None where no search of that effort ended, or none of its plans fits. Damaged wisdom is
-    a warning where the effort is "estimate".
+    None where no search of that effort ended, it was of a smaller budget than the model's
+    best plan needs now, or none of its plans fits. Damaged wisdom is a warning where the
+    effort is "estimate".
 
     Raises:
         WisdomError: a file can't be read as wisdom.
@@ -88,7 +89,7 @@ def recall(
             raise
         warnings.warn(f"Wisdom isn't used: {error}", stacklevel=4)
         return None
-    if record is None or not record.finished_for(effort, fix):
+    if record is None or not _searched(record, spec, target, by, effort, fix):
         return None
     for candidate in record.ranked(spec.budget_bytes, fix):
         if (plan := _current(candidate, spec, target, by)) is not None:
@@ -98,6 +99,25 @@ def recall(
             )
             return chosen, emit(chosen)
     return None
+
+
+def _searched(
+    record: Record,
+    spec: AttentionSpec,
+    target: Target,
+    by: Backend,
+    effort: str,
+    fix: Fix,
+) -> bool:
+    """Whether a search of that effort could have chosen what the model likes best now."""
+    budgets = [f.budget for f in record.searched(effort, fix)]
+    largest = max((b for b in budgets if b is not None), default=0)
+    if None in budgets or not budgets:
+        return bool(budgets)
+    if spec.budget_bytes is not None and spec.budget_bytes <= largest:
+        return True
+    best = planner.rank(spec, target, by, fix, smallest=1)[0]
+    return best.temp_bytes <= largest
 
 
 def _others(

@@ -64,13 +64,17 @@ def test_what_isnt_timed_or_failed_or_unknown_is_never_best():
 
 
 def test_a_finished_search_is_of_an_effort_and_no_narrower():
-    assert RECORD.finished_for("estimate", {})
-    assert RECORD.finished_for("measure", {"q_chunk": 16})
-    assert not RECORD.finished_for("patient", {})
+    assert RECORD.searched("estimate", {}) == (DONE,)
+    assert RECORD.searched("measure", {"q_chunk": 16}) == (DONE,)
+    assert not RECORD.searched("patient", {})
     narrow = record(finished=(dataclasses.replace(DONE, fix={"q_chunk": 16}),))
-    assert not narrow.finished_for("estimate", {})
-    assert narrow.finished_for("measure", {"q_chunk": 16, "k_chunk": 16})
-    assert record(finished=()).effort == "unfinished"
+    assert not narrow.searched("estimate", {})
+    assert narrow.searched("measure", {"q_chunk": 16, "k_chunk": 16})
+    assert not narrow.searched("measure", {"q_chunk": 8})
+    unfinished = record((1000, [3.0]), finished=())
+    assert unfinished.effort == "unfinished"
+    assert not unfinished.searched("estimate", {})
+    assert record(finished=()).effort == "estimate"
 
 
 def test_merging_keeps_each_sample_once():

@@ -17,7 +17,7 @@ from refusals import refused
 from small import SPEC, close, qkv, spec_of
 
 import attngen
-from attngen import api, backends, targets, timing, tuner, tuning, wisdom
+from attngen import api, backends, planner, targets, timing, tuner, tuning, wisdom
 from attngen.errors import BudgetError, PlanError, TimingError, WisdomError
 
 FIX = {"k_chunk": 16, "unroll": 1, "loop": "fori"}
@@ -87,6 +87,20 @@ def test_a_new_budget_selects_again(tuned):
     assert chosen.spec == spec
     none = spec_of(memory_budget=small.temp_bytes - 1)
     assert tuning.recall(none, TARGET, JAX, "measure", {}) is None
+
+
+def test_a_larger_budget_isnt_held_to_the_plans_of_a_small_one(tuned):
+    best = planner.rank(SPEC, TARGET, JAX)[0].temp_bytes
+    for budget, found in ((best // 2, False), (best, True), (None, True)):
+        done = dataclasses.replace(tuned.finished[0], budget=budget)
+        wisdom.clear()
+        wisdom.add(dataclasses.replace(tuned, finished=(done,)))
+        for effort in ("estimate", "measure"):
+            assert bool(tuning.recall(SPEC, TARGET, JAX, effort, {})) == found
+        for larger, known in ((best - 1, found), (2 * best, found), (best // 3, True)):
+            spec = spec_of(memory_budget=larger)
+            record = wisdom.find(tuning.key_of(spec, TARGET, JAX))
+            assert tuning._searched(record, spec, TARGET, JAX, "measure", {}) == known
 
 
 def test_a_greater_effort_or_another_spec_isnt_there(tuned):
