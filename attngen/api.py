@@ -198,17 +198,19 @@ def tune(
 
     Args:
         spec, target, backend, fix: as for `plan`.
-        effort: "measure" tries the model's best 8 plans, "patient" its best 48.
-        seconds: about how long it may take; None: 60 for measure, 900 for patient.
+        effort: "measure" tries the model's best 8 plans; "patient" its best 48, those that
+            failed before too, and the neighbours of the fastest. "estimate" times nothing:
+            it certifies and validates the model's best.
+        seconds: about how long it may take; None: 60, and 900 for patient.
         on_progress: receives what is being tried, a line each.
 
     Raises:
         As `plan`, and
-        PlanError: seconds isn't a positive number, or effort is neither.
+        PlanError: seconds isn't a positive number, or there is no such effort.
         TimingError: nothing could be timed, or the machine is too noisy to tell.
         WisdomError: the wisdom file is damaged, or can't be written.
     """
-    building.check_effort(effort, timed=True)
+    building.check_effort(effort)
     by, device = backends.get(backend), targets.get(target)
     fixed = check_fix(fix)
     return tuning.tune(spec, device, by, effort, fixed, seconds, on_progress)

@@ -24,19 +24,17 @@ if TYPE_CHECKING:
 Fix = Mapping[str, Option]
 
 
-def check_effort(effort: str, *, timed: bool = False) -> None:
-    """Refuse an unknown effort; with `timed`, one that times nothing too.
+def check_effort(effort: str) -> None:
+    """Refuse an unknown effort.
 
     Raises:
         PlanError: as it says.
     """
-    known = EFFORTS[1:] if timed else EFFORTS
-    if effort not in known:
+    if effort not in EFFORTS:
         raise PlanError(
-            f"There is no effort {effort!r}"
-            + (" to tune with." if effort in EFFORTS else "."),
+            f"There is no effort {effort!r}.",
             got=f"effort={effort!r}",
-            needed="one of " + ", ".join(known),
+            needed="one of " + ", ".join(EFFORTS),
         )
 
 

@@ -6,19 +6,22 @@ Nothing it finds is lost when it is interrupted: it hands over the record as it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from attngen import timing
 from attngen.errors import FAULTS, AttngenError, TimingError
 from attngen.plans import Option, Plan
-from attngen.records import Candidate, Finished, Record
+from attngen.records import Candidate, Finished, Record, canonical
 from attngen.timing import Call, Rounds
 from attngen.units import show_bytes, show_time
 
-MOST = {"measure": 8, "patient": 48}  # plans that are tried
-SECONDS = {"measure": 60.0, "patient": 900.0}  # unless the user says
-STAGES = (2, 4, 8, 16)  # rounds of each; after it the slower half goes
+MOST = {"estimate": 8, "measure": 8, "patient": 48}  # plans that are tried
+SECONDS = {"estimate": 60.0, "measure": 60.0, "patient": 900.0}  # unless the user says
+STAGES = (2, 4, 8, 16)  # least rounds of each; after it the slower half goes
+STAGE_S = 2.0  # least time of each: of short calls there are more rounds
+MOST_ROUNDS = 100  # of a stage
+NEAR = 12  # neighbours of the fastest that are tried at a time
 FAR = 1.5  # times the leader's: goes after any stage
 CLEAR = 1.03  # the lower quartile of each other's ratio to the leader's: the leader is clear
 SAVE_S = 0.2  # longest between two savings, but for one call
@@ -29,7 +32,8 @@ PREPARE = 0.5  # of the allowance: the most that is spent before timing
 class Prepared:
     """A plan that is certified and validated, ready to be timed.
 
-    call returns when its work is done; None where the plan doesn't fit the budget.
+    call returns when its work is done; None where the plan failed, or doesn't fit the
+    budget.
     """
 
     candidate: Candidate
@@ -55,28 +59,39 @@ def tune(
     save: Save,
     say: Say,
     describe: Callable[[Mapping[str, Option]], str],
+    others: Sequence[Plan] = (),
 ) -> Record:
     """Time plans on this device, within about so many seconds.
+
+    Successive halving (Jamieson & Talwalkar 2016): all run some rounds, the faster half
+    twice as many, and so on until the fastest is clear. "estimate" times nothing: it
+    ends with the first plan that is certified and validated.
 
     Args:
         plans: best first.
         prepare: certifies and validates a plan; raises AttngenError where that fails.
         record: what is known already; its samples are kept.
-        effort: "measure" or "patient".
         seconds: the allowance; one plan and one round are always done.
         fix, budget: of the request, for the record.
         save: receives the record after each round, and after each long sample.
         say: receives what is being done, a line each.
+        others: "patient" also tries those that differ from the fastest in one choice.
 
     Raises:
         TimingError: nothing could be timed, or the machine is too noisy.
     """
     fixed = timing.yardstick()
     timing.sample(fixed)  # a clock that stands is found before anything else
-    search = _Search(record, effort, seconds, save, say, describe, fixed)
+    search = _Search(record, prepare, seconds, save, say, describe, fixed)
     try:
-        search.prepare(plans[: MOST[effort]], prepare)
+        search.prepare(
+            plans[: MOST[effort]], enough=1 if effort == "estimate" else None
+        )
+        if effort == "estimate":
+            return search.record
         noise = search.run()
+        if effort == "patient":
+            noise = search.climb(others, noise)
     finally:  # an interrupt, too, keeps each finished sample
         save(search.record)
     if noise >= timing.NOISY:
@@ -94,7 +109,7 @@ class _Search:
     def __init__(
         self,
         record: Record,
-        effort: str,
+        prepare: Prepare,
         seconds: float,
         save: Save,
         say: Say,
@@ -103,7 +118,8 @@ class _Search:
     ) -> None:
         self.key, self.finished = record.key, record.finished
         self.candidates = {c.identity: c for c in record.candidates}
-        self.effort = effort
+        self.make = prepare
+        self.tried: set[str] = set()  # choices
         self.save, self.say, self.describe = save, say, describe
         self.fixed = fixed
         self.begin = self.saved = timing.clock()
@@ -127,28 +143,33 @@ class _Search:
         self.save(self.record)
         self.saved = timing.clock()
 
-    def prepare(self, plans: Sequence[Plan], prepare: Prepare) -> None:
-        """Certify and validate plans until half of the allowance is spent."""
+    def prepare(self, plans: Sequence[Plan], *, enough: int | None = None) -> None:
+        """Certify and validate plans until half of the time is spent, or enough are."""
         failures: list[str] = []
+        stop = (1 - PREPARE) * self._left()
         for index, plan in enumerate(plans, 1):
-            if self.calls and self._left() < (1 - PREPARE) * self.seconds:
+            if self.calls and self._left() < stop:
                 self.say(f"time for {index - 1} of {len(plans)} plans")
                 break
             words = self.describe(plan.choice)
             self.say(f"{index} of {len(plans)}: {words}")
+            self.tried.add(canonical(plan.choice))
             try:
-                made = prepare(plan)
+                made = self.make(plan)
             except AttngenError as error:
-                failures.append(f"{words}: {error.what}")
-                self.say(f"  failed: {error.what}")
-                self._keep(_failed(plan, str(error)))
-                continue
+                made = Prepared(_failed(plan, str(error)), None)
             self._keep(made.candidate)
-            if made.call is None:
+            if made.call is not None:
+                self.calls[made.candidate.identity] = made.call
+            elif made.candidate.failed is not None:
+                what = made.candidate.failed.splitlines()[0]
+                failures.append(f"{words}: {what}")
+                self.say(f"  failed: {what}")
+            else:
                 need = show_bytes(made.candidate.temp_bytes or 0)
                 self.say(f"  over the budget: {need}, certified")
-            else:
-                self.calls[made.candidate.identity] = made.call
+            if len(self.calls) == enough:
+                break
         self._save()
         if not self.calls:
             raise TimingError(
@@ -158,6 +179,25 @@ class _Search:
                 needed="a plan that is",
                 hint="build(spec) says more of the first",
             )
+
+    def climb(self, others: Sequence[Plan], noise: float) -> float:
+        """Try the neighbours of the fastest while that finds a faster one; the noise."""
+        while self._left() > 0:
+            leader = self._ranked()[0]
+            near = neighbours(leader.choice, others, self.tried)
+            if not near:
+                break
+            self.say(f"neighbours of {self.describe(leader.choice)}")
+            self.calls = {leader.identity: self.calls[leader.identity]}
+            self.prepare(near)
+            noise = self.run()
+            if self._ranked()[0].identity == leader.identity:
+                break
+        return noise
+
+    def _ranked(self) -> list[Candidate]:
+        """Those that are in the race, the fastest first."""
+        return [c for c in self.record.ranked() if c.identity in self.calls]
 
     def run(self) -> float:
         """Time what was prepared, stage by stage; returns the noise.
@@ -183,8 +223,9 @@ class _Search:
         return timing.noise(self.yardsticks)
 
     def _stage(self, names: list[str], rounds: int) -> tuple[Rounds, bool]:
-        """Some rounds of those named; whether the allowance is spent."""
+        """At least some rounds of those named; whether the allowance is spent."""
         over = False
+        begin = timing.clock()
 
         def on_sample(name: str, seconds: float, yardstick: float) -> None:
             known = self.candidates[name]
@@ -202,13 +243,14 @@ class _Search:
             nonlocal over
             self._save()
             over = self._left() <= 0
-            return over or self._clear(found)
+            long = timing.clock() - begin >= STAGE_S or found.count == MOST_ROUNDS
+            return over or (long and found.count >= rounds) or self._clear(found)
 
         calls = {n: self._guarded(n) for n in names}
         try:
             found = timing.interleaved(
                 calls,
-                rounds,
+                MOST_ROUNDS,
                 on_sample=on_sample,
                 on_round=on_round,
                 yardstick=self.fixed,
@@ -263,8 +305,7 @@ class _Search:
         return all(found.ratio(n, leader).low >= CLEAR for n in medians if n != leader)
 
     def _report(self, rounds: int) -> None:
-        record = self.record
-        ranked = [c for c in record.ranked() if c.identity in self.calls]
+        record, ranked = self.record, self._ranked()
         if not ranked:
             return
         first = ranked[0]
@@ -320,3 +361,17 @@ def different(plans: Sequence[Plan], most: int) -> list[Plan]:
         if len(picked) < most and plan not in picked:
             picked.append(plan)
     return picked
+
+
+def neighbours(
+    choice: Mapping[str, Option], plans: Sequence[Plan], tried: Collection[str]
+) -> list[Plan]:
+    """The best plans that differ from a choice in one thing, of those not tried yet."""
+    found = []
+    for plan in plans:
+        own = plan.choice
+        names = own.keys() | choice.keys()
+        apart = sum(own.get(n) != choice.get(n) for n in names)
+        if apart == 1 and canonical(own) not in tried:
+            found.append(plan)
+    return found[:NEAR]

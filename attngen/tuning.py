@@ -16,7 +16,14 @@ import msgspec
 from attngen import planner, timing
 from attngen.backends import Backend
 from attngen.building import TRIES, certify, emit, passed, stored
-from attngen.errors import AttngenError, PlanError, TimingError, WisdomError
+from attngen.errors import (
+    AttngenError,
+    CompileError,
+    PlanError,
+    TimingError,
+    ValidationError,
+    WisdomError,
+)
 from attngen.plans import Alternative, Option, Plan
 from attngen.records import Candidate, Key, Record
 from attngen.spec import AttentionSpec
@@ -187,7 +194,7 @@ def tune(
     key = key_of(spec, target, by)
     wisdom.check_writable(key)
     record = wisdom.find(key) or Record(key=key)
-    prepare = _Preparer(spec, target, by, record)
+    prepare = _Preparer(spec, target, by, record, again=effort == "patient")
     _ = prepare.arrays  # too large ones are found before time is spent
     try:
         return tuner.tune(
@@ -201,6 +208,7 @@ def tune(
             save=wisdom.add,
             say=say or (lambda _: None),
             describe=by.describe,
+            others=ranked,
         )
     except TimingError as error:
         if prepare.fitted or not prepare.over:
@@ -213,9 +221,15 @@ class _Preparer:
     """Makes plans callable: certified, validated, with the same inputs for all."""
 
     def __init__(
-        self, spec: AttentionSpec, target: Target, by: Backend, record: Record
+        self,
+        spec: AttentionSpec,
+        target: Target,
+        by: Backend,
+        record: Record,
+        again: bool,
     ) -> None:
         self.spec, self.target, self.by, self.record = spec, target, by, record
+        self.again = again  # whether what failed once is tried again
         self.fitted = False  # whether one is within the budget
         self.over: list[tuple[Plan, int]] = []  # those that aren't, with their bytes
 
@@ -241,15 +255,35 @@ class _Preparer:
         plan = neutral(self.spec, self.target, self.by, plan.choice)
         source = emit(plan)
         known = self.record.find(plan.choice, source.digest)
-        if known is None or known.failed is not None:
-            need = certify(plan, source, plan.target).temp_bytes
+        if known is not None and known.failed is not None and not self.again:
+            return tuner.Prepared(known, None)
+        if known is None:
             known = Candidate(
                 choice=plan.choice,
                 digest=source.digest,
-                temp_bytes=need,
+                temp_bytes=None,
                 modelled_bytes=plan.temp_bytes,
                 modelled_s=plan.time_s,
             )
+        known = dataclasses.replace(known, failed=None)
+        try:
+            if known.temp_bytes is None:
+                need = certify(plan, source, plan.target).temp_bytes
+                known = dataclasses.replace(known, temp_bytes=need)
+            return self._prepared(plan, source, known)
+        except (CompileError, TimingError, ValidationError) as error:
+            failed = dataclasses.replace(known, failed=str(error))
+            return tuner.Prepared(failed, None)
+
+    def _prepared(self, plan: Plan, source: Source, known: Candidate) -> Prepared:
+        """Within the budget, validated and called once.
+
+        Raises:
+            ValidationError: as it says.
+            TimingError: the call failed.
+        """
+        from attngen import tuner
+
         budget = self.spec.budget_bytes
         if budget is not None and (known.temp_bytes or 0) > budget:
             self.over.append((plan, known.temp_bytes or 0))

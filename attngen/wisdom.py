@@ -123,9 +123,11 @@ def why(key: Key) -> str:
     if key.text in known:
         record = find(key)
         assert record is not None
-        if record.finished:
-            return f"There is a record of it, of effort {record.effort}."
-        return "There is a record of it, of a search that was interrupted."
+        if record.effort == "unfinished":
+            return "There is a record of it, of a search that was interrupted."
+        if not record.finished:
+            return "There is a record of it, an estimate: nothing was timed."
+        return f"There is a record of it, of effort {record.effort}."
     if not known:
         return "There is no wisdom yet: " + ", ".join(map(str, places()))
     nearest = min(known.values(), key=lambda k: len(key.differences(k)))

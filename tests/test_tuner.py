@@ -20,6 +20,7 @@ class Run:
 
     def __init__(self, monkeypatch, seconds_of, noise=(1.0,)):
         self.machine = Machine(monkeypatch, noise)
+        monkeypatch.setattr(tuner, "STAGE_S", 0.0)
         self.seconds_of = seconds_of
         self.saved, self.said, self.asked = [], [], []
         self.start = Record(key=KEY)
@@ -34,7 +35,7 @@ class Run:
             raise seconds
         return prepared(plan, seconds and self.machine.work(seconds))
 
-    def __call__(self, effort="measure", seconds=1000.0):
+    def __call__(self, effort="measure", seconds=1000.0, **options):
         return tuner.tune(
             DIFFERENT,
             self.prepare,
@@ -46,6 +47,7 @@ class Run:
             save=self.saved.append,
             say=self.said.append,
             describe=JAX.describe,
+            **options,
         )
 
 
@@ -70,6 +72,68 @@ def test_the_slower_half_goes(monkeypatch):
     assert counts[7] == 2
     assert counts[0] == max(counts.values())
     assert found.best().choice == DIFFERENT[0].choice
+
+
+def test_a_stage_of_short_calls_has_more_rounds(monkeypatch):
+    run = Run(monkeypatch, lambda i: 0.02 * 1.01**i)
+    monkeypatch.setattr(tuner, "STAGE_S", 2.0)
+    found = run()
+    counts = sorted(len(c.samples_s) for c in found.candidates)
+    assert counts[0] == pytest.approx(2.0 / (9 * 0.02), rel=0.2)
+    assert counts[-1] > 2 * counts[0]
+    assert found.best().choice == DIFFERENT[0].choice
+
+
+def test_patient_climbs_from_the_fastest_to_its_neighbours(monkeypatch):
+    """Its neighbours are quicker, and theirs: what the model never proposed."""
+    chosen = DIFFERENT[2].choice
+    monkeypatch.setattr(tuner, "NEAR", 3)
+
+    def apart(plan):
+        return sum(plan.choice.get(n) != v for n, v in chosen.items())
+
+    def prepare(plan):
+        run.asked.append(plan)
+        seconds = 0.2 if plan in DIFFERENT and plan != DIFFERENT[2] else 0.1
+        return prepared(plan, run.machine.work(seconds / (1 + apart(plan) / 4)))
+
+    run = Run(monkeypatch, None)
+    run.prepare = prepare
+    found = run("patient", others=PLANS)
+    tried = [p for p in run.asked if p not in DIFFERENT]
+    assert [apart(p) for p in tried][:3] == [1, 1, 1]
+    assert max(apart(p) for p in tried) > 1
+    best = found.best().choice
+    assert best not in [p.choice for p in DIFFERENT]
+    assert len({str(p.choice) for p in run.asked}) == len(run.asked)
+    assert found.effort == "patient"
+
+
+def test_patient_ends_where_no_neighbour_is_faster(monkeypatch):
+    asked = []
+
+    def prepare(plan):
+        asked.append(plan)
+        seconds = 0.1 if plan == DIFFERENT[2] else 0.2
+        return prepared(plan, run.machine.work(seconds))
+
+    run = Run(monkeypatch, None)
+    run.prepare = prepare
+    found = run("patient", others=PLANS)
+    assert found.best().choice == DIFFERENT[2].choice
+    assert len(DIFFERENT) < len(asked) <= len(DIFFERENT) + tuner.NEAR
+
+
+def test_estimate_times_nothing_and_takes_the_first_that_works(monkeypatch):
+    error = CompileError("It crashed.", got="this", needed="that")
+    run = Run(monkeypatch, lambda i: (error, None, 0.1)[min(i, 2)])
+    found = run("estimate")
+    assert run.asked == [0, 1, 2]
+    assert len(found.candidates) == 3
+    assert not any(c.samples_s for c in found.candidates)
+    assert not found.finished
+    assert found.effort == "estimate"
+    assert run.saved[-1] == found
 
 
 def test_the_allowance_ends_it(monkeypatch):

@@ -17,8 +17,24 @@ from refusals import refused
 from small import SPEC, close, qkv, spec_of
 
 import attngen
-from attngen import api, backends, planner, targets, timing, tuner, tuning, wisdom
-from attngen.errors import BudgetError, PlanError, TimingError, WisdomError
+from attngen import (
+    api,
+    backends,
+    certifier,
+    planner,
+    targets,
+    timing,
+    tuner,
+    tuning,
+    wisdom,
+)
+from attngen.errors import (
+    BudgetError,
+    CompileError,
+    PlanError,
+    TimingError,
+    WisdomError,
+)
 
 FIX = {"k_chunk": 16, "unroll": 1, "loop": "fori"}
 TARGET, JAX = targets.get(), backends.get()
@@ -206,10 +222,49 @@ def test_no_time_is_refused(seconds, no_compiler):
         attngen.tune(SPEC, seconds=seconds)
 
 
-def test_tune_takes_an_effort_that_times(no_compiler):
-    for effort in ("estimate", "hard"):
-        with refused(PlanError):
-            attngen.tune(SPEC, effort=effort)
+def test_an_unknown_effort_is_refused(no_compiler):
+    with refused(PlanError, "no effort"):
+        attngen.tune(SPEC, effort="hard")
+
+
+def test_estimate_certifies_and_validates_and_times_nothing(sizes):
+    record = attngen.tune(SPEC, effort="estimate")
+    (only,) = record.candidates
+    assert only.choice == attngen.plan(SPEC).choice
+    assert only.temp_bytes == 1000
+    assert only.samples_s == ()
+    assert only.failed is None
+    assert wisdom.find(record.key) == record
+    assert tuning.recall(SPEC, TARGET, JAX, "estimate", {}) is None
+    assert "an estimate" in wisdom.why(record.key)
+
+
+def test_what_failed_is_kept_with_its_reason_and_not_tried_again(monkeypatch, sizes):
+    monkeypatch.setitem(tuner.MOST, "measure", 2)
+    say, tried = certifier.certify, []
+
+    def certify(*given, **named):
+        tried.append(named["digest"])
+        if named["digest"] == tried[0]:
+            raise CompileError("It was refused.", got="this", needed="that")
+        return say(*given, **named)
+
+    monkeypatch.setattr(certifier, "certify", certify)
+    first = attngen.tune(SPEC, seconds=60)
+    (failed,) = [c for c in first.candidates if c.failed]
+    assert failed.failed.startswith("It was refused.")
+    assert failed.digest == tried[0]
+    assert "It was refused." in str(first)
+    assert len(first.ranked()) == 1
+    lines = []
+    second = attngen.tune(SPEC, seconds=60, on_progress=lines.append)
+    assert tried.count(failed.digest) == 1
+    assert "  failed: It was refused." in lines
+    assert failed in second.candidates
+    monkeypatch.setattr(certifier, "certify", say)
+    monkeypatch.setitem(tuner.MOST, "patient", 2)
+    third = attngen.tune(SPEC, effort="patient", seconds=1e-3)
+    assert not any(c.failed for c in third.candidates)
 
 
 def test_inputs_beyond_memory_are_refused(no_compiler, monkeypatch):
