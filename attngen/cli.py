@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from attngen.cli_bench import bench
-from attngen.cli_output import print_json, progress, shown, status, table
+from attngen.cli_output import print_json, progressing, shown, status, table
 from attngen.cli_spec import plan_options, read_fix, read_spec
 from attngen.cli_tune import tune
 from attngen.cli_wisdom import wisdom
@@ -170,9 +170,9 @@ def build(
     from attngen import api, files
 
     spec = read_spec(given)
-    with status("certifying and validating …"):
+    with progressing("certifying and validating …") as say:
         kernel = api.build(
-            spec, target, backend, effort, read_fix(fix), on_progress=progress
+            spec, target, backend, effort, read_fix(fix), on_progress=say
         )
     assert kernel.report is not None
     assert kernel.certificate is not None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -35,6 +37,32 @@ def status(text: str) -> Any:
     if not console.is_terminal:
         click.echo(text, err=True)
     return console.status(Text(text))
+
+
+@contextlib.contextmanager
+def progressing(first: str) -> Iterator[Callable[[str], None]]:
+    """Receives what is being done: lines on stderr.
+
+    On a terminal a spinner shows which of several things is tried ("3 of 8: …"), and only
+    what is found stays.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        progress(first)
+        yield progress
+        return
+    with console.status(Text(first)) as line:
+
+        def say(text: str) -> None:
+            if re.match(r"\d+ of \d+: ", text):
+                line.update(Text(text))
+            else:
+                console.print(Text(text))
+
+        yield say
 
 
 def progress(text: str) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from attngen.cli_output import print_json, progress
+from attngen.cli_output import print_json, progress, progressing, shown
 from attngen.cli_spec import plan_options, read_fix, read_spec
+from attngen.records import Record
 
 INTERRUPTED = 1
 
@@ -18,7 +19,8 @@ INTERRUPTED = 1
     "--effort",
     default="measure",
     show_default=True,
-    help="measure: the model's best 8 plans. patient: its best 48.",
+    help="measure: the model's best 8 plans. patient: its best 48, and on from the fastest. "
+    "estimate: times nothing.",
 )
 @click.option(
     "--seconds",
@@ -39,20 +41,38 @@ def tune(
 
     Ctrl-C ends it, and loses nothing that was timed: tuning again goes on from there.
     """
-    from attngen import api
+    from attngen import api, backends, targets, tuning
+    from attngen import wisdom as known
 
-    spec = read_spec(given)
+    spec, fixed = read_spec(given), read_fix(fix)
+    interrupted = False
     try:
-        record = api.tune(
-            spec,
-            target,
-            backend,
-            effort,
-            seconds=seconds,
-            fix=read_fix(fix),
-            on_progress=progress,
-        )
+        with progressing("planning …") as say:
+            record = api.tune(
+                spec,
+                target,
+                backend,
+                effort,
+                seconds=seconds,
+                fix=fixed,
+                on_progress=say,
+            )
     except KeyboardInterrupt:
-        progress("interrupted: what was timed is kept; tune again to go on")
+        interrupted = True
+    device, by = targets.get(target), backends.get(backend)
+    if interrupted:
+        key = tuning.key_of(spec, device, by)
+        record = known.find(key) or Record(key=key)
+        count = sum(len(c.samples_s) for c in record.candidates)
+        kept = f"{count} samples kept in {shown(str(known.path_of(key)))}"
+        progress(f"interrupted; {kept}; tune again to go on")
+    found = tuning.recall(spec, device, by, "estimate", fixed)
+    if as_json:
+        chosen = None if found is None else found[0].to_dict()
+        print_json(record.to_dict() | {"chosen": chosen})
+    elif record.candidates:
+        click.echo(str(record))
+        if found is not None:
+            click.echo(f"\n{found[0].explain()}")
+    if interrupted:
         sys.exit(INTERRUPTED)
-    print_json(record.to_dict()) if as_json else click.echo(str(record))

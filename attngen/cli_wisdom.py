@@ -34,6 +34,10 @@ def _key(given: dict[str, Any], target: str | None, backend: str | None) -> Key:
     return tuning.key_of(spec, targets.get(target), backends.get(backend))
 
 
+def _records(count: int) -> str:
+    return f"{count} record{'' if count == 1 else 's'}"
+
+
 @click.group()
 def wisdom() -> None:
     """Records of tuning: where they are, what they say, to share and to delete."""
@@ -90,13 +94,14 @@ def show(target: str | None, backend: str | None, as_json: bool, **given: Any) -
 @wisdom.command()
 @_key_options
 def why(target: str | None, backend: str | None, as_json: bool, **given: Any) -> None:
-    """Say whether there is a record of a spec, or what differs from the nearest."""
-    from attngen import wisdom as known
+    """Say whether `build` uses a record of a spec, or what differs from the nearest."""
+    from attngen import backends, targets, tuning
 
-    key = _key(given, target, backend)
-    said = known.why(key)
+    asked = read_spec(given), targets.get(target), backends.get(backend)
+    said = tuning.why(*asked)
     if as_json:
-        print_json({"found": known.find(key) is not None, "why": said})
+        used = tuning.recall(*asked, "estimate", {}) is not None
+        print_json({"used": used, "why": said})
     else:
         click.echo(said)
 
@@ -113,7 +118,7 @@ def merge(paths: tuple[Path, ...], as_json: bool) -> None:
         print_json({"written": {str(p): n for p, n in written.items()}})
         return
     for path, count in written.items():
-        click.echo(f"{count} records into {shown(str(path))}")
+        click.echo(f"{_records(count)} into {shown(str(path))}")
 
 
 @wisdom.command()
@@ -127,7 +132,7 @@ def export(path: Path, as_json: bool) -> None:
     if as_json:
         print_json({"path": str(path), "records": count})
     else:
-        click.echo(f"{count} records into {shown(str(path))}")
+        click.echo(f"{_records(count)} into {shown(str(path))}")
 
 
 @wisdom.command()

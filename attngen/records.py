@@ -293,9 +293,12 @@ class Record:
             lines.append(f"       and {len(ranked) - SHOWN} that are slower")
         failed = [c for c in self.candidates if c.failed is not None]
         lines += [f"failed {_words(c)}"[:100] for c in failed]
-        untimed = len(self.candidates) - len(ranked) - len(failed)
-        if untimed:
-            lines.append(f"       and {untimed} without a sample")
+        others = [c for c in self.candidates if c not in ranked and c not in failed]
+        for c in others[:SHOWN]:
+            known = "?" if c.temp_bytes is None else show_bytes(c.temp_bytes)
+            lines.append(f"{'not timed':>17}{known:>28}  {_words(c)}")
+        if len(others) > SHOWN:
+            lines.append(f"       and {len(others) - SHOWN} that weren't timed")
         for f in self.finished:
             if f.noise >= timing.NOISY:
                 lines.append(

@@ -28,6 +28,7 @@ from attngen.plans import Alternative, Option, Plan
 from attngen.records import Candidate, Key, Record
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
+from attngen.units import show_bytes
 from attngen.version import __version__
 
 if TYPE_CHECKING:
@@ -155,6 +156,40 @@ def _current(
         return plan if emit(plan).digest == candidate.digest else None
     except AttngenError:  # a choice that is no longer known, or legal
         return None
+
+
+def why(spec: AttentionSpec, target: Target, by: Backend) -> str:
+    """Whether a record of a spec is used by `build`, and if not, why not.
+
+    Raises:
+        WisdomError: a file can't be read as wisdom.
+    """
+    from attngen import wisdom
+
+    key = key_of(spec, target, by)
+    record = wisdom.find(key)
+    lines = [wisdom.why(key)]
+    timed = () if record is None else record.ranked()
+    if record is None or not record.finished or not timed:
+        return lines[0]
+    current = [c for c in timed if _current(c, spec, target, by) is not None]
+    if stale := len(timed) - len(current):
+        lines.append(
+            f"{stale} of the {len(timed)} plans that were timed aren't used: they would be "
+            "emitted differently today."
+        )
+    if current and not any(c.fits(spec.budget_bytes) for c in current):
+        least = min(c.temp_bytes for c in current if c.temp_bytes is not None)
+        lines.append(
+            f"No other is within the budget: the least is {show_bytes(least)}."
+        )
+    elif not _searched(record, spec, target, by, "estimate", {}):
+        lines.append(
+            "It isn't used: only a smaller budget was tuned for, or fixed choices."
+        )
+    elif current:
+        lines.append("`build` uses it.")
+    return "\n".join(lines)
 
 
 # Tuning: what is timed now.

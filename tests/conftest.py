@@ -74,6 +74,17 @@ def certificates(monkeypatch):
 
 
 @pytest.fixture
+def sizes(certificates):
+    """Certified bytes: what the model says of the plan, without a compiler."""
+    by_text = {}
+
+    def bytes_of(source):
+        return by_text.setdefault(source, 1000 + 1000 * len(by_text))
+
+    return certificates(bytes_of)
+
+
+@pytest.fixture
 def fresh(monkeypatch, certificates):
     """attention() as in a new process, with certificates of nothing; what was certified."""
     api._kernel_of.cache_clear()

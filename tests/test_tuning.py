@@ -1,18 +1,10 @@
 """Tuning end to end: what is timed once is found again, and nothing is timed twice."""
 
 import dataclasses
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 import warnings
-from pathlib import Path
 
 import pytest
-from commands import FAILED, SMALL, WRONG, process, run
-from commands import refused as command_refused
+from commands import FAILED, SMALL, WRONG, run
 from refusals import refused
 from small import SPEC, close, qkv, spec_of
 
@@ -44,19 +36,9 @@ TARGET, JAX = targets.get(), backends.get()
 def folder(tmp_path, monkeypatch):
     """Wisdom of a test's own; and a machine that may be busy with other tests."""
     monkeypatch.setattr(timing, "USELESS", float("inf"))
+    monkeypatch.setattr(tuner, "STAGE_S", 0.0)
     monkeypatch.setenv("ATTNGEN_WISDOM", str(tmp_path / "own"))
     return tmp_path / "own"
-
-
-@pytest.fixture
-def sizes(certificates):
-    """Certified bytes: what the model says of the plan, without a compiler."""
-    by_text = {}
-
-    def bytes_of(source):
-        return by_text.setdefault(source, 1000 + 1000 * len(by_text))
-
-    return certificates(bytes_of)
 
 
 @pytest.fixture
@@ -151,6 +133,26 @@ def test_a_choice_that_is_no_longer_known_is_stale(tuned):
     wisdom.clear()
     wisdom.add(dataclasses.replace(tuned, candidates=(odd, second)))
     assert tuning.recall(SPEC, TARGET, JAX, "measure", {})[0].choice == second.choice
+
+
+def test_why_says_whether_it_is_used(tuned):
+    best, second = tuned.ranked()
+    assert tuning.why(SPEC, TARGET, JAX).endswith("`build` uses it.")
+    least = min(best.temp_bytes, second.temp_bytes)
+    small = spec_of(memory_budget=least - 1)
+    assert "within the budget: the least is" in tuning.why(small, TARGET, JAX)
+    stale = dataclasses.replace(best, digest="0" * 64)
+    wisdom.clear()
+    wisdom.add(dataclasses.replace(tuned, candidates=(stale, second)))
+    said = tuning.why(SPEC, TARGET, JAX)
+    assert "1 of the 2 plans that were timed aren't used" in said
+    assert said.endswith("`build` uses it.")
+    done = dataclasses.replace(tuned.finished[0], budget=1)
+    wisdom.clear()
+    wisdom.add(dataclasses.replace(tuned, finished=(done,)))
+    assert "only a smaller budget" in tuning.why(SPEC, TARGET, JAX)
+    wisdom.clear()
+    assert "no wisdom yet" in tuning.why(SPEC, TARGET, JAX)
 
 
 def test_attention_recalls_in_and_outside_a_trace(tuned):
@@ -295,113 +297,3 @@ def test_another_backend_is_tuned_alike():
     kernel = attngen.build(spec, backend="numpy")
     assert kernel.plan.choice == record.best().choice
     assert tuning.recall(spec, TARGET, JAX, "estimate", {}) is None
-
-
-# The command line.
-
-
-def test_the_commands(sizes, tmp_path, monkeypatch):
-    monkeypatch.setitem(tuner.MOST, "measure", 2)
-    out, err = run("tune", *SMALL, "--seconds", "20")
-    assert "× " in out
-    assert "1 of 2: " in err
-    data = json.loads(run("tune", *SMALL, "--seconds", "0.01", "--json")[0])
-    assert data["effort"] == "measure"
-    assert "measure" in run("wisdom", "show")[0]
-    assert len(json.loads(run("wisdom", "show", "--json")[0])) == 1
-    assert "rounds" in run("wisdom", "show", *SMALL)[0]
-    assert json.loads(run("wisdom", "show", *SMALL, "--json")[0]) == data
-    assert (
-        json.loads(run("wisdom", "show", *SMALL, "--batch", "2", "--json")[0]) is None
-    )
-    assert "batch: 2 ≠ 1" in run("wisdom", "show", *SMALL, "--batch", "2")[0]
-    assert json.loads(run("wisdom", "why", *SMALL, "--json")[0])["found"] is True
-    assert "batch: 2 ≠ 1" in run("wisdom", "why", *SMALL, "--batch", "2")[0]
-    exported = tmp_path / "all.json"
-    assert "1 records" in run("wisdom", "export", exported)[0]
-    command_refused("WisdomError", "wisdom", "clear")
-    assert "deleted" in run("wisdom", "clear", "--yes")[0]
-    assert json.loads(run("wisdom", "clear", "--yes", "--json")[0])["deleted"] == []
-    command_refused("WisdomError", "wisdom", "export", tmp_path / "none.json")
-    assert not (tmp_path / "none.json").exists()
-    merged = json.loads(run("wisdom", "merge", exported, "--json")[0])
-    assert list(merged["written"].values()) == [1]
-    places = json.loads(run("wisdom", "dir", "--json")[0])
-    assert places["places"][0] == {"path": places["folder"], "files": 1}
-    assert places["folder"] in run("wisdom", "dir")[0]
-    assert run("build", *SMALL, "--effort", "measure")[0]
-
-
-@pytest.mark.parametrize("seconds", ["0", "-3", "nan"])
-def test_the_command_refuses_no_time(seconds):
-    command_refused("PlanError", "tune", *SMALL, "--seconds", seconds)
-
-
-def test_the_commands_name_a_damaged_file(folder):
-    folder.mkdir()
-    (folder / "x.json").write_text("[")
-    for command in (("why", *SMALL), ("show",), ("show", *SMALL)):
-        error = command_refused("WisdomError", "wisdom", *command)
-        assert "x.json" in error["what"]
-    (folder / "x.json").write_text('{"format": 99, "records": []}')
-    assert "99" in command_refused("WisdomError", "wisdom", "show")["got"]
-    command_refused("WisdomError", "wisdom", "merge", folder / "missing.json")
-
-
-def test_an_interrupt_ends_the_command_with_a_message(monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(tuning, "tune", interrupted)
-    out, err = run("tune", *SMALL, code=FAILED)
-    assert out == ""
-    assert err.startswith("interrupted: ")
-
-
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=lambda s: s.name)
-def test_a_killed_tuning_keeps_its_samples(sent, folder, process_environment, tmp_path):
-    command = [str(Path(sys.executable).parent / "attngen"), "tune", *SMALL]
-    environment = process_environment | {"ATTNGEN_WISDOM": str(folder)}
-    with (tmp_path / "log").open("wb") as log:
-        # a slow kernel would do; a slow machine does: one plan, timed for long
-        code = (
-            "import sys\n"
-            "from attngen import timing, tuner\n"
-            "tuner.MOST['measure'] = 1\n"
-            "tuner.STAGES = (10**6,)\n"
-            "from attngen.cli import main\n"
-            "main(sys.argv[1:])\n"
-        )
-        started = subprocess.Popen(
-            [sys.executable, "-c", code, *command[1:]],
-            env=environment,
-            stderr=log,
-            stdout=log,
-        )
-    path = wisdom.path_of(
-        tuning.key_of(attngen.AttentionSpec(q_heads=2, q_len=40, qk_dim=8), TARGET, JAX)
-    )
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and started.poll() is None:
-        known = wisdom.read(path)[0].candidates if path.exists() else ()
-        if known and len(known[0].samples_s) >= 5:
-            break
-        time.sleep(0.05)
-    os.kill(started.pid, sent)
-    started.wait(30)
-    record = wisdom.read(path)[0]
-    assert len(record.candidates[0].samples_s) >= 5
-    assert record.effort == "unfinished"
-    said = (tmp_path / "log").read_text()
-    assert "Traceback" not in said
-    if sent == signal.SIGINT:
-        assert started.returncode == 1
-        assert "interrupted: " in said
-
-
-def test_the_exit_code_of_a_refused_process(process_environment, tmp_path):
-    ran = process(
-        "tune", *SMALL, "--seconds", "0", cwd=tmp_path, environment=process_environment
-    )
-    assert ran.returncode == WRONG
-    assert "Traceback" not in ran.stderr

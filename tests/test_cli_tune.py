@@ -1,0 +1,195 @@
+"""`attngen tune` and `attngen wisdom`: what they print, how they end, what they keep."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commands import FAILED, SMALL, WRONG, process, refused, run
+from machine import candidate
+
+import attngen
+from attngen import backends, planner, targets, timing, tuner, tuning, wisdom
+from attngen.records import Finished, Record
+
+TARGET, JAX = targets.get(), backends.get()
+SPEC = attngen.AttentionSpec(q_heads=2, q_len=40, qk_dim=8)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Wisdom of a test's own; and a machine that may be busy with other tests."""
+    monkeypatch.setattr(timing, "USELESS", float("inf"))
+    monkeypatch.setattr(tuner, "STAGE_S", 0.0)
+    monkeypatch.setenv("ATTNGEN_WISDOM", str(tmp_path / "own"))
+    return tmp_path / "own"
+
+
+@pytest.fixture
+def record():
+    """Two plans of SPEC that were timed, as tuning writes them."""
+    made = []
+    for turn, ranked in enumerate(planner.rank(SPEC, TARGET, JAX)[:2]):
+        plan = tuning.neutral(SPEC, TARGET, JAX, ranked.choice)
+        digest = attngen.emit(plan).digest
+        times = {"samples_s": (0.1 + turn, 0.1 + turn), "yardsticks_s": (0.01, 0.02)}
+        made.append(candidate(plan, digest=digest, **times))
+    done = Finished(effort="measure", fix={}, budget=None, noise=0.0)
+    key = tuning.key_of(SPEC, TARGET, JAX)
+    record = Record(key=key, finished=(done,), candidates=tuple(made))
+    wisdom.add(record)
+    return record
+
+
+def test_tune_prints_what_was_tried_and_what_is_chosen(sizes, monkeypatch):
+    monkeypatch.setitem(tuner.MOST, "measure", 2)
+    out, err = run("tune", *SMALL, "--seconds", "20")
+    assert max(map(len, out.splitlines())) <= 100
+    table, chosen = out.split("\n40 queries × 40 keys", 1)
+    assert "1.00×" in table
+    assert "timed here: " in chosen
+    assert "1 of 2: " in err
+    data = json.loads(run("tune", *SMALL, "--seconds", "0.01", "--json")[0])
+    assert data["effort"] == "measure"
+    assert data.pop("chosen")["backend"] == "jax"
+    assert json.loads(run("wisdom", "show", *SMALL, "--json")[0]) == data
+
+
+def test_an_estimate_is_not_timed(sizes):
+    out, _ = run("tune", *SMALL, "--effort", "estimate")
+    assert "effort: estimate" in out
+    assert "not timed" in out
+
+
+def test_show_lists_the_records_or_one_of_them(record):
+    assert "measure" in run("wisdom", "show")[0]
+    (listed,) = json.loads(run("wisdom", "show", "--json")[0])
+    assert Path(listed.pop("file")).exists()
+    assert listed == json.loads(record.to_json())
+    assert run("wisdom", "show", *SMALL)[0] == f"{record}\n"
+    other = ("wisdom", "show", *SMALL, "--batch", "2")
+    assert "batch: 2 ≠ 1" in run(*other)[0]
+    assert json.loads(run(*other, "--json")[0]) is None
+
+
+def test_why_says_what_differs(record):
+    said = json.loads(run("wisdom", "why", *SMALL, "--json")[0])
+    assert said["used"] is True
+    assert said["why"] == run("wisdom", "why", *SMALL)[0].rstrip("\n")
+    other = ("wisdom", "why", *SMALL, "--batch", "2")
+    assert "batch: 2 ≠ 1" in run(*other)[0]
+    assert json.loads(run(*other, "--json")[0])["used"] is False
+
+
+def test_records_are_exported_cleared_and_merged(record, tmp_path):
+    exported = tmp_path / "all.json"
+    assert "1 record into" in run("wisdom", "export", exported)[0]
+    refused("WisdomError", "wisdom", "clear")
+    assert wisdom.find(record.key) == record
+    assert "deleted" in run("wisdom", "clear", "--yes")[0]
+    assert wisdom.find(record.key) is None
+    assert json.loads(run("wisdom", "clear", "--yes", "--json")[0])["deleted"] == []
+    refused("WisdomError", "wisdom", "export", tmp_path / "none.json")
+    assert not (tmp_path / "none.json").exists()
+    merged = json.loads(run("wisdom", "merge", exported, "--json")[0])
+    assert list(merged["written"].values()) == [1]
+    assert wisdom.find(record.key) == record
+
+
+def test_dir_names_each_place(record, folder):
+    places = json.loads(run("wisdom", "dir", "--json")[0])
+    assert places["places"][0] == {"path": str(folder), "files": 1}
+    assert places["folder"] == str(folder)
+    assert str(folder) in run("wisdom", "dir")[0]
+
+
+def test_build_takes_what_was_timed(record, sizes):
+    data = json.loads(run("build", *SMALL, "--effort", "measure", "--json")[0])
+    best = record.best().choice
+    assert {n: data["plan"][n] for n in ("algorithm", "q_chunk", "k_chunk")} == {
+        n: best[n] for n in ("algorithm", "q_chunk", "k_chunk")
+    }
+
+
+@pytest.mark.parametrize("seconds", ["0", "-3", "nan"])
+def test_the_command_refuses_no_time(seconds):
+    refused("PlanError", "tune", *SMALL, "--seconds", seconds)
+
+
+def test_the_commands_name_a_damaged_file(folder):
+    folder.mkdir()
+    (folder / "x.json").write_text("[")
+    for command in (("why", *SMALL), ("show",), ("show", *SMALL)):
+        error = refused("WisdomError", "wisdom", *command)
+        assert "x.json" in error["what"]
+    (folder / "x.json").write_text('{"format": 99, "records": []}')
+    assert "99" in refused("WisdomError", "wisdom", "show")["got"]
+    refused("WisdomError", "wisdom", "merge", folder / "missing.json")
+
+
+def test_an_interrupt_says_what_is_kept_and_prints_it(monkeypatch, record):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "tune", interrupted)
+    out, err = run("tune", *SMALL, code=FAILED)
+    assert out.startswith(str(record))
+    path = wisdom.path_of(record.key)
+    assert f"interrupted; 4 samples kept in {path}" in err
+    wisdom.clear()
+    out, err = run("tune", *SMALL, code=FAILED)
+    assert out == ""
+    assert "interrupted; 0 samples" in err
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=lambda s: s.name)
+def test_a_killed_tuning_keeps_its_samples(sent, folder, process_environment, tmp_path):
+    command = [str(Path(sys.executable).parent / "attngen"), "tune", *SMALL]
+    environment = process_environment | {"ATTNGEN_WISDOM": str(folder)}
+    with (tmp_path / "log").open("wb") as log:
+        # a slow kernel would do; a slow machine does: one plan, timed for long
+        code = (
+            "import sys\n"
+            "from attngen import timing, tuner\n"
+            "tuner.MOST['measure'] = 1\n"
+            "tuner.STAGES, tuner.MOST_ROUNDS = (10**6,), 10**6\n"
+            "from attngen.cli import main\n"
+            "main(sys.argv[1:])\n"
+        )
+        started = subprocess.Popen(
+            [sys.executable, "-c", code, *command[1:]],
+            env=environment,
+            stderr=log,
+            stdout=log,
+        )
+    path = wisdom.path_of(
+        tuning.key_of(attngen.AttentionSpec(q_heads=2, q_len=40, qk_dim=8), TARGET, JAX)
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and started.poll() is None:
+        known = wisdom.read(path)[0].candidates if path.exists() else ()
+        if known and len(known[0].samples_s) >= 5:
+            break
+        time.sleep(0.05)
+    os.kill(started.pid, sent)
+    started.wait(30)
+    record = wisdom.read(path)[0]
+    assert len(record.candidates[0].samples_s) >= 5
+    assert record.effort == "unfinished"
+    said = (tmp_path / "log").read_text()
+    assert "Traceback" not in said
+    if sent == signal.SIGINT:
+        assert started.returncode == 1
+        assert "interrupted; " in said
+
+
+def test_the_exit_code_of_a_refused_process(process_environment, tmp_path):
+    ran = process(
+        "tune", *SMALL, "--seconds", "0", cwd=tmp_path, environment=process_environment
+    )
+    assert ran.returncode == WRONG
+    assert "Traceback" not in ran.stderr
