@@ -115,7 +115,6 @@ CALLS = {
     "what arrays say": (OperandError, (Q, K, V), {"q_len": 48}),
     "a missing operand": (OperandError, (Q, K, V), {"mask": masks.documents()}),
     "a budget": (BudgetError, (Q, K, V), {"memory_budget": "a lot"}),
-    "a tight budget": (BudgetError, (Q, K, V), {"memory_budget": 16}),
     "a target": (TargetError, (Q, K, V), {"target": "abacus"}),
     "a backend": (BackendError, (Q, K, V), {"backend": "triton"}),
     "derivatives": (NotBuiltError, (Q, K, V), {"derivatives": "vjp"}),
@@ -126,6 +125,11 @@ CALLS = {
 def test_a_wrong_call_is_refused(kind, arrays, options, fresh):
     with refused(kind):
         attngen.attention(*arrays, **options)
+
+
+def test_a_budget_that_nothing_is_certified_within_is_refused():
+    with refused(BudgetError):
+        attngen.attention(Q, K, V, memory_budget=16, fix={"algorithm": "dense"})
 
 
 def test_float64_needs_64_bit_numbers(fresh):

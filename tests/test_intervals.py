@@ -59,7 +59,9 @@ def filled(operand, number):
 
 
 @settings(max_examples=200, deadline=None)
-@given(strategies.expressions("int"), st.integers(-(2**30), 2**30), st.booleans())
+@given(
+    strategies.expressions("int"), st.integers(-(2**30) + 1, 2**30 - 1), st.booleans()
+)
 def test_whatever_the_operands_hold(node, number, flag):
     values = {"bool": flag, "int": number, "float": float(number)}
     holds(node, {o.name: filled(o, values[o.kind]) for o in strategies.OPERANDS})

@@ -30,7 +30,8 @@ FIX = {"algorithm": "running", "q_chunk": 16, "k_chunk": 24}
 
 def edited(spec, old, new, **fix):
     """The report on what is emitted with one piece of its text changed."""
-    plan = attngen.plan(spec, target="cpu", backend="jax", fix=FIX | fix)
+    fix = FIX | {"exp": "exp"} | fix
+    plan = attngen.plan(spec, target="cpu", backend="jax", fix=fix)
     source = attngen.emit(plan)
     assert old in source.text
     changed = dataclasses.replace(source, text=source.text.replace(old, new, 1))
@@ -41,6 +42,7 @@ def edited(spec, old, new, **fix):
 LENGTHS = dataclasses.replace(SPEC, kv_lengths=True)
 LATE = dataclasses.replace(SPEC, q_offset=20)
 SINK = dataclasses.replace(SPEC, sink=True)
+LATE_ROWS = dataclasses.replace(SPEC, q_offset=-5)  # the first see no key
 
 
 @pytest.mark.parametrize(
@@ -66,8 +68,24 @@ def test_a_wrong_kernel_is_caught(spec, old, new):
     assert not edited(spec, old, new).passed
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("0.69314694", "0.6931"),
+        ("+ coefficient", "- coefficient"),
+        ("p = jnp.where(s == -jnp.inf, 0, p)", "p = p"),
+        ("jnp.log2(total)) / LOG2E", "jnp.log2(total))"),
+        ("rescale = jnp.exp2(m - m_safe)", "rescale = jnp.exp(m - m_safe)"),
+        ("LOG2E = 1.4426950408889634", "LOG2E = 1.4426"),
+    ],
+)
+def test_a_wrong_polynomial_is_caught(old, new):
+    assert not edited(LATE_ROWS, old, new, exp="polynomial").passed
+
+
 def test_the_right_kernel_is_not():
     assert edited(SPEC, "SCALE", "SCALE").passed
+    assert edited(LATE_ROWS, "SCALE", "SCALE", exp="polynomial").passed
 
 
 def test_a_wrong_dtype_is_caught():
@@ -153,9 +171,10 @@ CHOICES = [
 
 def loops(plan):
     """The lines of an emitted file that loop, and those that take a step apart."""
-    text = re.sub(r"\b\d+\b", "N", attngen.emit(plan).text)
+    body = attngen.emit(plan).text.split('"""', 2)[2]  # without the header
+    text = re.sub(r"\b\d+\b", "N", body)
     found = re.findall(r".*(?:fori_loop|scan|for c in|carry = \w+\(| step ).*", text)
-    return [line.strip() for line in found if "choices" not in line]
+    return [line.strip() for line in found]
 
 
 @pytest.mark.parametrize("choices", CHOICES)
