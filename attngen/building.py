@@ -126,9 +126,14 @@ def stored(source: Source) -> Path:
 
 
 def validate(
-    chosen: Plan, by: Backend, function: Any, seed: int = 0, rebuild: bool = True
+    chosen: Plan,
+    by: Backend,
+    function: Any,
+    seed: int = 0,
+    rebuild: bool = True,
+    seconds: float | None = None,
 ) -> Report:
-    """A function judged by the reference."""
+    """A function judged by the reference; see `validator.validate`."""
     from attngen import validator
 
     def small(spec: AttentionSpec, choice: Fix) -> Any:
@@ -142,16 +147,19 @@ def validate(
         to_array=by.array,
         rebuild=small if rebuild else None,
         seed=seed,
+        seconds=seconds,
     )
 
 
-def passed(chosen: Plan, by: Backend, function: Any) -> Report:
-    """The report of a kernel that attngen made.
+def passed(
+    chosen: Plan, by: Backend, function: Any, seconds: float | None = None
+) -> Report:
+    """The report of a kernel that attngen made; seconds as for `validator.validate`.
 
     Raises:
         ValidationError: its numbers are further from the reference than the rule allows.
     """
-    report = validate(chosen, by, function)
+    report = validate(chosen, by, function, seconds=seconds)
     if not report.passed:
         raise ValidationError(
             "The emitted kernel doesn't compute its spec.",

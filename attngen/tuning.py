@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from attngen.tuner import Prepared
 
 Fix = Mapping[str, Option]
+LONG_S = 0.5  # modelled: a longer call is validated small here, and whole by `build`
 SHOWN = 5  # other plans that were timed, in a plan's explanation
 
 
@@ -326,7 +327,7 @@ class _Preparer:
         self.fitted = True
         function = self.by.load(stored(source))
         if not known.samples_s:  # what was timed once was validated
-            passed(plan, self.by, function)
+            passed(plan, self.by, function, LONG_S)
         arrays, block = self.arrays, self.by.block
 
         def call() -> Any:

@@ -25,7 +25,7 @@ from attngen.spec import AttentionSpec
 ELEMENTS = (
     2**22
 )  # of the reference's scores in one case: more rows than that are sampled
-SECONDS = 30.0  # modelled: a slower kernel is run at full size only where it must be
+SECONDS = 30.0  # see `validate`
 
 Function = Callable[..., Any]
 
@@ -38,6 +38,7 @@ def validate(
     to_array: Callable[[Array, str], Any],
     rebuild: Callable[[AttentionSpec, Mapping[str, Any]], Function] | None = None,
     seed: int = 0,
+    seconds: float | None = None,
 ) -> Report:
     """Judge a function by the reference.
 
@@ -48,11 +49,14 @@ def validate(
             function can't be made anew (a file that was edited). With it, a spec too
             large to be judged whole is judged at a smaller size too, all rows of it.
         seed: of the random inputs.
+        seconds: modelled; a slower function is run at full size only where it must be.
+            None: SECONDS.
     """
+    limit = SECONDS if seconds is None else seconds
     checks: list[OutputCheck] = []
     cases: list[str] = []
     whole = False
-    if plan.time_s <= SECONDS or rebuild is None or shrink(spec, plan) is None:
+    if plan.time_s <= limit or rebuild is None or shrink(spec, plan) is None:
         rows = sample_rows(spec, plan.q_chunk)
         whole = len(rows) == spec.q_len
         count = "all rows" if whole else f"{len(rows)} of {spec.q_len} rows"
