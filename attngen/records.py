@@ -19,6 +19,7 @@ from attngen.plans import Option
 from attngen.units import show_bytes, show_time
 
 EFFORTS = ("estimate", "measure", "patient")  # each at least as good as those before
+SURE = 3  # rounds: of fewer, a single wild one decides
 SHOWN = 16  # candidates in a record's table
 
 
@@ -180,29 +181,39 @@ class Record:
 
     @functools.cached_property
     def standings(self) -> dict[str, float]:
-        """What each timed candidate takes by what the fastest takes, by identity."""
+        """What each timed candidate takes by what the fastest takes, by identity.
+
+        Less than 1 only where there are too few rounds to believe it.
+        """
+        timed = [c for c in self.candidates if c.samples_s and c.failed is None]
         seconds: dict[str, dict[Hashable, float]] = {
             c.identity: dict(zip(c.yardsticks_s, c.samples_s, strict=True))
-            for c in self.candidates
-            if c.samples_s and c.failed is None
+            for c in timed
         }
         fixed = {y: y for rows in seconds.values() for y in rows}
-        return timing.standings(seconds, fixed)  # type: ignore[arg-type]
+        found = timing.standings(seconds, fixed)  # type: ignore[arg-type]
+        sure = [found[c.identity] for c in timed if len(c.samples_s) >= SURE]
+        least = min(sure or found.values(), default=1.0)
+        return {name: ratio / least for name, ratio in found.items()}
 
     def ranked(
         self, budget: int | None = None, fix: Mapping[str, Option] | None = None
     ) -> tuple[Candidate, ...]:
-        """The timed candidates whose certified bytes fit, the fastest first."""
+        """The timed candidates whose certified bytes fit, the fastest first.
+
+        Those of fewer rounds than can be believed come last.
+        """
         usable = [
             c
             for c in self.candidates
             if c.identity in self.standings and c.fits(budget) and c.agrees(fix or {})
         ]
-        return tuple(
-            sorted(
-                usable, key=lambda c: (self.standings[c.identity], c.temp_bytes or 0)
-            )
-        )
+
+        def place(c: Candidate) -> tuple[bool, float, int]:
+            few = len(c.samples_s) < SURE
+            return few, self.standings[c.identity], c.temp_bytes or 0
+
+        return tuple(sorted(usable, key=place))
 
     def best(
         self, budget: int | None = None, fix: Mapping[str, Option] | None = None

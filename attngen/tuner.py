@@ -18,14 +18,15 @@ from attngen.units import show_bytes, show_time
 
 MOST = {"estimate": 8, "measure": 8, "patient": 48}  # plans that are tried
 SECONDS = {"estimate": 60.0, "measure": 60.0, "patient": 900.0}  # unless the user says
-STAGES = (2, 4, 8, 16)  # least rounds of each; after it the slower half goes
+STAGES = (3, 4, 8, 16)  # least rounds of each; after it the slower half goes
 STAGE_S = 2.0  # least time of each: of short calls there are more rounds
 MOST_ROUNDS = 100  # of a stage
 NEAR = 12  # neighbours of the fastest that are tried at a time
 FAR = 1.5  # times the leader's: goes after any stage
-CLEAR = 1.03  # the lower quartile of each other's ratio to the leader's: the leader is clear
+CLEAR = 1.03  # the lower quartile of each other's ratio to the leader's: it is clear
 SAVE_S = 0.2  # longest between two savings, but for one call
-PREPARE = 0.5  # of the allowance: the most that is spent before timing
+PREPARE = 0.5  # of the time that is left: the most that is spent before timing
+CLIMB = 0.1  # of the allowance: with less left no more neighbours are tried
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class _Search:
 
     def climb(self, others: Sequence[Plan], noise: float) -> float:
         """Try the neighbours of the fastest while that finds a faster one; the noise."""
-        while self._left() > 0:
+        while self._left() > CLIMB * self.seconds:
             leader = self._ranked()[0]
             near = neighbours(leader.choice, others, self.tried)
             if not near:
@@ -191,7 +192,9 @@ class _Search:
             self.calls = {leader.identity: self.calls[leader.identity]}
             self.prepare(near)
             noise = self.run()
-            if self._ranked()[0].identity == leader.identity:
+            standings = self.record.standings
+            gain = standings[leader.identity] / standings[self._ranked()[0].identity]
+            if gain < CLEAR:
                 break
         return noise
 

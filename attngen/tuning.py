@@ -140,6 +140,8 @@ def _others(
         if c.fits(spec.budget_bytes):
             ratio = record.standings[c.identity] / record.standings[chosen.identity]
             reason = f"timed here: {ratio - 1:.0%} slower"
+            if ratio < 1:
+                reason = "timed here: too few rounds to tell"
         else:
             reason = "timed here: over the budget"
         seconds = timing.spread(c.samples_s).median

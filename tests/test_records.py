@@ -63,6 +63,17 @@ def test_what_isnt_timed_or_failed_or_unknown_is_never_best():
     assert "failed" in str(changed)
 
 
+def test_one_wild_round_makes_nobody_the_fastest():
+    found = record((1000, [3.0] * 4), (100, [4.0] * 4), (2000, [1.0]))
+    first, second, wild = found.candidates
+    assert found.ranked() == (first, second, wild)
+    assert found.standings[first.identity] == 1
+    assert found.standings[wild.identity] == pytest.approx(1 / 3)
+    assert "1.00×" in str(found)
+    alone = record((1000, [3.0]), (100, [4.0]))
+    assert alone.best() == alone.candidates[0]
+
+
 def test_a_finished_search_is_of_an_effort_and_no_narrower():
     assert RECORD.searched("estimate", {}) == (DONE,)
     assert RECORD.searched("measure", {"q_chunk": 16}) == (DONE,)
