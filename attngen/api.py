@@ -193,8 +193,8 @@ def tune(
     """Time plans side by side on this device; what is found is kept as wisdom.
 
     `build` uses it from then on, whatever its effort, without timing anything. Tuning
-    again adds samples. An interrupt loses nothing that was finished. A larger budget is
-    worth a tuning of its own: only plans within the spec's are timed.
+    again adds samples. An interrupt loses nothing that was finished. Only plans within the
+    spec's budget are timed: a larger one that lets faster plans in is tuned anew.
 
     Args:
         spec, target, backend, fix: as for `plan`.
@@ -256,9 +256,9 @@ def attention(
     """Attention of JAX arrays: the spec from their shapes, the kernel built once.
 
     Outside a trace the first call with a new spec builds (certifies and validates);
-    inside `jax.jit` it plans, or recalls what was timed, and emits only. Gradients are JAX's own: right where it can
-    differentiate the loops (not where bounds come from the data or the mask), and outside
-    the memory budget.
+    inside `jax.jit` it plans, or recalls what was timed, and emits only. Gradients are
+    JAX's own: right where it can differentiate the loops (not where bounds come from the
+    data or the mask), and outside the memory budget.
 
     Args:
         q, k, v: [batch, tokens, heads, dim] in the layout "bthd"; see AttentionSpec.

@@ -24,7 +24,8 @@ MOST_ROUNDS = 100  # of a stage
 NEAR = 12  # neighbours of the fastest that are tried at a time
 FAR = 1.5  # times the leader's: goes after any stage
 CLEAR = 1.03  # the lower quartile of each other's ratio to the leader's: it is clear
-SAVE_S = 0.2  # longest between two savings, but for one call
+SAVE_S = 0.2  # between two savings at least, and so many times what one takes
+SAVE_SHARE = 10
 PREPARE = 0.5  # of the time that is left: the most that is spent before timing
 CLIMB = 0.1  # of the allowance: with less left no more neighbours are tried
 
@@ -74,7 +75,7 @@ def tune(
         record: what is known already; its samples are kept.
         seconds: the allowance; one plan and one round are always done.
         fix, budget: of the request, for the record.
-        save: receives the record after each round, and after each long sample.
+        save: receives the record after each sample, at most every SAVE_S.
         say: receives what is being done, a line each.
         others: "patient" also tries those that differ from the fastest in one choice.
 
@@ -124,6 +125,7 @@ class _Search:
         self.save, self.say, self.describe = save, say, describe
         self.fixed = fixed
         self.begin = self.saved = timing.clock()
+        self.pause = SAVE_S
         self.seconds = seconds
         self.calls: dict[str, Call] = {}
         self.yardsticks: list[float] = []
@@ -140,9 +142,14 @@ class _Search:
     def _keep(self, candidate: Candidate) -> None:
         self.candidates[candidate.identity] = candidate
 
-    def _save(self) -> None:
+    def _save(self, *, soon: bool = False) -> None:
+        """Hand the record over; `soon`, only where the last time is long enough ago."""
+        begin = timing.clock()
+        if soon and begin - self.saved < self.pause:
+            return
         self.save(self.record)
         self.saved = timing.clock()
+        self.pause = max(SAVE_S, SAVE_SHARE * (self.saved - begin))
 
     def prepare(self, plans: Sequence[Plan], *, enough: int | None = None) -> None:
         """Certify and validate plans until half of the time is spent, or enough are."""
@@ -239,12 +246,10 @@ class _Search:
                     yardsticks_s=(*known.yardsticks_s, yardstick),
                 )
             )
-            if timing.clock() - self.saved > SAVE_S:
-                self._save()
+            self._save(soon=True)
 
         def on_round(found: Rounds) -> bool:
             nonlocal over
-            self._save()
             over = self._left() <= 0
             long = timing.clock() - begin >= STAGE_S or found.count == MOST_ROUNDS
             return over or (long and found.count >= rounds) or self._clear(found)
@@ -264,6 +269,7 @@ class _Search:
             self._keep_failed(error)
             rest = [n for n in names if n in self.calls]
             return self._stage(rest, rounds) if rest else (Rounds({}), True)
+        self._save()
         self.yardsticks += found.yardsticks_s
         self._report(len(self.yardsticks))
         return found, over

@@ -12,7 +12,6 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import msgspec
@@ -245,7 +244,7 @@ def _merged(records: Iterable[Record]) -> list[Record]:
 
 
 def _write(path: Path, records: list[Record]) -> None:
-    data = {"format": FORMAT, "records": [asdict(r) for r in records]}
+    data = {"format": FORMAT, "records": records}
     text = msgspec.json.format(msgspec.json.encode(data), indent=1).decode()
     try:
         files.write(path, text + "\n")
