@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attngen import backends, files, planner, targets
 from attngen.backends import Backend
-from attngen.errors import (
-    PlanError,
-    ValidationError,
-)
+from attngen.errors import CompileError, PlanError, ValidationError
 from attngen.plans import Option, Plan
 from attngen.records import EFFORTS
 from attngen.spec import AttentionSpec
 
 if TYPE_CHECKING:
+    from attngen.certifier import Program
     from attngen.emitter import Source
     from attngen.kernel import Kernel
     from attngen.reports import Certificate, Report
@@ -98,11 +96,33 @@ def certify(chosen: Plan, source: Source, target: str) -> Certificate:
     """What the compiler of a target says of a plan's source."""
     from attngen import certifier
 
-    spec = chosen.spec
-    names = ("q", "k", "v", *(o.name for o in spec.operands))
+    program = _program(chosen, source)
     return certifier.certify(
         backends.get(chosen.backend).compiler,
         target,
+        shapes=program.shapes,
+        source=program.source,
+        digest=program.digest,
+        x64=program.x64,
+    )
+
+
+def certify_many(
+    sources: Sequence[tuple[Plan, Source]], by: Backend, target: str
+) -> list[Certificate | CompileError]:
+    """`certify` for several, with few processes: what it returns, or raises."""
+    from attngen import certifier
+
+    programs = [_program(*s) for s in sources]
+    return certifier.certify_many(by.compiler, target, programs)
+
+
+def _program(chosen: Plan, source: Source) -> Program:
+    from attngen import certifier
+
+    spec = chosen.spec
+    names = ("q", "k", "v", *(o.name for o in spec.operands))
+    return certifier.Program(
         shapes=[(n, spec.shape_of(n), spec.dtype_of(n)) for n in names],
         source=source.text,
         digest=source.digest,

@@ -1,7 +1,7 @@
 """The child process in which a target's compiler runs, from the parent's side.
 
 A compiler can crash, hang, print, or take all memory; none of that reaches the caller's
-process. One process a job: the job goes in as a JSON file, the result comes out as one.
+process. Jobs go in as a JSON file, results come out as one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,23 @@ from attngen.units import show_time
 
 TIMEOUT_S = 600.0
 Shape = tuple[str, Sequence[int], str]  # name, shape, dtype
+
+
+@dataclass(frozen=True)
+class Program:
+    """An emitted source to certify.
+
+    Args:
+        shapes: of the arguments, those passed by name after q, k, v.
+        source: its text.
+        digest: of the text.
+        x64: whether 64-bit numbers are on.
+    """
+
+    shapes: Sequence[Shape]
+    source: str
+    digest: str | None = None
+    x64: bool = False
 
 
 def certify(
@@ -41,32 +59,82 @@ def certify(
 
     Args:
         compiler: the module whose `certify(job)` runs in the child.
-        source: the text of an emitted file, or
+        shapes, source, digest, x64: see `Program`; or
         exported: a function that the backend has serialised.
-        shapes: of the arguments, those passed by name after q, k, v.
-        x64: whether 64-bit numbers are on.
 
     Raises:
         BackendError: the backend has no compiler here.
         CompileError: the compiler refused, crashed, ran out of memory or of time.
     """
+    _check(compiler, target)
+    with tempfile.TemporaryDirectory(prefix="attngen-") as name:
+        folder = Path(name)
+        job: dict[str, Any] = {"target": target, "shapes": list(shapes), "x64": x64}
+        if source is not None:
+            job["source"] = _file(folder / "emitted.py", source.encode())
+        if exported is not None:
+            job["exported"] = _file(folder / "exported", exported)
+        value = run(compiler, "certify", job, timeout_s=timeout_s)
+    return _certificate(value, target, digest)
+
+
+def certify_many(
+    compiler: str,
+    target: str,
+    programs: Sequence[Program],
+    *,
+    timeout_s: float = TIMEOUT_S,
+) -> list[Certificate | CompileError]:
+    """What `certify` returns or raises for each of some programs, with few processes.
+
+    One process takes them in turn, for at most timeout_s in all; where it crashes or is
+    late, another goes on behind the program that it was at.
+
+    Raises:
+        BackendError: the backend has no compiler here.
+    """
+    _check(compiler, target)
+    found: list[Certificate | CompileError] = []
+    with tempfile.TemporaryDirectory(prefix="attngen-") as name:
+        folder = Path(name)
+        jobs = [
+            {
+                "target": target,
+                "shapes": list(p.shapes),
+                "x64": p.x64,
+                "source": _file(folder / f"emitted_{i}.py", p.source.encode()),
+            }
+            for i, p in enumerate(programs)
+        ]
+        while len(found) < len(jobs):
+            rest = jobs[len(found) :]
+            answers, ended = _run(compiler, "certify", rest, timeout_s)
+            for answer in answers:
+                digest = programs[len(found)].digest
+                try:
+                    found.append(_certificate(_value(answer), target, digest))
+                except CompileError as error:
+                    found.append(error)
+            if ended is not None:
+                found.append(ended)
+    return found
+
+
+def _check(compiler: str, target: str) -> None:
     if not compiler:
         raise BackendError(
             "This backend has no compiler that could certify.",
             got=f"target {target}",
             needed="a compiled backend",
         )
-    with tempfile.TemporaryDirectory(prefix="attngen-") as folder:
-        job: dict[str, Any] = {"target": target, "shapes": list(shapes), "x64": x64}
-        if source is not None:
-            path = Path(folder) / "emitted.py"
-            path.write_text(source, encoding="utf-8")
-            job["source"] = str(path)
-        if exported is not None:
-            path = Path(folder) / "exported"
-            path.write_bytes(exported)
-            job["exported"] = str(path)
-        value = run(compiler, "certify", job, timeout_s=timeout_s)
+
+
+def _file(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    return str(path)
+
+
+def _certificate(value: Any, target: str, digest: str | None) -> Certificate:
     return msgspec.convert({**value, "target": target, "digest": digest}, Certificate)
 
 
@@ -78,9 +146,30 @@ def run(
     Raises:
         CompileError: it raised, crashed, ran out of memory or of time; the three differ.
     """
+    answers, ended = _run(module, function, [job], timeout_s)
+    if ended is not None:
+        raise ended
+    return _value(answers[0])
+
+
+def _value(answer: Mapping[str, Any]) -> Any:
+    if "error" in answer:
+        raise CompileError(
+            "The compiler refused the program.",
+            got=answer["error"][:2000],
+            needed="a program that the target's compiler takes",
+        )
+    return answer["value"]
+
+
+def _run(
+    module: str, function: str, jobs: Sequence[Mapping[str, Any]], timeout_s: float
+) -> tuple[list[dict[str, Any]], CompileError | None]:
+    """The answers to some jobs from one process; how it ended, if before the last."""
     with tempfile.TemporaryDirectory(prefix="attngen-") as name:
         folder = Path(name)
-        whole = dict(job) | {
+        whole = {
+            "jobs": jobs,
             "module": module,
             "function": function,
             "path": _search_path(),
@@ -97,31 +186,30 @@ def run(
                 stderr=log,
                 start_new_session=True,
             )
+            code = None
             try:
                 code = process.wait(timeout_s)
             except subprocess.TimeoutExpired:
-                raise CompileError(
-                    "The compiler took too long.",
-                    got=f"no answer after {show_time(timeout_s)}",
-                    needed="an answer within the time limit",
-                    hint="raise the time limit, or fix smaller chunks",
-                ) from None
+                pass
             finally:
                 _kill(process)
+        result = folder / "result"
+        answers = msgspec.json.decode(result.read_bytes()) if result.exists() else []
+        if len(answers) == len(jobs):
+            return answers, None
         tail = "\n".join(
             (folder / "log").read_text(errors="replace").splitlines()[-12:]
         )
-        result = folder / "result"
-        if not result.exists():
-            raise _crash(code, tail)
-        answer = msgspec.json.decode(result.read_bytes())
-    if "error" in answer:
-        raise CompileError(
-            "The compiler refused the program.",
-            got=answer["error"][:2000],
-            needed="a program that the target's compiler takes",
-        )
-    return answer["value"]
+        return answers, _late(timeout_s) if code is None else _crash(code, tail)
+
+
+def _late(timeout_s: float) -> CompileError:
+    return CompileError(
+        "The compiler took too long.",
+        got=f"no answer after {show_time(timeout_s)}",
+        needed="an answer within the time limit",
+        hint="raise the time limit, or fix smaller chunks",
+    )
 
 
 def _crash(code: int, tail: str) -> CompileError:

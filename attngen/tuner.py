@@ -44,7 +44,7 @@ class Prepared:
 
 # what a call may raise on this machine
 BROKEN: tuple[type[BaseException], ...] = (*FAULTS, MemoryError)
-Prepare = Callable[[Plan], Prepared]
+Prepare = Callable[[Plan, Sequence[Plan]], Prepared]
 Save = Callable[[Record], object]
 Say = Callable[[str], None]
 
@@ -71,7 +71,8 @@ def tune(
 
     Args:
         plans: best first.
-        prepare: certifies and validates a plan; raises AttngenError where that fails.
+        prepare: certifies and validates a plan, given those that come next; raises
+            AttngenError where that fails.
         record: what is known already; its samples are kept.
         seconds: the allowance; one plan and one round are always done.
         fix, budget: of the request, for the record.
@@ -163,7 +164,7 @@ class _Search:
             self.say(f"{index} of {len(plans)}: {words}")
             self.tried.add(canonical(plan.choice))
             try:
-                made = self.make(plan)
+                made = self.make(plan, plans[index:])
             except AttngenError as error:
                 made = Prepared(_failed(plan, str(error)), None)
             self._keep(made.candidate)

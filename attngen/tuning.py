@@ -8,14 +8,14 @@ import importlib.metadata
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from attngen import planner, timing
 from attngen.backends import Backend
-from attngen.building import TRIES, certify, emit, passed, stored
+from attngen.building import TRIES, certify_many, emit, passed, stored
 from attngen.errors import (
     AttngenError,
     CompileError,
@@ -33,9 +33,13 @@ from attngen.version import __version__
 
 if TYPE_CHECKING:
     from attngen.emitter import Source
+    from attngen.reports import Certificate
     from attngen.tuner import Prepared
 
 Fix = Mapping[str, Option]
+BATCH = (
+    8  # plans that one process certifies; the first few are asked for one, two, four
+)
 LONG_S = 0.5  # modelled: a longer call is validated small here, and whole by `build`
 SHOWN = 5  # other plans that were timed, in a plan's explanation
 
@@ -268,6 +272,8 @@ class _Preparer:
     ) -> None:
         self.spec, self.target, self.by, self.record = spec, target, by, record
         self.again = again  # whether what failed once is tried again
+        self.certificates: dict[str, Certificate | CompileError] = {}
+        self.batch = 1  # plans that are certified together
         self.fitted = False  # whether one is within the budget
         self.over: list[tuple[Plan, int]] = []  # those that aren't, with their bytes
 
@@ -287,31 +293,55 @@ class _Preparer:
                 hint="tune a smaller spec, or on a larger machine",
             ) from error
 
-    def __call__(self, plan: Plan) -> Prepared:
+    def __call__(self, plan: Plan, upcoming: Sequence[Plan]) -> Prepared:
         from attngen import tuner
 
-        plan = neutral(self.spec, self.target, self.by, plan.choice)
-        source = emit(plan)
-        known = self.record.find(plan.choice, source.digest)
-        if known is not None and known.failed is not None and not self.again:
+        plan, source, known = self._known(plan)
+        if known.failed is not None and not self.again:
             return tuner.Prepared(known, None)
-        if known is None:
-            known = Candidate(
-                choice=plan.choice,
-                digest=source.digest,
-                temp_bytes=None,
-                modelled_bytes=plan.temp_bytes,
-                modelled_s=plan.time_s,
-            )
         known = dataclasses.replace(known, failed=None)
         try:
             if known.temp_bytes is None:
-                need = certify(plan, source, plan.target).temp_bytes
+                need = self._certificate(source, [plan, *upcoming]).temp_bytes
                 known = dataclasses.replace(known, temp_bytes=need)
             return self._prepared(plan, source, known)
         except (CompileError, TimingError, ValidationError) as error:
             failed = dataclasses.replace(known, failed=str(error))
             return tuner.Prepared(failed, None)
+
+    def _known(self, plan: Plan) -> tuple[Plan, Source, Candidate]:
+        """A plan of the spec without its budget, its source, and what is recorded of it."""
+        plan = neutral(self.spec, self.target, self.by, plan.choice)
+        source = emit(plan)
+        known = self.record.find(plan.choice, source.digest) or Candidate(
+            choice=plan.choice,
+            digest=source.digest,
+            temp_bytes=None,
+            modelled_bytes=plan.temp_bytes,
+            modelled_s=plan.time_s,
+        )
+        return plan, source, known
+
+    def _certificate(self, source: Source, plans: Sequence[Plan]) -> Certificate:
+        """Of the first of some plans; of ever more of the next ones in the same process.
+
+        Raises:
+            CompileError: the compiler refused, crashed, or took too long.
+        """
+        if source.digest not in self.certificates:
+            batch = []
+            for plan in plans[: self.batch]:
+                made, text, known = self._known(plan)
+                if known.temp_bytes is None and text.digest not in self.certificates:
+                    batch.append((made, text))
+            answers = certify_many(batch, self.by, self.target.name)
+            for (_, text), answer in zip(batch, answers, strict=True):
+                self.certificates[text.digest] = answer
+            self.batch = min(2 * self.batch, BATCH)
+        answer = self.certificates[source.digest]
+        if isinstance(answer, CompileError):
+            raise answer
+        return answer
 
     def _prepared(self, plan: Plan, source: Source, known: Candidate) -> Prepared:
         """Within the budget, validated and called once.

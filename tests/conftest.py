@@ -6,6 +6,7 @@ import pytest
 from commands import CHUNKS, SMALL, run
 
 from attngen import api, certifier
+from attngen.errors import CompileError
 from attngen.reports import Certificate
 
 
@@ -44,7 +45,20 @@ def certified(monkeypatch):
     def certify(compiler, target, *, digest, **_):
         return Certificate(target, compiler, temp_bytes=2**20, digest=digest)
 
-    monkeypatch.setattr("attngen.certifier.certify", certify)
+    monkeypatch.setattr(certifier, "certify", certify)
+    monkeypatch.setattr(certifier, "certify_many", one_by_one)
+
+
+def one_by_one(compiler, target, programs):
+    """In place of certifier.certify_many: whatever stands for certify, for each."""
+
+    def answer(program):
+        try:
+            return certifier.certify(compiler, target, **vars(program))
+        except CompileError as error:
+            return error
+
+    return [answer(p) for p in programs]
 
 
 @pytest.fixture
@@ -54,7 +68,7 @@ def no_compiler(monkeypatch):
     def run(*_, **__):
         raise AssertionError("a compiler was asked")
 
-    monkeypatch.setattr(certifier, "run", run)
+    monkeypatch.setattr(certifier, "_run", run)
 
 
 @pytest.fixture
@@ -68,6 +82,7 @@ def certificates(monkeypatch):
             return Certificate(target, "a test", bytes_of(source), digest=digest)
 
         monkeypatch.setattr(certifier, "certify", certify)
+        monkeypatch.setattr(certifier, "certify_many", one_by_one)
         return asked
 
     return say

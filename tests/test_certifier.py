@@ -172,3 +172,37 @@ def test_another_compiler_takes_one_module():
     """The protocol is what every target's compiler uses."""
     made = certifier.certify("jobs", "abacus", shapes=[], source="x = 1", digest="d")
     assert made == Certificate("abacus", "a job", temp_bytes=64, digest="d")
+
+
+def many(*texts, timeout_s=60.0):
+    programs = [certifier.Program([], t, digest=f"{i}") for i, t in enumerate(texts)]
+    return certifier.certify_many(
+        "odd_compiler", "abacus", programs, timeout_s=timeout_s
+    )
+
+
+def test_one_process_certifies_several():
+    found = many("10", "20", "30")
+    assert [c.temp_bytes for c in found] == [10, 20, 30]
+    assert [c.digest for c in found] == ["0", "1", "2"]
+    assert len({c.compiler for c in found}) == 1
+    assert certifier.certify_many("odd_compiler", "abacus", []) == []
+    with refused(BackendError):
+        certifier.certify_many("", "cpu", [])
+
+
+def test_a_program_that_fails_takes_no_other_along():
+    found = many("10", "refuse", "20", "crash", "30", "crash")
+    assert [getattr(c, "temp_bytes", None) for c in found] == [
+        10, None, 20, None, 30, None,
+    ]  # fmt: skip
+    assert "refused" in found[1].what
+    assert "crashed" in found[3].what
+    assert "crashed" in found[5].what
+    assert found[0].compiler == found[2].compiler != found[4].compiler
+
+
+def test_a_program_that_hangs_takes_no_other_along():
+    first, second, third = many("10", "hang", "30", timeout_s=3.0)
+    assert (first.temp_bytes, third.temp_bytes) == (10, 30)
+    assert "too long" in second.what

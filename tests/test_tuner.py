@@ -26,7 +26,7 @@ class Run:
         self.start = Record(key=KEY)
         self.prepare_s = 0.0
 
-    def prepare(self, plan):
+    def prepare(self, plan, upcoming):
         index = DIFFERENT.index(plan)
         self.asked.append(index)
         self.machine.now += self.prepare_s
@@ -92,7 +92,7 @@ def test_patient_climbs_from_the_fastest_to_its_neighbours(monkeypatch):
     def apart(plan):
         return sum(plan.choice.get(n) != v for n, v in chosen.items())
 
-    def prepare(plan):
+    def prepare(plan, upcoming):
         run.asked.append(plan)
         seconds = 0.2 if plan in DIFFERENT and plan != DIFFERENT[2] else 0.1
         return prepared(plan, run.machine.work(seconds / (1 + apart(plan) / 4)))
@@ -112,7 +112,7 @@ def test_patient_climbs_from_the_fastest_to_its_neighbours(monkeypatch):
 def test_patient_ends_where_no_neighbour_is_faster(monkeypatch):
     asked = []
 
-    def prepare(plan):
+    def prepare(plan, upcoming):
         asked.append(plan)
         seconds = 0.1 if plan == DIFFERENT[2] else 0.2
         return prepared(plan, run.machine.work(seconds))
@@ -169,8 +169,8 @@ def test_a_call_that_fails_while_it_is_timed_is_left_out(monkeypatch):
     def broken():
         raise MemoryError("no room")
 
-    def prepare(plan):
-        made = Run.prepare(run, plan)
+    def prepare(plan, upcoming):
+        made = Run.prepare(run, plan, upcoming)
         return dataclasses.replace(made, call=broken) if plan == DIFFERENT[0] else made
 
     run.prepare = prepare
@@ -225,8 +225,8 @@ def test_an_interrupt_keeps_every_finished_sample(monkeypatch):
     run = Run(monkeypatch, lambda i: 0.1)
     done = []
 
-    def interrupted(plan):
-        made = Run.prepare(run, plan)
+    def interrupted(plan, upcoming):
+        made = Run.prepare(run, plan, upcoming)
 
         def call():
             if len(done) == 11:
@@ -243,7 +243,7 @@ def test_an_interrupt_keeps_every_finished_sample(monkeypatch):
     assert sum(len(c.samples_s) for c in kept.candidates) == 11
     assert kept.effort == "unfinished"
     run.start = kept
-    run.prepare = lambda plan: prepared(
+    run.prepare = lambda plan, upcoming: prepared(
         plan,
         run.machine.work(0.1),
         samples_s=next(c.samples_s for c in kept.candidates if c.choice == plan.choice),
