@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attngen import backends, building, files, planner, targets, tuning
+from attngen import backends, building, files, planner, recalling, targets, tuning
 from attngen.building import stored
 from attngen.calls import Call, InsideTrace, check_trace, spec_fields, split
 from attngen.errors import (
@@ -96,10 +96,10 @@ def build(
     by, device = backends.get(backend), targets.get(target)
     by.refuse(spec)
     fixed = check_fix(fix)
-    known = tuning.recall(spec, device, by, effort, fixed)
+    known = recalling.recall(spec, device, by, effort, fixed)
     if known is None and effort != "estimate":
         tuning.tune(spec, device, by, effort, fixed, say=on_progress)
-        known = tuning.recall(spec, device, by, effort, fixed)
+        known = recalling.recall(spec, device, by, effort, fixed)
     if known is not None:
         chosen, source = known
         certificate = building.certify(chosen, source, chosen.target)
@@ -234,7 +234,7 @@ def _kernel_of(
         return build(spec, target, "jax", effort, fix=dict(fix))
     by, device = backends.get("jax"), targets.get(target)
     by.refuse(spec)
-    known = tuning.recall(spec, device, by, "estimate", dict(fix))
+    known = recalling.recall(spec, device, by, "estimate", dict(fix))
     if known is None:
         chosen = plan(spec, target, "jax", dict(fix))
         known = chosen, emit(chosen)

@@ -41,7 +41,7 @@ def tune(
 
     Ctrl-C ends it, and loses nothing that was timed: tuning again goes on from there.
     """
-    from attngen import api, backends, targets, tuning
+    from attngen import api, backends, recalling, targets
     from attngen import wisdom as known
 
     spec, fixed = read_spec(given), read_fix(fix)
@@ -61,12 +61,12 @@ def tune(
         interrupted = True
     device, by = targets.get(target), backends.get(backend)
     if interrupted:
-        key = tuning.key_of(spec, device, by)
+        key = recalling.key_of(spec, device, by)
         record = known.find(key) or Record(key=key)
         count = sum(len(c.samples_s) for c in record.candidates)
         kept = f"{count} samples kept in {shown(str(known.path_of(key)))}"
         progress(f"interrupted; {kept}; tune again to go on")
-    found = tuning.recall(spec, device, by, "estimate", fixed)
+    found = recalling.recall(spec, device, by, "estimate", fixed)
     if as_json:
         chosen = None if found is None else found[0].to_dict()
         print_json(record.to_dict() | {"chosen": chosen})

@@ -28,10 +28,10 @@ def _key_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _key(given: dict[str, Any], target: str | None, backend: str | None) -> Key:
-    from attngen import backends, targets, tuning
+    from attngen import backends, recalling, targets
 
     spec = read_spec(given)
-    return tuning.key_of(spec, targets.get(target), backends.get(backend))
+    return recalling.key_of(spec, targets.get(target), backends.get(backend))
 
 
 def _records(count: int) -> str:
@@ -95,12 +95,12 @@ def show(target: str | None, backend: str | None, as_json: bool, **given: Any) -
 @_key_options
 def why(target: str | None, backend: str | None, as_json: bool, **given: Any) -> None:
     """Say whether `build` uses a record of a spec, or what differs from the nearest."""
-    from attngen import backends, targets, tuning
+    from attngen import backends, recalling, targets
 
     asked = read_spec(given), targets.get(target), backends.get(backend)
-    said = tuning.why(*asked)
+    said = recalling.why(*asked)
     if as_json:
-        used = tuning.recall(*asked, "estimate", {}) is not None
+        used = recalling.recall(*asked, "estimate", {}) is not None
         print_json({"used": used, "why": said})
     else:
         click.echo(said)

@@ -6,13 +6,14 @@ Nothing it finds is lost when it is interrupted: it hands over the record as it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from attngen import timing
 from attngen.errors import FAULTS, AttngenError, TimingError
 from attngen.plans import Option, Plan
 from attngen.records import Candidate, Finished, Record, canonical
+from attngen.shortlist import neighbours
 from attngen.timing import Call, Rounds
 from attngen.units import show_bytes, show_time
 
@@ -21,7 +22,6 @@ SECONDS = {"estimate": 60.0, "measure": 60.0, "patient": 900.0}  # unless the us
 STAGES = (3, 4, 8, 16)  # least rounds of each; after it the slower half goes
 STAGE_S = 2.0  # least time of each: of short calls there are more rounds
 MOST_ROUNDS = 100  # of a stage
-NEAR = 12  # neighbours of the fastest that are tried at a time
 FAR = 1.5  # times the leader's: goes after any stage
 CLEAR = 1.03  # the lower quartile of each other's ratio to the leader's: it is clear
 SAVE_S = 0.2  # between two savings at least, and so many times what one takes
@@ -345,43 +345,3 @@ def _failed(plan: Plan, reason: str) -> Candidate:
         modelled_s=plan.time_s,
         failed=reason,
     )
-
-
-def different(plans: Sequence[Plan], most: int) -> list[Plan]:
-    """The best plans that aren't all alike, and some that need far less memory.
-
-    Of plans with the same chunk sizes two are taken, so that a choice that the model sees
-    no difference in doesn't take all places. The last places are for plans of a quarter of
-    the memory, which a smaller budget will ask for.
-    """
-    small = most // 4
-    picked: list[Plan] = []
-    seen: dict[tuple[object, ...], int] = {}
-    for plan in plans:
-        chunks = (plan.algorithm, plan.q_chunk, plan.k_chunk)
-        if seen.setdefault(chunks, 0) < 2 and len(picked) < most - small:
-            seen[chunks] += 1
-            picked.append(plan)
-    least = min(p.temp_bytes for p in picked)
-    for plan in plans:
-        if len(picked) < most and plan.temp_bytes <= least / 4:
-            picked.append(plan)
-            least = plan.temp_bytes
-    for plan in plans:
-        if len(picked) < most and plan not in picked:
-            picked.append(plan)
-    return picked
-
-
-def neighbours(
-    choice: Mapping[str, Option], plans: Sequence[Plan], tried: Collection[str]
-) -> list[Plan]:
-    """The best plans that differ from a choice in one thing, of those not tried yet."""
-    found = []
-    for plan in plans:
-        own = plan.choice
-        names = own.keys() | choice.keys()
-        apart = sum(own.get(n) != choice.get(n) for n in names)
-        if apart == 1 and canonical(own) not in tried:
-            found.append(plan)
-    return found[:NEAR]

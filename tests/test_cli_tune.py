@@ -13,7 +13,7 @@ from commands import FAILED, SMALL, WRONG, process, refused, run
 from machine import candidate
 
 import attngen
-from attngen import backends, planner, targets, timing, tuner, tuning, wisdom
+from attngen import backends, planner, recalling, targets, timing, tuner, tuning, wisdom
 from attngen.records import Finished, Record
 
 TARGET, JAX = targets.get(), backends.get()
@@ -34,12 +34,12 @@ def record():
     """Two plans of SPEC that were timed, as tuning writes them."""
     made = []
     for turn, ranked in enumerate(planner.rank(SPEC, TARGET, JAX)[:2]):
-        plan = tuning.neutral(SPEC, TARGET, JAX, ranked.choice)
+        plan = recalling.neutral(SPEC, TARGET, JAX, ranked.choice)
         digest = attngen.emit(plan).digest
         times = {"samples_s": (0.1 + turn, 0.1 + turn), "yardsticks_s": (0.01, 0.02)}
         made.append(candidate(plan, digest=digest, **times))
     done = Finished(effort="measure", fix={}, budget=None, noise=0.0)
-    key = tuning.key_of(SPEC, TARGET, JAX)
+    key = recalling.key_of(SPEC, TARGET, JAX)
     record = Record(key=key, finished=(done,), candidates=tuple(made))
     wisdom.add(record)
     return record
@@ -167,7 +167,9 @@ def test_a_killed_tuning_keeps_its_samples(sent, folder, process_environment, tm
             stdout=log,
         )
     path = wisdom.path_of(
-        tuning.key_of(attngen.AttentionSpec(q_heads=2, q_len=40, qk_dim=8), TARGET, JAX)
+        recalling.key_of(
+            attngen.AttentionSpec(q_heads=2, q_len=40, qk_dim=8), TARGET, JAX
+        )
     )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and started.poll() is None:

@@ -9,13 +9,13 @@ from refusals import refused
 from small import SPEC, spec_of
 
 import attngen
-from attngen import backends, planner, targets, tuning
+from attngen import backends, planner, recalling, targets
 from attngen.errors import FileError
 from attngen.records import Finished, Record
 
 TARGET, JAX = targets.get(), backends.get()
 PLANS = planner.rank(SPEC, TARGET, JAX)
-KEY = tuning.key_of(SPEC, TARGET, JAX)
+KEY = recalling.key_of(SPEC, TARGET, JAX)
 DONE = Finished(effort="measure", fix={}, budget=None, noise=0.01)
 
 
@@ -104,8 +104,8 @@ def test_a_plan_that_failed_once_and_then_worked_is_kept_as_working():
 
 
 def test_the_key_is_the_spec_without_its_budget():
-    assert tuning.key_of(spec_of(memory_budget="1MiB"), TARGET, JAX) == KEY
-    other = tuning.key_of(spec_of(q_len=64, kv_len=64), TARGET, JAX)
+    assert recalling.key_of(spec_of(memory_budget="1MiB"), TARGET, JAX) == KEY
+    other = recalling.key_of(spec_of(q_len=64, kv_len=64), TARGET, JAX)
     assert KEY.differences(other) == ["q_len: 48 ≠ 64", "kv_len: 48 ≠ 64"]
     assert {"attngen", "jax", "jaxlib"} == set(KEY.versions)
     older = dataclasses.replace(KEY, versions=KEY.versions | {"jax": "0.1"})

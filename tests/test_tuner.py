@@ -8,11 +8,11 @@ from refusals import refused
 from small import spec_of
 from test_records import JAX, KEY, PLANS
 
-from attngen import planner, targets, timing, tuner
+from attngen import planner, shortlist, targets, timing, tuner
 from attngen.errors import CompileError, TimingError
 from attngen.records import Record
 
-DIFFERENT = tuner.different(PLANS, 8)
+DIFFERENT = shortlist.different(PLANS, 8)
 
 
 class Run:
@@ -87,7 +87,7 @@ def test_a_stage_of_short_calls_has_more_rounds(monkeypatch):
 def test_patient_climbs_from_the_fastest_to_its_neighbours(monkeypatch):
     """Its neighbours are quicker, and theirs: what the model never proposed."""
     chosen = DIFFERENT[2].choice
-    monkeypatch.setattr(tuner, "NEAR", 3)
+    monkeypatch.setattr(shortlist, "NEAR", 3)
 
     def apart(plan):
         return sum(plan.choice.get(n) != v for n, v in chosen.items())
@@ -121,7 +121,7 @@ def test_patient_ends_where_no_neighbour_is_faster(monkeypatch):
     run.prepare = prepare
     found = run("patient", others=PLANS)
     assert found.best().choice == DIFFERENT[2].choice
-    assert len(DIFFERENT) < len(asked) <= len(DIFFERENT) + tuner.NEAR
+    assert len(DIFFERENT) < len(asked) <= len(DIFFERENT) + shortlist.NEAR
 
 
 def test_estimate_times_nothing_and_takes_the_first_that_works(monkeypatch):
@@ -258,10 +258,10 @@ def test_an_interrupt_keeps_every_finished_sample(monkeypatch):
 
 def test_different_plans_arent_all_alike():
     plans = planner.rank(spec_of(q_len=2048, kv_len=2048), targets.get(), JAX)
-    picked = tuner.different(plans, 8)
+    picked = shortlist.different(plans, 8)
     chunks = [(p.algorithm, p.q_chunk, p.k_chunk) for p in picked]
     assert picked[0] == plans[0]
     assert len({str(p.choice) for p in picked}) == 8
     assert max(chunks.count(c) for c in chunks[:6]) <= 2
     assert picked[6].temp_bytes <= min(p.temp_bytes for p in picked[:6]) / 4
-    assert tuner.different(plans[:3], 8) == list(plans[:3])
+    assert shortlist.different(plans[:3], 8) == list(plans[:3])

@@ -14,10 +14,10 @@ from attngen import (
     backends,
     certifier,
     planner,
+    recalling,
     targets,
     timing,
     tuner,
-    tuning,
     wisdom,
 )
 from attngen.errors import (
@@ -66,25 +66,25 @@ def test_a_second_build_times_nothing(tuned):
 
 def test_the_explanation_names_what_else_was_timed(tuned):
     best, second = tuned.ranked()
-    plan = tuning.recall(SPEC, TARGET, JAX, "measure", {})[0]
+    plan = recalling.recall(SPEC, TARGET, JAX, "measure", {})[0]
     (other,) = plan.alternatives
     assert other.choice == second.choice
     assert other.temp_bytes == second.temp_bytes
     assert "timed here: " in plan.explain()
     if best.temp_bytes < second.temp_bytes:
         spec = spec_of(memory_budget=best.temp_bytes)
-        plan = tuning.recall(spec, TARGET, JAX, "measure", {})[0]
+        plan = recalling.recall(spec, TARGET, JAX, "measure", {})[0]
         assert "timed here: over the budget" in plan.explain()
 
 
 def test_a_new_budget_selects_again(tuned):
     small = min(tuned.ranked(), key=lambda c: c.temp_bytes)
     spec = spec_of(memory_budget=small.temp_bytes)
-    chosen = tuning.recall(spec, TARGET, JAX, "measure", {})[0]
+    chosen = recalling.recall(spec, TARGET, JAX, "measure", {})[0]
     assert chosen.choice == small.choice
     assert chosen.spec == spec
     none = spec_of(memory_budget=small.temp_bytes - 1)
-    assert tuning.recall(none, TARGET, JAX, "measure", {}) is None
+    assert recalling.recall(none, TARGET, JAX, "measure", {}) is None
 
 
 def test_a_larger_budget_isnt_held_to_the_plans_of_a_small_one(tuned):
@@ -94,24 +94,26 @@ def test_a_larger_budget_isnt_held_to_the_plans_of_a_small_one(tuned):
         wisdom.clear()
         wisdom.add(dataclasses.replace(tuned, finished=(done,)))
         for effort in ("estimate", "measure"):
-            assert bool(tuning.recall(SPEC, TARGET, JAX, effort, {})) == found
+            assert bool(recalling.recall(SPEC, TARGET, JAX, effort, {})) == found
         for larger, known in ((best - 1, found), (2 * best, found), (best // 3, True)):
             spec = spec_of(memory_budget=larger)
-            record = wisdom.find(tuning.key_of(spec, TARGET, JAX))
-            assert tuning._searched(record, spec, TARGET, JAX, "measure", {}) == known
+            record = wisdom.find(recalling.key_of(spec, TARGET, JAX))
+            assert (
+                recalling._searched(record, spec, TARGET, JAX, "measure", {}) == known
+            )
 
 
 def test_a_greater_effort_or_another_spec_isnt_there(tuned):
-    assert tuning.recall(SPEC, TARGET, JAX, "patient", {}) is None
-    assert tuning.recall(spec_of(qk_dim=4), TARGET, JAX, "estimate", {}) is None
+    assert recalling.recall(SPEC, TARGET, JAX, "patient", {}) is None
+    assert recalling.recall(spec_of(qk_dim=4), TARGET, JAX, "estimate", {}) is None
     with pytest.raises(AssertionError, match="something was timed"):
         attngen.build(SPEC, effort="patient")
 
 
 def test_fixed_choices_agree(tuned):
     second = tuned.ranked()[1].choice
-    assert tuning.recall(SPEC, TARGET, JAX, "measure", second)[0].choice == second
-    assert tuning.recall(SPEC, TARGET, JAX, "measure", {"q_chunk": 1}) is None
+    assert recalling.recall(SPEC, TARGET, JAX, "measure", second)[0].choice == second
+    assert recalling.recall(SPEC, TARGET, JAX, "measure", {"q_chunk": 1}) is None
 
 
 def test_what_is_emitted_otherwise_today_is_stale(tuned, monkeypatch):
@@ -120,11 +122,11 @@ def test_what_is_emitted_otherwise_today_is_stale(tuned, monkeypatch):
     changed = dataclasses.replace(tuned, candidates=(stale, second))
     wisdom.clear()
     wisdom.add(changed)
-    found = tuning.recall(SPEC, TARGET, JAX, "measure", {})
+    found = recalling.recall(SPEC, TARGET, JAX, "measure", {})
     assert found[0].choice == second.choice
     wisdom.clear()
     wisdom.add(dataclasses.replace(tuned, candidates=(stale,)))
-    assert tuning.recall(SPEC, TARGET, JAX, "estimate", {}) is None
+    assert recalling.recall(SPEC, TARGET, JAX, "estimate", {}) is None
 
 
 def test_a_choice_that_is_no_longer_known_is_stale(tuned):
@@ -132,27 +134,27 @@ def test_a_choice_that_is_no_longer_known_is_stale(tuned):
     odd = dataclasses.replace(best, choice=best.choice | {"magic": 1})
     wisdom.clear()
     wisdom.add(dataclasses.replace(tuned, candidates=(odd, second)))
-    assert tuning.recall(SPEC, TARGET, JAX, "measure", {})[0].choice == second.choice
+    assert recalling.recall(SPEC, TARGET, JAX, "measure", {})[0].choice == second.choice
 
 
 def test_why_says_whether_it_is_used(tuned):
     best, second = tuned.ranked()
-    assert tuning.why(SPEC, TARGET, JAX).endswith("`build` uses it.")
+    assert recalling.why(SPEC, TARGET, JAX).endswith("`build` uses it.")
     least = min(best.temp_bytes, second.temp_bytes)
     small = spec_of(memory_budget=least - 1)
-    assert "within the budget: the least is" in tuning.why(small, TARGET, JAX)
+    assert "within the budget: the least is" in recalling.why(small, TARGET, JAX)
     stale = dataclasses.replace(best, digest="0" * 64)
     wisdom.clear()
     wisdom.add(dataclasses.replace(tuned, candidates=(stale, second)))
-    said = tuning.why(SPEC, TARGET, JAX)
+    said = recalling.why(SPEC, TARGET, JAX)
     assert "1 of the 2 plans that were timed aren't used" in said
     assert said.endswith("`build` uses it.")
     done = dataclasses.replace(tuned.finished[0], budget=1)
     wisdom.clear()
     wisdom.add(dataclasses.replace(tuned, finished=(done,)))
-    assert "only a smaller budget" in tuning.why(SPEC, TARGET, JAX)
+    assert "only a smaller budget" in recalling.why(SPEC, TARGET, JAX)
     wisdom.clear()
-    assert "no wisdom yet" in tuning.why(SPEC, TARGET, JAX)
+    assert "no wisdom yet" in recalling.why(SPEC, TARGET, JAX)
 
 
 def test_attention_recalls_in_and_outside_a_trace(tuned):
@@ -184,14 +186,14 @@ def test_tuning_again_adds_samples_and_certifies_nothing(sizes, monkeypatch):
 
 def test_a_search_with_fixed_choices_doesnt_decide_for_others(sizes):
     attngen.tune(SPEC, seconds=1e-3, fix={"q_chunk": 1})
-    assert tuning.recall(SPEC, TARGET, JAX, "estimate", {}) is None
-    fixed = tuning.recall(SPEC, TARGET, JAX, "measure", {"q_chunk": 1})
+    assert recalling.recall(SPEC, TARGET, JAX, "estimate", {}) is None
+    fixed = recalling.recall(SPEC, TARGET, JAX, "measure", {"q_chunk": 1})
     assert fixed[0].q_chunk == 1
     assert fixed[0].fixed == ("q_chunk",)
 
 
 def test_damaged_wisdom_warns_an_estimate_and_stops_a_tuning(sizes, folder):
-    path = wisdom.path_of(tuning.key_of(SPEC, TARGET, JAX))
+    path = wisdom.path_of(recalling.key_of(SPEC, TARGET, JAX))
     folder.mkdir()
     path.write_text("{")
     with pytest.warns(UserWarning, match="is damaged"):
@@ -215,7 +217,7 @@ def test_a_place_that_cant_be_written_is_refused_before_time_is_spent(
     assert "WisdomError" in run("tune", *SMALL, code=WRONG)[1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert wisdom.find(tuning.key_of(SPEC, TARGET, JAX)) is None
+        assert wisdom.find(recalling.key_of(SPEC, TARGET, JAX)) is None
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), "5", True])
@@ -237,7 +239,7 @@ def test_estimate_certifies_and_validates_and_times_nothing(sizes):
     assert only.samples_s == ()
     assert only.failed is None
     assert wisdom.find(record.key) == record
-    assert tuning.recall(SPEC, TARGET, JAX, "estimate", {}) is None
+    assert recalling.recall(SPEC, TARGET, JAX, "estimate", {}) is None
     assert "an estimate" in wisdom.why(record.key)
 
 
@@ -296,4 +298,4 @@ def test_another_backend_is_tuned_alike():
     assert "jax" not in record.key.versions
     kernel = attngen.build(spec, backend="numpy")
     assert kernel.plan.choice == record.best().choice
-    assert tuning.recall(spec, TARGET, JAX, "estimate", {}) is None
+    assert recalling.recall(spec, TARGET, JAX, "estimate", {}) is None

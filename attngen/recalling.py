@@ -1,0 +1,182 @@
+"""Recall: what was timed of a spec before, and whether it is still used."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import re
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from attngen import planner, timing
+from attngen.backends import Backend
+from attngen.building import emit
+from attngen.errors import AttngenError, WisdomError
+from attngen.plans import Alternative, Option, Plan
+from attngen.records import Candidate, Key, Record
+from attngen.spec import AttentionSpec
+from attngen.targets import Target
+from attngen.units import show_bytes
+from attngen.version import __version__
+
+if TYPE_CHECKING:
+    from attngen.emitter import Source
+
+Fix = Mapping[str, Option]
+SHOWN = 5  # other plans that were timed, in a plan's explanation
+
+
+def key_of(spec: AttentionSpec, target: Target, by: Backend) -> Key:
+    """What a time of the spec holds for, here and now."""
+    plain = msgspec.json.decode(spec.to_json())
+    plain.pop("memory_budget")
+    return Key(
+        spec=plain,
+        target=target.name,
+        device=target.model,
+        cores=target.cores,
+        backend=by.name,
+        versions=_versions(tuple(by.requires)),
+    )
+
+
+@functools.cache
+def _versions(requires: tuple[str, ...]) -> dict[str, str]:
+    names = [re.split(r"[^\w.-]", r.strip(), maxsplit=1)[0] for r in requires]
+    if "jax" in names:
+        names.append("jaxlib")
+    found = {"attngen": __version__}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def neutral(spec: AttentionSpec, target: Target, by: Backend, choice: Fix) -> Plan:
+    """The plan of a full choice, of the spec without its budget: what records are of."""
+    free = dataclasses.replace(spec, memory_budget=None)
+    return dataclasses.replace(planner.rank(free, target, by, choice)[0], fixed=())
+
+
+def recall(
+    spec: AttentionSpec, target: Target, by: Backend, effort: str, fix: Fix
+) -> tuple[Plan, Source] | None:
+    """The fastest recorded plan that fits, and that is still emitted as it was recorded.
+
+    None where no search of that effort ended, it was of a smaller budget than the model's
+    best plan needs now, or none of its plans fits. Damaged wisdom is a warning where the
+    effort is "estimate".
+
+    Raises:
+        WisdomError: a file can't be read as wisdom.
+    """
+    from attngen import wisdom
+
+    try:
+        record = wisdom.find(key_of(spec, target, by))
+    except WisdomError as error:
+        if effort != "estimate":
+            raise
+        warnings.warn(f"Wisdom isn't used: {error}", stacklevel=4)
+        return None
+    if record is None or not _searched(record, spec, target, by, effort, fix):
+        return None
+    for candidate in record.ranked(spec.budget_bytes, fix):
+        if (plan := _current(candidate, spec, target, by)) is not None:
+            others = _others(record, candidate, spec, fix)
+            chosen = dataclasses.replace(
+                plan, spec=spec, fixed=tuple(fix), alternatives=others
+            )
+            return chosen, emit(chosen)
+    return None
+
+
+def _searched(
+    record: Record,
+    spec: AttentionSpec,
+    target: Target,
+    by: Backend,
+    effort: str,
+    fix: Fix,
+) -> bool:
+    """Whether a search of that effort could have chosen what the model likes best now."""
+    budgets = [f.budget for f in record.searched(effort, fix)]
+    largest = max((b for b in budgets if b is not None), default=0)
+    if None in budgets or not budgets:
+        return bool(budgets)
+    if spec.budget_bytes is not None and spec.budget_bytes <= largest:
+        return True
+    best = planner.rank(spec, target, by, fix, smallest=1)[0]
+    return best.temp_bytes <= largest
+
+
+def _others(
+    record: Record, chosen: Candidate, spec: AttentionSpec, fix: Fix
+) -> tuple[Alternative, ...]:
+    """What else was timed, in the order of its speed, with the reason against it."""
+    made = []
+    for c in record.ranked(None, fix):
+        if c == chosen:
+            continue
+        if c.fits(spec.budget_bytes):
+            ratio = record.standings[c.identity] / record.standings[chosen.identity]
+            reason = f"timed here: {ratio - 1:.0%} slower"
+            if ratio < 1:
+                reason = "timed here: too few rounds to tell"
+        else:
+            reason = "timed here: over the budget"
+        seconds = timing.spread(c.samples_s).median
+        need = c.modelled_bytes if c.temp_bytes is None else c.temp_bytes
+        made.append(Alternative(c.choice, need, seconds, reason))
+    return tuple(made[:SHOWN])
+
+
+def _current(
+    candidate: Candidate, spec: AttentionSpec, target: Target, by: Backend
+) -> Plan | None:
+    """The plan of a candidate, if it is emitted today as it was when it was timed."""
+    try:
+        plan = neutral(spec, target, by, candidate.choice)
+        return plan if emit(plan).digest == candidate.digest else None
+    except AttngenError:  # a choice that is no longer known, or legal
+        return None
+
+
+def why(spec: AttentionSpec, target: Target, by: Backend) -> str:
+    """Whether a record of a spec is used by `build`, and if not, why not.
+
+    Raises:
+        WisdomError: a file can't be read as wisdom.
+    """
+    from attngen import wisdom
+
+    key = key_of(spec, target, by)
+    record = wisdom.find(key)
+    lines = [wisdom.why(key)]
+    timed = () if record is None else record.ranked()
+    if record is None or not record.finished or not timed:
+        return lines[0]
+    current = [c for c in timed if _current(c, spec, target, by) is not None]
+    if stale := len(timed) - len(current):
+        lines.append(
+            f"{stale} of the {len(timed)} plans that were timed aren't used: they would be "
+            "emitted differently today."
+        )
+    if current and not any(c.fits(spec.budget_bytes) for c in current):
+        least = min(c.temp_bytes for c in current if c.temp_bytes is not None)
+        lines.append(
+            f"No other is within the budget: the least is {show_bytes(least)}."
+        )
+    elif not _searched(record, spec, target, by, "estimate", {}):
+        lines.append(
+            "It isn't used: only a smaller budget was tuned for, or fixed choices."
+        )
+    elif current:
+        lines.append("`build` uses it.")
+    return "\n".join(lines)
