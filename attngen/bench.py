@@ -9,7 +9,6 @@ the reference: one that computes something else is timed as well, and says so.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from attngen.comparison import (
     Comparison,
     Entry,
 )
-from attngen.errors import FAULTS, BackendError, PlanError, TargetError
+from attngen.errors import CALL_FAULTS, BackendError, PlanError, TargetError
 from attngen.kernel import Kernel
 from attngen.peers import Peer, Ready
 from attngen.peers.matrices import available_bytes
@@ -38,6 +37,7 @@ from attngen.plans import Option
 from attngen.reference import Array, numpy_dtype
 from attngen.spec import AttentionSpec
 from attngen.units import show_bytes
+from attngen.version import installed
 
 ROUNDS = 15
 SETTLE_S = (
@@ -45,7 +45,6 @@ SETTLE_S = (
 )
 # Beyond this many times what is allowed, an error is no rounding.
 FAR = 8
-RAISED: tuple[type[BaseException], ...] = (*FAULTS, MemoryError)
 Say = Callable[[str], None]
 
 
@@ -101,7 +100,7 @@ def compare(
     found: list[Contender] = [_own(kernel, arrays, judge)]
     for peer in chosen:
         say(f"checking {peer.name} …")
-        found.append(_prepared(peer, spec, arrays, judge))
+        found.append(prepared(peer, spec, arrays, judge))
     calls = {entry.name: ready.call for entry, ready in found if ready is not None}
     timed = _timed(calls, rounds, say)
     return Comparison(
@@ -147,10 +146,15 @@ def _own(kernel: Kernel, arrays: Mapping[str, Array], judge: Judge) -> Contender
     return _judged(OWN, made, judge), made
 
 
-def _prepared(
+def prepared(
     peer: Peer, spec: AttentionSpec, arrays: Mapping[str, Array], judge: Judge
 ) -> Contender:
-    """A peer's entry, and what is to be timed where it can be."""
+    """A peer's entry, and what is to be timed where it can be.
+
+    Args:
+        arrays: `inputs.arrays` of the spec.
+        judge: of the same arrays.
+    """
     if not known.installed(peer):
         return Entry(peer.name, NOT_INSTALLED, f"needs {peer.package}"), None
     if (reason := peer.refuse(spec)) is not None:
@@ -177,7 +181,7 @@ def _checked(
         if (reason := _no_room(ready.temp_bytes)) is not None:
             return Entry(peer.name, TOO_LARGE, reason), None
         return _judged(peer.name, ready, judge), ready
-    except RAISED as raised:
+    except CALL_FAULTS as raised:
         return Entry(peer.name, FAILED, _first_line(raised)), None
 
 
@@ -283,10 +287,4 @@ def _timed(
 
 def versions() -> dict[str, str]:
     """Of attngen and of what contenders compute with, as far as they are installed."""
-    found = {}
-    for name in ("attngen", "jax", "jaxlib", "numpy", "torch"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return installed(("attngen", "jax", "jaxlib", "numpy", "torch"))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 
-from attngen.cli_output import print_json, progress
+from attngen.cli_output import print_json, progressing
 from attngen.cli_spec import plan_options, read_fix, read_spec
 
 
@@ -49,7 +47,7 @@ def bench(
 
     spec = read_spec(given)
     names = None if peers is None else [n.strip() for n in peers.split(",")]
-    with _progress() as say:
+    with progressing(lasting=False) as say:
         comparison = worker.compare(
             spec,
             target=target,
@@ -61,17 +59,3 @@ def bench(
             on_progress=say,
         )
     print_json(comparison.to_dict()) if as_json else click.echo(str(comparison))
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """One line on stderr that says what is being done; lines where that's no terminal."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield progress
-        return
-    with console.status(Text("starting …")) as line:
-        yield lambda text: line.update(Text(text))

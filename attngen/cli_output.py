@@ -40,24 +40,27 @@ def status(text: str) -> Any:
 
 
 @contextlib.contextmanager
-def progressing(first: str) -> Iterator[Callable[[str], None]]:
-    """Receives what is being done: lines on stderr.
+def progressing(
+    first: str = "", *, lasting: bool = True
+) -> Iterator[Callable[[str], None]]:
+    """Receives what is being done: lines on stderr, `first` before them.
 
     On a terminal a spinner shows which of several things is tried ("3 of 8: …"), and only
-    what is found stays.
+    what is found stays; not `lasting`, nothing does.
     """
     from rich.console import Console
     from rich.text import Text
 
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        progress(first)
+        if first:
+            progress(first)
         yield progress
         return
-    with console.status(Text(first)) as line:
+    with console.status(Text(first or "starting …")) as line:
 
         def say(text: str) -> None:
-            if re.match(r"\d+ of \d+: ", text):
+            if not lasting or re.match(r"\d+ of \d+: ", text):
                 line.update(Text(text))
             else:
                 console.print(Text(text))

@@ -53,23 +53,34 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The spec, where it runs, and what the user decides."""
+    fix = click.option(
+        "--fix",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="A choice that you make, e.g. q_chunk=512. Repeatable.",
+    )
+    return place_options(command, fix)
+
+
+def place_options(
+    command: Callable[..., Any], *more: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The spec, where it runs, and more options before --json."""
     for option in reversed(
         [
             click.option(
                 "--target", help="Where: see `attngen targets`. Default: cpu."
             ),
             click.option("--backend", help="In what language. Default: jax."),
-            click.option(
-                "--fix",
-                multiple=True,
-                metavar="NAME=VALUE",
-                help="A choice that you make, e.g. q_chunk=512. Repeatable.",
-            ),
-            click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+            *more,
+            json_option,
         ]
     ):
         command = option(command)
     return spec_options(command)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def _name(field: str) -> str:

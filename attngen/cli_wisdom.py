@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from attngen.cli_output import print_json, shown, table
-from attngen.cli_spec import read_spec, spec_options
+from attngen.cli_spec import json_option, place_options, read_spec
 
 if TYPE_CHECKING:
     from attngen.records import Key
-
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-def _key_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (
-        _json,
-        click.option("--backend", help="In what language. Default: jax."),
-        click.option("--target", help="Where: see `attngen targets`. Default: cpu."),
-    ):
-        command = option(command)
-    return spec_options(command)
 
 
 def _key(given: dict[str, Any], target: str | None, backend: str | None) -> Key:
@@ -44,7 +31,7 @@ def wisdom() -> None:
 
 
 @wisdom.command("dir")
-@_json
+@json_option
 def where(as_json: bool) -> None:
     """Print the folder that is written, and each place that is read."""
     from attngen import wisdom as known
@@ -64,7 +51,7 @@ def where(as_json: bool) -> None:
 
 
 @wisdom.command()
-@_key_options
+@place_options
 def show(target: str | None, backend: str | None, as_json: bool, **given: Any) -> None:
     """List the records; with a spec, show all that was timed of it."""
     from attngen import wisdom as known
@@ -92,7 +79,7 @@ def show(target: str | None, backend: str | None, as_json: bool, **given: Any) -
 
 
 @wisdom.command()
-@_key_options
+@place_options
 def why(target: str | None, backend: str | None, as_json: bool, **given: Any) -> None:
     """Say whether `build` uses a record of a spec, or what differs from the nearest."""
     from attngen import backends, recalling, targets
@@ -108,7 +95,7 @@ def why(target: str | None, backend: str | None, as_json: bool, **given: Any) ->
 
 @wisdom.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
-@_json
+@json_option
 def merge(paths: tuple[Path, ...], as_json: bool) -> None:
     """Take over the records of files, or of folders of them."""
     from attngen import wisdom as known
@@ -123,7 +110,7 @@ def merge(paths: tuple[Path, ...], as_json: bool) -> None:
 
 @wisdom.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@_json
+@json_option
 def export(path: Path, as_json: bool) -> None:
     """Write all records to one file, to ship with a project or an image."""
     from attngen import wisdom as known
@@ -137,7 +124,7 @@ def export(path: Path, as_json: bool) -> None:
 
 @wisdom.command()
 @click.option("--yes", is_flag=True, help="Do delete.")
-@_json
+@json_option
 def clear(yes: bool, as_json: bool) -> None:
     """Delete this user's records."""
     from attngen import wisdom as known

@@ -128,6 +128,8 @@ FAULTS: tuple[type[BaseException], ...] = (
     TypeError,
     ValueError,
 )
+# What a call on real arrays raises beside that, of whatever library it is.
+CALL_FAULTS: tuple[type[BaseException], ...] = (*FAULTS, MemoryError)
 
 
 class InternalError(RuntimeError):

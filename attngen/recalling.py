@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import re
 import warnings
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from attngen.records import Candidate, Key, Record
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
 from attngen.units import show_bytes
-from attngen.version import __version__
+from attngen.version import __version__, installed
 
 if TYPE_CHECKING:
     from attngen.emitter import Source
@@ -49,13 +48,8 @@ def _versions(requires: tuple[str, ...]) -> dict[str, str]:
     names = [re.split(r"[^\w.-]", r.strip(), maxsplit=1)[0] for r in requires]
     if "jax" in names:
         names.append("jaxlib")
-    found = {"attngen": __version__}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "none"
-    return found
+    found = installed(names)
+    return {"attngen": __version__} | {n: found.get(n, "none") for n in names}
 
 
 def neutral(spec: AttentionSpec, target: Target, by: Backend, choice: Fix) -> Plan:

@@ -190,8 +190,8 @@ class Record:
             c.identity: dict(zip(c.yardsticks_s, c.samples_s, strict=True))
             for c in timed
         }
-        fixed = {y: y for rows in seconds.values() for y in rows}
-        found = timing.standings(seconds, fixed)  # type: ignore[arg-type]
+        fixed: dict[Hashable, float] = {y: y for c in timed for y in c.yardsticks_s}
+        found = timing.standings(seconds, fixed)
         sure = [found[c.identity] for c in timed if len(c.samples_s) >= SURE]
         least = min(sure or found.values(), default=1.0)
         return {name: ratio / least for name, ratio in found.items()}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from attngen import timing
-from attngen.errors import FAULTS, AttngenError, TimingError
+from attngen.errors import CALL_FAULTS, AttngenError, TimingError
 from attngen.plans import Option, Plan
 from attngen.records import Candidate, Finished, Record, canonical
 from attngen.shortlist import neighbours
@@ -42,8 +42,6 @@ class Prepared:
     call: Call | None
 
 
-# what a call may raise on this machine
-BROKEN: tuple[type[BaseException], ...] = (*FAULTS, MemoryError)
 Prepare = Callable[[Plan, Sequence[Plan]], Prepared]
 Save = Callable[[Record], object]
 Say = Callable[[str], None]
@@ -192,7 +190,7 @@ class _Search:
     def climb(self, others: Sequence[Plan], noise: float) -> float:
         """Try the neighbours of the fastest while that finds a faster one; the noise."""
         while self._left() > CLIMB * self.seconds:
-            leader = self._ranked()[0]
+            leader = self._racing(self.record)[0]
             near = neighbours(leader.choice, others, self.tried)
             if not near:
                 break
@@ -200,15 +198,18 @@ class _Search:
             self.calls = {leader.identity: self.calls[leader.identity]}
             self.prepare(near)
             noise = self.run()
-            standings = self.record.standings
-            gain = standings[leader.identity] / standings[self._ranked()[0].identity]
+            record = self.record
+            fastest = self._racing(record)[0]
+            gain = (
+                record.standings[leader.identity] / record.standings[fastest.identity]
+            )
             if gain < CLEAR:
                 break
         return noise
 
-    def _ranked(self) -> list[Candidate]:
-        """Those that are in the race, the fastest first."""
-        return [c for c in self.record.ranked() if c.identity in self.calls]
+    def _racing(self, record: Record) -> list[Candidate]:
+        """Those of a record that are in the race, the fastest first."""
+        return [c for c in record.ranked() if c.identity in self.calls]
 
     def run(self) -> float:
         """Time what was prepared, stage by stage; returns the noise.
@@ -281,7 +282,7 @@ class _Search:
         def guarded() -> None:
             try:
                 call()
-            except BROKEN as error:
+            except CALL_FAULTS as error:
                 raise _Broken(
                     name, f"{type(error).__name__}: {error!s:.200}"
                 ) from error
@@ -315,7 +316,8 @@ class _Search:
         return all(found.ratio(n, leader).low >= CLEAR for n in medians if n != leader)
 
     def _report(self, rounds: int) -> None:
-        record, ranked = self.record, self._ranked()
+        record = self.record
+        ranked = self._racing(record)
         if not ranked:
             return
         first = ranked[0]

@@ -12,6 +12,7 @@ from attngen import planner
 from attngen.backends import Backend
 from attngen.building import TRIES, certify_many, emit, passed, stored
 from attngen.errors import (
+    CALL_FAULTS,
     CompileError,
     PlanError,
     TimingError,
@@ -19,7 +20,7 @@ from attngen.errors import (
 )
 from attngen.plans import Option, Plan
 from attngen.recalling import key_of, neutral
-from attngen.records import Candidate, Record
+from attngen.records import Candidate, Record, canonical
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
 
@@ -105,6 +106,7 @@ class _Preparer:
     ) -> None:
         self.spec, self.target, self.by, self.record = spec, target, by, record
         self.again = again  # whether what failed once is tried again
+        self.known: dict[str, tuple[Plan, Source, Candidate]] = {}  # by choice
         self.certificates: dict[str, Certificate | CompileError] = {}
         self.batch = 1  # plans that are certified together
         self.fitted = False  # whether one is within the budget
@@ -143,7 +145,16 @@ class _Preparer:
             return tuner.Prepared(failed, None)
 
     def _known(self, plan: Plan) -> tuple[Plan, Source, Candidate]:
-        """A plan of the spec without its budget, its source, and what is recorded of it."""
+        """A plan of the spec without its budget, its source, and what is recorded of it.
+
+        Made once: a plan is asked for when others are certified, and when its turn comes.
+        """
+        choice = canonical(plan.choice)
+        if choice not in self.known:
+            self.known[choice] = self._emitted(plan)
+        return self.known[choice]
+
+    def _emitted(self, plan: Plan) -> tuple[Plan, Source, Candidate]:
         plan = neutral(self.spec, self.target, self.by, plan.choice)
         source = emit(plan)
         known = self.record.find(plan.choice, source.digest) or Candidate(
@@ -200,7 +211,7 @@ class _Preparer:
 
         try:
             call()
-        except tuner.BROKEN as error:
+        except CALL_FAULTS as error:
             raise TimingError(
                 "A call failed.",
                 got=f"{type(error).__name__}: {error!s:.200}",

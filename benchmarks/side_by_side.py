@@ -14,10 +14,9 @@ from typing import Any
 
 import attngen
 from attngen import AttentionSpec, inputs, peers, targets, timing
-from attngen.bench import RAISED, SETTLE_S, Judge, versions
+from attngen.bench import SETTLE_S, Judge, prepared, versions
 from attngen.peers import Ready
 from attngen.peers.jax_common import jax_arrays, ready
-from attngen.peers.matrices import available_bytes
 from attngen.units import show_bytes, show_time
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,35 +51,21 @@ class Contest:
     def peer(self, name: str, peer: str, spec: AttentionSpec) -> None:
         """A peer on arrays in its own layout, judged; left out where it can't be had."""
         spec = dataclasses.replace(spec, layout=NATIVE[peer], memory_budget=None)
-        known = peers.get(peer)
-        need, free = known.matrix_bytes(spec), available_bytes()
-        reason = None
-        if not peers.installed(known):
-            reason = f"needs {known.package}"
-        elif known.refuse(spec) is not None:
-            reason = known.refuse(spec)
-        elif free is not None and need > free:
-            reason = f"needs {show_bytes(need)}, {show_bytes(free)} are free"
-        if reason is None:
-            try:
-                arrays = inputs.arrays(spec, nan=False)
-                made = known.make(spec, arrays)
-                judge = Judge.of(spec, arrays, spec.q_len)
-                found = judge.verdict(made.outputs(made.call()))
-            except RAISED as error:
-                reason = f"{type(error).__name__}: {error!s:.200}"
-        if reason is not None:
-            self.facts[name] = {"left_out": reason}
-            say(f"{name}: left out: {reason}")
+        arrays = inputs.arrays(spec, nan=False)
+        judge = Judge.of(spec, arrays, spec.q_len)
+        entry, made = prepared(peers.get(peer), spec, arrays, judge)
+        if made is None:
+            self.facts[name] = {"left_out": entry.note}
+            say(f"{name}: left out: {entry.note}")
             return
         self.ready[name] = made
         self.facts[name] = {
-            "said": made.said,
-            "temp_bytes": made.temp_bytes,
-            "status": found.status,
-            "error": found.error,
+            "said": entry.note,
+            "temp_bytes": entry.temp_bytes,
+            "status": entry.status,
+            "error": entry.error,
         }
-        say(f"{name}: {made.said}, {found.status}")
+        say(f"{name}: {entry.note}, {entry.status}")
 
     def run(self, rounds: int) -> None:
         """All that is ready, in turns."""

@@ -135,7 +135,9 @@ def test_bounds_that_leave_int32_are_computed_in_int64():
 
 def test_a_score_that_float32_cannot_hold_drops_its_key():
     def drops(least, **changes):
-        function = lambda s, b, h, q, k: attngen.where(k > 3, s, least)  # noqa: E731
+        def function(s, b, h, q, k):
+            return attngen.where(k > 3, s, least)
+
         return examine(spec(score=function, **changes)).drops_keys
 
     assert not drops(-1e30)

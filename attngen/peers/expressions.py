@@ -8,7 +8,7 @@ is evaluated.
 from __future__ import annotations
 
 import operator as python
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,8 +30,11 @@ class Language(Protocol):
     def clip(self, x: Any, low: Any, high: Any) -> Any:
         """min(max(x, low), high); a limit may be None."""
 
+    def permuted(self, x: Any, axes: tuple[int, ...]) -> Any:
+        """An array with its axes in another order."""
+
     def call(self, name: str, *args: Any) -> Any:
-        """where, exp, log, tanh, minimum or maximum of arrays (the latter two of two)."""
+        """arange of a length; where, exp, log, tanh, minimum or maximum of arrays (the latter two of two)."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,38 @@ class Frame:
         return values[self.index["b"]] - less
 
 
+def whole(
+    spec: AttentionSpec, language: Language, operands: Mapping[str, Any]
+) -> Frame:
+    """The frame of all scores at once, [b, h, q, k]."""
+    shapes = {"b": (-1, 1, 1, 1), "h": (-1, 1, 1), "q": (-1, 1), "k": (-1,)}
+
+    def indices(letter: str) -> Any:
+        found = language.call("arange", spec.lengths[letter])
+        return language.cast(found, language.integer).reshape(shapes[letter])
+
+    def aligned(operand: Operand, table: Any) -> Any:
+        table = language.permuted(table, axis_order(operand))
+        return table.reshape(broadcast_shape(operand, spec.lengths))
+
+    index = {letter: indices(letter) for letter in shapes}
+    return Frame(spec, language, index, operands, aligned)
+
+
 def scored(frame: Frame, s: Any) -> Any:
     """Scaled scores after the spec's score functions."""
     for score in frame.spec.score:
         s = evaluate(score.expr, frame, s)
     return s
+
+
+def summed(frame: Frame, terms: Iterable[Expr]) -> Any:
+    """The sum of expressions; None of none."""
+    total: Any = None
+    for term in terms:
+        value = evaluate(term, frame)
+        total = value if total is None else total + value
+    return total
 
 
 def masked(frame: Frame) -> Any:

@@ -10,9 +10,7 @@ import numpy as np
 
 from attngen.backends import get
 from attngen.backends.jax.scratch import scratch_bytes
-from attngen.operands import Operand
 from attngen.peers import Ready
-from attngen.peers.expressions import Frame, axis_order, broadcast_shape
 from attngen.reference import Array
 from attngen.spec import AttentionSpec
 
@@ -32,6 +30,9 @@ class JaxLanguage:
 
         return jnp.clip(x, low, high)
 
+    def permuted(self, x: Any, axes: tuple[int, ...]) -> Any:
+        return x.transpose(axes)
+
     def call(self, name: str, *args: Any) -> Any:
         import jax.numpy as jnp
 
@@ -39,23 +40,6 @@ class JaxLanguage:
 
 
 JAX = JaxLanguage()
-
-
-def whole(spec: AttentionSpec, operands: Mapping[str, Any]) -> Frame:
-    """The frame of all scores at once, [b, h, q, k]."""
-    import jax.numpy as jnp
-
-    shapes = {"b": (-1, 1, 1, 1), "h": (-1, 1, 1), "q": (-1, 1), "k": (-1,)}
-    index = {
-        n: jnp.arange(spec.lengths[n], dtype=JAX.integer).reshape(shape)
-        for n, shape in shapes.items()
-    }
-
-    def aligned(operand: Operand, table: Any) -> Any:
-        table = table.transpose(axis_order(operand))
-        return table.reshape(broadcast_shape(operand, spec.lengths))
-
-    return Frame(spec, JAX, index, operands, aligned)
 
 
 def jax_arrays(spec: AttentionSpec, arrays: Mapping[str, Array]) -> dict[str, Any]:
@@ -92,3 +76,16 @@ def ready(
 
 def _outputs(made: Any) -> tuple[Array, ...]:
     return tuple(np.asarray(x) for x in (made if isinstance(made, tuple) else (made,)))
+
+
+def select(spec: AttentionSpec, out: Any, lse: Any) -> Any:
+    """The outputs that are asked for, in their order; one alone not in a tuple."""
+    made = tuple({"out": out, "lse": lse}[n] for n in spec.outputs)
+    return made if len(made) > 1 else made[0]
+
+
+def finite(m: Any) -> Any:
+    """A maximum, or 0 where no key was seen."""
+    import jax.numpy as jnp
+
+    return jnp.where(m == -jnp.inf, 0, m)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from attngen.peers import Ready
-from attngen.peers.expressions import evaluate, masked, scored, seen
+from attngen.peers.expressions import masked, scored, seen, summed, whole
 from attngen.peers.forms import Band, added, band
-from attngen.peers.jax_common import jax_arrays, ready, whole
+from attngen.peers.jax_common import JAX, finite, jax_arrays, ready, select
 from attngen.peers.matrices import Matrix, score_bytes
 from attngen.reference import Array
 from attngen.spec import AttentionSpec
@@ -59,12 +59,12 @@ def _plain(
     }
     s = jnp.einsum(f"{letters}->bhrqk", q.reshape(grouped), k, **stats)
     s = s.reshape(spec.batch, spec.q_heads, spec.q_len, spec.kv_len) * spec.scale_value
-    frame = whole(spec, operands)
+    frame = whole(spec, JAX, operands)
     s = scored(frame, s)
     there = seen(frame)
     s = s if there is None else jnp.where(there, s, -jnp.inf)
     m = s.max(-1, keepdims=True)
-    m = jnp.where(m == -jnp.inf, 0, m)  # a row that sees no key
+    m = finite(m)
     p = jnp.exp(s - m)
     total = p.sum(-1)
     lse = m[..., 0] + jnp.log(total)
@@ -75,13 +75,7 @@ def _plain(
     p = p.reshape(spec.batch, spec.kv_heads, spec.repeats, spec.q_len, spec.kv_len)
     out = jnp.einsum(f"bhrqk,{keys}->{queries}", p.astype(v.dtype), v, **stats)
     out = out.reshape(spec.shape_of("out")).astype(spec.out_dtype_name)
-    return _select(spec, out, lse)
-
-
-def _select(spec: AttentionSpec, out: Any, lse: Any) -> Any:
-    """The outputs that are asked for, in their order; one alone not in a tuple."""
-    made = tuple({"out": out, "lse": lse}[n] for n in spec.outputs)
-    return made if len(made) > 1 else made[0]
+    return select(spec, out, lse)
 
 
 class JaxNN:
@@ -130,7 +124,7 @@ class JaxNN:
             out = out if spec.layout == "bthd" else out.swapaxes(1, 2)
             if rest is not None:
                 rest = rest.swapaxes(1, 2).astype(spec.stats_dtype)
-            return _select(spec, out.astype(spec.out_dtype_name), rest)
+            return select(spec, out.astype(spec.out_dtype_name), rest)
 
         said = [f"{n}={x}" for n, x in static.items()]
         said += [n for n in dynamic if n in _LENGTHS.values()]
@@ -171,13 +165,12 @@ def _arrays(spec: AttentionSpec, operands: Mapping[str, Any]) -> dict[str, Any]:
     """mask and bias as the arrays that jax.nn takes, [b or 1, h or 1, q, k]."""
     import jax.numpy as jnp
 
-    frame = whole(spec, operands)
+    frame = whole(spec, JAX, operands)
     made: dict[str, Any] = {}
     if _needs_mask(spec):
         made["mask"] = masked(frame)
-    for term in added(spec) or ():
-        value = evaluate(term, frame)
-        made["bias"] = made["bias"] + value if "bias" in made else value
+    if (bias := summed(frame, added(spec) or ())) is not None:
+        made["bias"] = bias
 
     def matrix(x: Any) -> Any:
         shape = (1,) * (4 - jnp.ndim(x)) + jnp.shape(x)

@@ -21,10 +21,14 @@ class Matrix:
     kv_len: int
 
     @classmethod
-    def of(cls, spec: AttentionSpec, *nodes: Expr) -> Matrix:
-        """Of expressions evaluated together; run-time offsets differ for each batch."""
+    def of(cls, spec: AttentionSpec, *nodes: Expr, lengths: bool = False) -> Matrix:
+        """Of expressions evaluated together; run-time offsets differ for each batch.
+
+        lengths: whether the spec's run-time lengths, which do too, are said by it.
+        """
         read = frozenset[str]().union(*(expr.variables(n) for n in nodes))
         batch = "b" in read or (spec.static_q_offset is None and "q" in read)
+        batch = batch or (lengths and (spec.kv_lengths or spec.q_lengths))
         return cls(
             spec.batch if batch else 1,
             spec.q_heads if "h" in read else 1,

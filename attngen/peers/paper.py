@@ -17,7 +17,7 @@ from typing import Any
 from attngen.operands import LETTERS, Operand
 from attngen.peers import Ready
 from attngen.peers.expressions import Frame, axis_order, broadcast_shape, scored, seen
-from attngen.peers.jax_common import JAX, jax_arrays, ready
+from attngen.peers.jax_common import JAX, finite, jax_arrays, ready, select
 from attngen.reference import Array
 from attngen.spec import AttentionSpec
 
@@ -92,9 +92,7 @@ def _attention(
     out, lse = jax.vmap(one)(jnp.arange(spec.batch), q, k, v)
     out = out[:, : spec.q_len].astype(spec.out_dtype_name)
     out = out if spec.layout == "bthd" else out.swapaxes(1, 2)
-    made = {"out": out, "lse": lse[:, :, : spec.q_len]}
-    outputs = tuple(made[n] for n in spec.outputs)
-    return outputs if len(outputs) > 1 else outputs[0]
+    return select(spec, out, lse[:, :, : spec.q_len])
 
 
 def _pad(x: Any, axis: int, length: int) -> Any:
@@ -175,30 +173,24 @@ def _summarise(
             there = inside if there is None else there & inside
         s = s if there is None else jnp.where(there, s, -jnp.inf)
         m = jax.lax.stop_gradient(s.max(-1))
-        p = jnp.exp(s - _finite(m)[..., None])
+        p = jnp.exp(s - finite(m)[..., None])
         grouped = p.reshape(spec.kv_heads, spec.repeats, chunks.q, chunks.k)
         values = jnp.einsum("hrqk,khd->hrqd", grouped.astype(v.dtype), v, **stats)
         return values.reshape(spec.q_heads, chunks.q, spec.v_dim), p.sum(-1), m
 
-    return summary(q, k, v)  # type: ignore[no-any-return]
+    found: tuple[Any, Any, Any] = summary(q, k, v)
+    return found
 
 
 def _combine(values: Any, weights: Any, maxima: Any) -> tuple[Any, Any]:
     """Summaries [chunks, …] → out [h, q, d] and lse [h, q]."""
     import jax.numpy as jnp
 
-    top = _finite(maxima.max(0))
+    top = finite(maxima.max(0))
     factors = jnp.exp(maxima - top)
     total = (weights * factors).sum(0)
     summed = (values * factors[..., None]).sum(0)
     return summed / jnp.where(total == 0, 1, total)[..., None], top + jnp.log(total)
-
-
-def _finite(m: Any) -> Any:
-    """A maximum, or 0 where no key was seen."""
-    import jax.numpy as jnp
-
-    return jnp.where(m == -jnp.inf, 0, m)
 
 
 def _frame(

@@ -11,16 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from attngen import targets
-from attngen.operands import Operand
 from attngen.peers import Ready
-from attngen.peers.expressions import (
-    Frame,
-    axis_order,
-    broadcast_shape,
-    evaluate,
-    scored,
-    seen,
-)
+from attngen.peers.expressions import Frame, scored, seen, summed, whole
 from attngen.peers.forms import Band, added, band
 from attngen.peers.matrices import Matrix, score_bytes
 from attngen.reference import Array, numpy_dtype
@@ -42,6 +34,9 @@ class TorchLanguage:
         import torch
 
         return torch.clamp(x, low, high)
+
+    def permuted(self, x: Any, axes: tuple[int, ...]) -> Any:
+        return x.permute(axes)
 
     def call(self, name: str, *args: Any) -> Any:
         import torch
@@ -162,22 +157,16 @@ def _needs_attn_mask(spec: AttentionSpec) -> bool:
 
 
 def _attn_mask(spec: AttentionSpec) -> Matrix:
-    made = Matrix.of(spec, *spec.expressions)
-    if spec.kv_lengths or spec.q_lengths:
-        return Matrix(spec.batch, made.heads, made.q_len, made.kv_len)
-    return made
+    return Matrix.of(spec, *spec.expressions, lengths=True)
 
 
 def _make_attn_mask(spec: AttentionSpec, operands: Mapping[str, Any]) -> Any:
     """Booleans, or what is added to the scores with −inf for what isn't seen."""
     import torch
 
-    frame = _whole(spec, operands)
+    frame = whole(spec, TORCH, operands)
     there = seen(frame)
-    bias: Any = None
-    for term in added(spec) or ():
-        value = evaluate(term, frame)
-        bias = value if bias is None else bias + value
+    bias = summed(frame, added(spec) or ())
     if bias is not None:
         dtype = _dtype(spec.stats_dtype)
         made = torch.as_tensor(bias, dtype=dtype)
@@ -186,20 +175,6 @@ def _make_attn_mask(spec: AttentionSpec, operands: Mapping[str, Any]) -> Any:
         made = torch.as_tensor(there)
     shape = (1,) * (4 - made.dim()) + tuple(made.shape)
     return made.expand(*shape[:2], spec.q_len, spec.kv_len)
-
-
-def _whole(spec: AttentionSpec, operands: Mapping[str, Any]) -> Frame:
-    """The frame of all scores at once, [b, h, q, k]."""
-    import torch
-
-    shapes = {"b": (-1, 1, 1, 1), "h": (-1, 1, 1), "q": (-1, 1), "k": (-1,)}
-    index = {n: torch.arange(spec.lengths[n]).view(s) for n, s in shapes.items()}
-
-    def aligned(operand: Operand, table: Any) -> Any:
-        table = table.permute(axis_order(operand))
-        return table.reshape(broadcast_shape(operand, spec.lengths))
-
-    return Frame(spec, TORCH, index, operands, aligned)
 
 
 class Flex:
@@ -260,10 +235,8 @@ def _needs_block_mask(spec: AttentionSpec) -> bool:
 
 
 def _block_mask(spec: AttentionSpec) -> Matrix:
-    made = Matrix.of(spec, *(() if spec.mask is None else (spec.mask.expr,)))
-    if spec.kv_lengths or spec.q_lengths:
-        return Matrix(spec.batch, made.heads, made.q_len, made.kv_len)
-    return made
+    mask = () if spec.mask is None else (spec.mask.expr,)
+    return Matrix.of(spec, *mask, lengths=True)
 
 
 def _mask_mod(spec: AttentionSpec, operands: Mapping[str, Any]) -> Callable[..., Any]:

@@ -244,6 +244,7 @@ def _running(plan: Plan, at: Tile) -> dict[str, Any]:
     }
     code = tile_code(plan, at, starts, indent=12, ragged=ragged)
     visited = bounds(plan, at, starts, ragged, Lengths(plan, at, starts))
+    kinds = {kind for kind, _, _ in visited["loops"]}
     v = "D" if spec.qk_dim == spec.v_dim else "V_DIM"
     unit = {"b": at.sizes["b"], "q": "Q_CHUNK", "h": heads(at)}
     head_begin = starts.g if starts.g == "0" or spec.repeats == 1 else f"{starts.g} * R"
@@ -272,7 +273,9 @@ def _running(plan: Plan, at: Tile) -> dict[str, Any]:
         "loop_kind": str(plan.option("loop")),
         "unroll": "" if unroll == 1 else f", unroll={unroll}",
         "bounds": visited,
-        "kinds": {kind for kind, _, _ in visited["loops"]},
+        "kinds": kinds,
+        "unseen": _guards(plan)
+        or ("edge" in kinds and plan.option("exp") == "polynomial"),
     }
 
 
