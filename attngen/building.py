@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,13 +53,17 @@ def first_certified(
 ) -> tuple[Plan, Source, Certificate]:
     """The first plan down the ranking whose certificate is within the budget.
 
+    The first has the compiler's process to itself: it nearly always fits. Of the others a
+    process certifies GROUP, so that at most GROUP - 1 more are certified than are needed.
+
     Raises:
         BudgetError: none was.
+        CompileError: the compiler refused one that came before, or crashed at it.
     """
+    tried = _tried(ranked)
+    groups = [tried[:1]] + [tried[i : i + GROUP] for i in range(1, len(tried), GROUP)]
     least: tuple[Plan, int] | None = None
-    for candidate in _tried(ranked):
-        source = emit(candidate)
-        certificate = certify(candidate, source, candidate.target)
+    for candidate, source, certificate in _certified(groups, by):
         if within(certificate, candidate.spec):
             return candidate, source, certificate
         need = certificate.temp_bytes
@@ -69,6 +73,29 @@ def first_certified(
     assert least is not None
     spec = least[0].spec
     raise planner.no_fit(spec, targets.get(least[0].target), by, certified=least)
+
+
+GROUP = 2
+
+
+def _certified(
+    groups: Iterable[Sequence[Plan]], by: Backend
+) -> Iterator[tuple[Plan, Source, Certificate]]:
+    """Each plan of some groups with its source and certificate, a process a group.
+
+    Raises:
+        CompileError: of a plan, when its turn comes.
+    """
+    for group in groups:
+        made = [(plan, emit(plan)) for plan in group]
+        answers = certify_many(made, by, group[0].target)
+        for (plan, source), answer in zip(made, answers, strict=True):
+            if isinstance(answer, CompileError):
+                if len(group) == 1:
+                    raise answer
+                # the others of its process may have left it too little time or memory
+                answer = certify(plan, source, plan.target)
+            yield plan, source, answer
 
 
 def within(certificate: Certificate, spec: AttentionSpec) -> bool:

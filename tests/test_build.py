@@ -7,10 +7,10 @@ from refusals import refused
 from small import FIX, SPEC, close, qkv, spec_of
 
 import attngen
-from attngen import building
+from attngen import building, certifier
 from attngen.backends.jax import model
 from attngen.cost import Cost
-from attngen.errors import BudgetError, PlanError, ValidationError
+from attngen.errors import BudgetError, CompileError, PlanError, ValidationError
 
 
 def test_a_kernel_is_certified_and_validated():
@@ -63,8 +63,69 @@ def test_build_goes_down_the_ranking_until_one_is_certified(lying_model, certifi
     assert kernel.plan != fastest
     assert kernel.report.passed
     assert asked[0] == attngen.emit(fastest).digest
-    assert asked[-1] == kernel.source.digest
+    assert kernel.source.digest in asked[-building.GROUP :]
     assert len(asked) > 1
+    assert len(asked) == len(set(asked))
+
+
+@pytest.fixture
+def falling(certificates):
+    """Each plan needs a byte less than the one before; what was asked."""
+
+    def bytes_of(source):
+        order = list(dict.fromkeys(asked))
+        return 2**30 - order.index(asked[-1])
+
+    asked = certificates(bytes_of)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("spare", "sizes"), [(0, [1]), (1, [1, 2]), (2, [1, 2]), (3, [1, 2, 2])]
+)
+def test_few_processes_certify_and_stop_at_the_first_that_fits(
+    spare, sizes, monkeypatch, falling
+):
+    groups, ask = [], certifier.certify_many
+
+    def certify_many(compiler, target, programs):
+        groups.append(len(programs))
+        return ask(compiler, target, programs)
+
+    monkeypatch.setattr(certifier, "certify_many", certify_many)
+    kernel = attngen.build(spec_of(memory_budget=2**30 - spare))
+    assert kernel.certificate.temp_bytes == 2**30 - spare
+    assert groups == sizes
+
+
+@pytest.mark.parametrize(
+    ("failing", "asks", "built"),
+    [
+        ({1}, 1, False),
+        ({2}, 4, True),  # beside another: alone it is certified
+        ({2, 4}, 4, False),
+        ({3}, 3, True),  # a plan that isn't needed
+    ],
+)
+def test_a_refused_plan_stops_a_build_when_its_turn_comes(
+    failing, asks, built, monkeypatch, falling
+):
+    say = certifier.certify
+
+    def certify(*given, **named):
+        answer = say(*given, **named)
+        if len(falling) in failing:
+            raise CompileError("It was refused.", got="this", needed="that")
+        return answer
+
+    monkeypatch.setattr(certifier, "certify", certify)
+    spec = spec_of(memory_budget=2**30 - 1)  # the second plan fits
+    if built:
+        assert attngen.build(spec).certificate.temp_bytes == 2**30 - 1
+    else:
+        with refused(CompileError, "refused"):
+            attngen.build(spec)
+    assert len(falling) == asks
 
 
 def test_when_nothing_is_certified_the_least_is_named_and_does(
