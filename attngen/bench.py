@@ -3,8 +3,10 @@
     comparison = bench.compare(spec, peers=("jax.nn", "sdpa"))
     print(comparison)
 
-All contenders get the same arrays in one process, and take turns. Each is first judged by
-the reference: one that computes something else is timed as well, and says so.
+All contenders get the same numbers in one process, and take turns: attngen in the spec's
+layout, each peer contiguous in the one that it is at home in, moved there before anything
+is timed. Each is first judged by the reference, in the spec's layout: one that computes
+something else is timed as well, and says so.
 """
 
 from __future__ import annotations
@@ -177,7 +179,7 @@ def _checked(
 ) -> Contender:
     """A peer made, called once, and judged; what it raises becomes its entry."""
     try:
-        ready = peer.make(spec, arrays)
+        ready = known.make(peer, spec, arrays)
         if (reason := _no_room(ready.temp_bytes)) is not None:
             return Entry(peer.name, TOO_LARGE, reason), None
         return _judged(peer.name, ready, judge), ready

@@ -42,6 +42,9 @@ def bench(
     plain jnp and jax.nn compute all scores; paper is Rabe & Staats' algorithm; sdpa and
     flex are torch's, where that is installed. What can't say the spec, or computes
     something else, is listed with the reason.
+
+    attngen computes in the spec's layout. Each peer gets its arrays contiguous in its own
+    (torch bhtd, jax.nn and paper bthd, plain either), moved there before it is timed.
     """
     from attngen import bench as worker
 

@@ -21,7 +21,7 @@ FREE = 2**40
 class Fake:
     """A peer that returns the reference's output, or something else, without a library."""
 
-    package = "numpy"
+    package, layout = "numpy", None
 
     def __init__(self, name, change=lambda out: out, **members):
         self.name, self.change = name, change
@@ -202,6 +202,13 @@ def test_what_xla_will_need_is_looked_at_before_it_runs(monkeypatch, certified):
     found = compare("plain")  # allowed by the estimate, not by the compiler's figure
     assert found.entry("plain jnp").status == "too large"
     assert "are free" in found.entry("plain jnp").note
+
+
+def test_outputs_are_judged_in_the_specs_layout(certified):
+    found = compare("jax.nn", "paper", spec=replace(SPEC, layout="bhtd"))
+    assert [e.status for e in found.entries] == ["right"] * 3
+    assert found.entry("jax.nn").note == "is_causal=True, arrays in bthd"
+    assert "arrays in" not in found.entry("attngen").note
 
 
 @pytest.mark.parametrize("target", ["h100", "tpu-v5e"])

@@ -68,7 +68,7 @@ def errors(name, spec):
     want = reference.attention(spec, *(arrays[n] for n in "qkv"), operands)
     peer = peers.get(name)
     assert peer.refuse(spec) is None
-    ready = peer.make(spec, arrays)
+    ready = peers.make(peer, spec, arrays)
     found = []
     for output, made in zip(spec.outputs, ready.outputs(ready.call()), strict=True):
         assert made.shape == spec.shape_of(output)
@@ -87,6 +87,36 @@ def right(name, spec):
 @pytest.mark.parametrize("case", SPECS)
 def test_it_computes_the_spec(case, peer):
     assert right(peer, spec_of(**SPECS[case]))
+
+
+@pytest.mark.parametrize("layout", ["bthd", "bhtd"])
+@pytest.mark.parametrize("own", ["bthd", "bhtd", None])
+def test_arrays_are_in_the_peers_layout_before_its_call(own, layout):
+    spec = spec_of(layout=layout, batch=2, dtype="bfloat16", outputs=("lse", "out"))
+    arrays = inputs.arrays(spec)
+    native = own or layout
+    out = np.zeros(spec.shape_of("out")).swapaxes(1, 2 if native != layout else 1)
+    lse = np.zeros(spec.shape_of("lse"))
+
+    class Peer:
+        name, package, layout = "peer", "numpy", own
+
+        def make(self, given, moved):
+            assert given.layout == native
+            for name in "qkv":
+                assert moved[name].shape == given.shape_of(name)
+                assert moved[name].flags.c_contiguous
+                same = reference.pick(given, "out", moved[name], slice(None))
+                want = reference.pick(spec, "out", arrays[name], slice(None))
+                assert (same == want).all()
+            return peers.Ready(lambda: (lse, out), lambda made: made, "as it is")
+
+    ready = peers.make(Peer(), spec, arrays)
+    made = ready.call()
+    assert made[1] is out
+    assert [x.shape for x in ready.outputs(made)] == [lse.shape, spec.shape_of("out")]
+    moved = f", arrays in {own}" if native != layout else ""
+    assert ready.said == f"as it is{moved}"
 
 
 @pytest.mark.parametrize("peer", ["plain", "paper"])

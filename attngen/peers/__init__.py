@@ -1,16 +1,19 @@
 """Peers: other ways to compute attention, which `attngen bench` puts beside attngen.
 
 A peer says whether it is installed, whether it can say a spec, and makes a `Ready` of the
-spec's arrays. Nothing here imports an array library before a peer is made.
+spec's arrays: in the layout that it is at home in, laid out before anything is timed.
+Nothing here imports an array library before a peer is made.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any, Protocol
+
+import numpy as np
 
 from attngen.errors import PeerError
 from attngen.reference import Array
@@ -42,6 +45,9 @@ class Peer(Protocol):
 
     name: str
     package: str  # what must be installed
+    layout: (
+        str | None
+    )  # of q, k, v and out that it takes without moving them; None: any
 
     def refuse(self, spec: AttentionSpec) -> str | None:
         """Why it can't say the spec; None where it can."""
@@ -52,6 +58,7 @@ class Peer(Protocol):
     def make(self, spec: AttentionSpec, arrays: Mapping[str, Array]) -> Ready:
         """The peer on `inputs.arrays`: q, k, v and the operands by name.
 
+        spec.layout is the peer's, where it has one: `peers.make` sees to that.
         Raises what its library raises.
         """
 
@@ -90,3 +97,24 @@ def get(name: str) -> Peer:
 def installed(peer: Peer) -> bool:
     """Whether the peer's package can be found; it isn't imported."""
     return find_spec(peer.package) is not None
+
+
+def make(peer: Peer, spec: AttentionSpec, arrays: Mapping[str, Array]) -> Ready:
+    """A peer on arrays of the spec, handed over in its own layout and contiguous.
+
+    Its call returns out in its own layout; `outputs`, which isn't timed, in the spec's.
+
+    Args:
+        arrays: `inputs.arrays` of the spec.
+    """
+    if peer.layout in (None, spec.layout):
+        return peer.make(spec, arrays)
+    own = replace(spec, layout=peer.layout)
+    moved = {n: np.ascontiguousarray(arrays[n].swapaxes(1, 2)) for n in "qkv"}
+    ready = peer.make(own, {**arrays, **moved})
+
+    def outputs(made: Any) -> tuple[Array, ...]:
+        pairs = zip(spec.outputs, ready.outputs(made), strict=True)
+        return tuple(x.swapaxes(1, 2) if n == "out" else x for n, x in pairs)
+
+    return replace(ready, outputs=outputs, said=f"{ready.said}, arrays in {own.layout}")

@@ -26,6 +26,7 @@ class Plain:
 
     name = "plain jnp"
     package = "jax"
+    layout = None
 
     def refuse(self, spec: AttentionSpec) -> str | None:
         return None
@@ -83,6 +84,7 @@ class JaxNN:
 
     name = "jax.nn"
     package = "jax"
+    layout = "bthd"
 
     def refuse(self, spec: AttentionSpec) -> str | None:
         if spec.sink:
@@ -114,14 +116,11 @@ class JaxNN:
         def attention(q: Any, k: Any, v: Any, **named: Any) -> Any:
             import jax
 
-            if spec.layout == "bhtd":
-                q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
             lse = "lse" in spec.outputs
             found = jax.nn.dot_product_attention(
                 q, k, v, scale=spec.scale_value, return_residual=lse, **static, **named
             )
             out, rest = found if lse else (found, None)
-            out = out if spec.layout == "bthd" else out.swapaxes(1, 2)
             if rest is not None:
                 rest = rest.swapaxes(1, 2).astype(spec.stats_dtype)
             return select(spec, out.astype(spec.out_dtype_name), rest)

@@ -29,6 +29,7 @@ class Paper:
 
     name = "paper"
     package = "jax"
+    layout = "bthd"
 
     def refuse(self, spec: AttentionSpec) -> str | None:
         return "the paper has no sinks" if spec.sink else None
@@ -82,8 +83,6 @@ def _attention(
     import jax
     import jax.numpy as jnp
 
-    if spec.layout == "bhtd":
-        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     q = _pad(q, 1, chunks.q_padded)
     k, v = (_pad(x, 1, chunks.k_padded) for x in (k, v))
     declared = {o.name: o for o in spec.operands}
@@ -91,7 +90,6 @@ def _attention(
     one = functools.partial(_one_sequence, spec, chunks, padded)
     out, lse = jax.vmap(one)(jnp.arange(spec.batch), q, k, v)
     out = out[:, : spec.q_len].astype(spec.out_dtype_name)
-    out = out if spec.layout == "bthd" else out.swapaxes(1, 2)
     return select(spec, out, lse[:, :, : spec.q_len])
 
 

@@ -1,7 +1,6 @@
 """torch's scaled_dot_product_attention, and flex_attention through torch.compile.
 
-Both take [b, h, t, d]; arrays in the layout "bthd" are handed over as views of that shape,
-which costs nothing within the call.
+Both take [b, h, t, d], the layout "bhtd".
 """
 
 from __future__ import annotations
@@ -77,18 +76,6 @@ def _outputs(spec: AttentionSpec) -> Callable[[Any], tuple[Array, ...]]:
     return outputs
 
 
-def _heads_first(spec: AttentionSpec, given: Mapping[str, Any]) -> list[Any]:
-    """q, k, v as [b, h, t, d]."""
-    swap = spec.layout == "bthd"
-    return [given[n].transpose(1, 2) if swap else given[n] for n in "qkv"]
-
-
-def _finished(spec: AttentionSpec, out: Any) -> Any:
-    """[b, h, t, d] in the spec's layout and dtype."""
-    out = out.transpose(1, 2) if spec.layout == "bthd" else out
-    return out.to(_dtype(spec.out_dtype_name))
-
-
 def _refuse(spec: AttentionSpec) -> str | None:
     if "lse" in spec.outputs:
         return "returns no lse on a CPU"
@@ -100,6 +87,7 @@ class SDPA:
 
     name = "torch SDPA"
     package = "torch"
+    layout = "bhtd"
 
     def refuse(self, spec: AttentionSpec) -> str | None:
         if (reason := _refuse(spec)) is not None:
@@ -118,7 +106,8 @@ class SDPA:
         from torch.nn.functional import scaled_dot_product_attention
 
         given = tensors(spec, arrays)
-        q, k, v = _heads_first(spec, given)
+        q, k, v = (given[n] for n in "qkv")
+        out_dtype = _dtype(spec.out_dtype_name)
         options: dict[str, Any] = {"scale": spec.scale_value}
         said, times = [], {}
         if _is_causal(spec):
@@ -138,7 +127,7 @@ class SDPA:
         def call() -> Any:
             with torch.no_grad():
                 out = scaled_dot_product_attention(q, k, v, **options)
-                return _finished(spec, out)
+                return out.to(out_dtype)
 
         return Ready(
             call, _outputs(spec), ", ".join(said) or "as it is", prepared_s=times
@@ -182,6 +171,7 @@ class Flex:
 
     name = "torch flex"
     package = "torch"
+    layout = "bhtd"
 
     def refuse(self, spec: AttentionSpec) -> str | None:
         return _refuse(spec)
@@ -196,7 +186,8 @@ class Flex:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         given = tensors(spec, arrays)
-        q, k, v = _heads_first(spec, given)
+        q, k, v = (given[n] for n in "qkv")
+        out_dtype = _dtype(spec.out_dtype_name)
         times = {}
         options: dict[str, Any] = {"scale": spec.scale_value}
         options["enable_gqa"] = spec.repeats > 1
@@ -219,7 +210,7 @@ class Flex:
 
         def call() -> Any:
             with torch.no_grad():
-                return _finished(spec, compiled(q, k, v, **options))
+                return compiled(q, k, v, **options).to(out_dtype)
 
         start = time.perf_counter()
         call()
