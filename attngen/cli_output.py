@@ -34,7 +34,7 @@ def status(text: str) -> Any:
     from rich.text import Text
 
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_interactive:
         click.echo(text, err=True)
     return console.status(Text(text))
 
@@ -45,27 +45,80 @@ def progressing(
 ) -> Iterator[Callable[[str], None]]:
     """Receives what is being done: lines on stderr, `first` before them.
 
-    On a terminal a spinner shows which of several things is tried ("3 of 8: …"), and only
-    what is found stays; not `lasting`, nothing does.
+    On a terminal a bar shows what is tried, how many of how many, the best so far and the
+    time that has passed; above it stays what is found; not `lasting`, nothing does.
     """
     from rich.console import Console
-    from rich.text import Text
 
     console = Console(stderr=True, highlight=False)
-    if not console.is_terminal:
+    if not console.is_interactive:
         if first:
             progress(first)
         yield progress
         return
-    with console.status(Text(first or "starting …")) as line:
+    from rich.live import Live
 
-        def say(text: str) -> None:
-            if not lasting or re.match(r"\d+ of \d+: ", text):
-                line.update(Text(text))
-            else:
-                console.print(Text(text))
+    display = Display(console, first or "starting …", lasting)
+    with Live(
+        console=console,
+        get_renderable=display.shown,
+        transient=True,
+        redirect_stdout=False,
+    ):
+        yield display.say
 
-        yield say
+
+_STEP = re.compile(r"(?:round )?(\d+) of (\d+)\b")
+_BEST = re.compile(r"(?:round|after) \d+.*?: ([^;]+)")
+_PASSING = re.compile(r"\d+ of \d+: |round \d+|timing ")  # replaced by the next
+
+
+class Display:
+    """The lines of bench and tuning as a bar, and the best so far below it."""
+
+    def __init__(self, console: Any, first: str, lasting: bool) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.table import Column
+
+        what = TextColumn(
+            "{task.description}",
+            markup=False,
+            table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+        )
+        self.bar = Progress(
+            TimeElapsedColumn(), BarColumn(16), what, console=console, expand=True
+        )
+        self.task = self.bar.add_task(first, total=None)
+        self.console, self.lasting = console, lasting
+        self.step = self.best = ""
+
+    def shown(self) -> Any:
+        from rich.console import Group
+        from rich.text import Text
+
+        best = f"best so far: {self.best}" if self.best else ""
+        return Group(self.bar, Text(best, no_wrap=True, overflow="ellipsis"))
+
+    def say(self, text: str) -> None:
+        from rich.text import Text
+
+        if found := _BEST.match(text):
+            self.best = found[1]
+        if self.lasting and not _PASSING.match(text):
+            if text.startswith(" ") and self.step:  # it is of the step: that stays too
+                self.console.print(Text(self.step))
+                self.step = ""
+            self.console.print(Text(text))
+            return
+        if found and self.lasting:  # a round of what is shown already
+            text = f"{self.step.split(',')[0]}, {text.split(':')[0]}"
+        self.step = text
+        self.bar.update(self.task, description=text)
+        if step := _STEP.match(text):
+            done, total = int(step[1]) - 1, int(step[2])  # it is at it
+            self.bar.update(self.task, completed=done, total=total)
+        elif text.startswith("timing "):
+            self.bar.tasks[0].total = None  # nobody knows how many rounds it takes
 
 
 def progress(text: str) -> None:

@@ -26,6 +26,7 @@ FAR = 1.5  # times the leader's: goes after any stage
 CLEAR = 1.03  # the lower quartile of each other's ratio to the leader's: it is clear
 SAVE_S = 0.2  # between two savings at least, and so many times what one takes
 SAVE_SHARE = 10
+SAY_S = 5.0  # between two lines about rounds at least
 PREPARE = 0.5  # of the time that is left: the most that is spent before timing
 CLIMB = 0.1  # of the allowance: with less left no more neighbours are tried
 
@@ -237,7 +238,8 @@ class _Search:
     def _stage(self, names: list[str], rounds: int) -> tuple[Rounds, bool]:
         """At least some rounds of those named; whether the allowance is spent."""
         over = False
-        begin = timing.clock()
+        begin = said = timing.clock()
+        self.say(f"timing {len(names)} plan{'' if len(names) == 1 else 's'} in turns")
 
         def on_sample(name: str, seconds: float, yardstick: float) -> None:
             known = self.candidates[name]
@@ -251,10 +253,15 @@ class _Search:
             self._save(soon=True)
 
         def on_round(found: Rounds) -> bool:
-            nonlocal over
+            nonlocal over, said
+            now = timing.clock()
             over = self._left() <= 0
-            long = timing.clock() - begin >= STAGE_S or found.count == MOST_ROUNDS
-            return over or (long and found.count >= rounds) or self._clear(found)
+            long = now - begin >= STAGE_S or found.count == MOST_ROUNDS
+            ended = over or (long and found.count >= rounds) or self._clear(found)
+            if not ended and now - said >= SAY_S:
+                self._report(f"round {found.count}")
+                said = now
+            return ended
 
         calls = {n: self._guarded(n) for n in names}
         try:
@@ -273,7 +280,7 @@ class _Search:
             return self._stage(rest, rounds) if rest else (Rounds({}), True)
         self._save()
         self.yardsticks += found.yardsticks_s
-        self._report(len(self.yardsticks))
+        self._report(f"after {len(self.yardsticks)} rounds")
         return found, over
 
     def _guarded(self, name: str) -> Call:
@@ -315,18 +322,18 @@ class _Search:
         leader = min(medians, key=lambda n: medians[n])
         return all(found.ratio(n, leader).low >= CLEAR for n in medians if n != leader)
 
-    def _report(self, rounds: int) -> None:
+    def _report(self, when: str) -> None:
         record = self.record
         ranked = self._racing(record)
         if not ranked:
             return
         first = ranked[0]
         took = show_time(timing.spread(first.samples_s).median)
-        text = f"after {rounds} rounds: {took} {self.describe(first.choice)}"
+        text = f"{when}: {took} {self.describe(first.choice)}"
         if len(ranked) > 1:
             standings = record.standings
             ahead = standings[ranked[1].identity] / standings[first.identity] - 1
-            text += f"; the next is {ahead:.0%} slower"
+            text += f"; {ahead:.0%} ahead"
         self.say(text)
 
 

@@ -62,6 +62,22 @@ def test_the_fastest_is_found_and_the_search_ends_early(monkeypatch):
     assert len(run.said) > len(DIFFERENT)
 
 
+def test_long_rounds_are_told_now_and_then(monkeypatch):
+    run = Run(monkeypatch, lambda i: 1.0 + i / 100)
+    run()
+    first = run.said.index("timing 8 plans in turns")
+    rounds = [line for line in run.said[first:] if line.startswith("round ")]
+    assert rounds[0].startswith("round 1: 1.00 s dense; 1% ahead")
+    assert max(map(len, rounds)) <= 100
+    assert run.said[-1].startswith("after ")
+    ends = [line for line in run.said if line.startswith("after ")]
+    starts = [line for line in run.said if line.startswith("timing ")]
+    assert len(starts) == len(ends)
+    quick = Run(monkeypatch, lambda i: 0.01 + i / 1000)
+    quick()
+    assert not [line for line in quick.said if line.startswith("round ")]
+
+
 def test_the_slower_half_goes(monkeypatch):
     run = Run(monkeypatch, lambda i: 0.1 * 1.01**i)
     found = run()
