@@ -12,6 +12,11 @@ from attngen.cli_spec import json_option, place_options, read_spec
 
 if TYPE_CHECKING:
     from attngen.records import Key
+    from attngen.wisdom import Only
+
+device_option = click.option(
+    "--device", metavar="TEXT", help="The device's model, or a part of it."
+)
 
 
 def _key(given: dict[str, Any], target: str | None, backend: str | None) -> Key:
@@ -19,6 +24,17 @@ def _key(given: dict[str, Any], target: str | None, backend: str | None) -> Key:
 
     spec = read_spec(given)
     return recalling.key_of(spec, targets.get(target), backends.get(backend))
+
+
+def _only(
+    given: dict[str, Any], target: str | None, backend: str | None, device: str | None
+) -> Only:
+    """The records that a command line names: what it doesn't say may be anything."""
+    from attngen.wisdom import Only
+
+    named = any(value is not None for value in given.values())
+    spec = _key(given, None, None).spec if named else None
+    return Only(spec=spec, target=target, backend=backend, device=device)
 
 
 def _records(count: int) -> str:
@@ -51,13 +67,23 @@ def where(as_json: bool) -> None:
 
 
 @wisdom.command()
+@device_option
 @place_options
-def show(target: str | None, backend: str | None, as_json: bool, **given: Any) -> None:
-    """List the records; with a spec, show all that was timed of it."""
+def show(
+    target: str | None,
+    backend: str | None,
+    device: str | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """List the records; with a spec, show all that was timed of it here.
+
+    Without a spec, or with --device, those of a --target, a --backend, a --device.
+    """
     from attngen import wisdom as known
     from attngen.units import show_time
 
-    if any(value is not None for value in given.values()):
+    if device is None and any(value is not None for value in given.values()):
         key = _key(given, target, backend)
         record = known.find(key)
         if as_json:
@@ -65,7 +91,10 @@ def show(target: str | None, backend: str | None, as_json: bool, **given: Any) -
         else:
             click.echo(known.why(key) if record is None else str(record))
         return
-    found = list(known.everything())
+    only = _only(given, target, backend, device)
+    found = list(known.everything(only))
+    if not found and only != known.ALL:
+        raise known.nothing(only)
     if as_json:
         print_json([{"file": str(p), **r.to_dict()} for p, r in found])
         return
@@ -110,12 +139,24 @@ def merge(paths: tuple[Path, ...], as_json: bool) -> None:
 
 @wisdom.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@json_option
-def export(path: Path, as_json: bool) -> None:
-    """Write all records to one file, to ship with a project or an image."""
+@device_option
+@place_options
+def export(
+    path: Path,
+    target: str | None,
+    backend: str | None,
+    device: str | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Write records to one file, to ship with a project or an image.
+
+    All of them, or those of a spec (of any device and version), a --target, a --backend,
+    a --device. A file that is there is replaced where it is wisdom.
+    """
     from attngen import wisdom as known
 
-    count = known.export(path)
+    count = known.export(path, _only(given, target, backend, device))
     if as_json:
         print_json({"path": str(path), "records": count})
     else:

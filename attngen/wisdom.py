@@ -12,7 +12,9 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -23,6 +25,41 @@ from attngen.records import Key, Record
 FORMAT = 1
 ENDING = "-cores.json"  # of the files that are written
 LOCK_S = 60.0  # that another process may hold a file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Only:
+    """Which records are meant: None, of any.
+
+    Args:
+        spec: as a key has it.
+        device: the model, or a part of it in letters of any case.
+    """
+
+    spec: dict[str, Any] | None = None
+    target: str | None = None
+    backend: str | None = None
+    device: str | None = None
+
+    def takes(self, key: Key) -> bool:
+        """Whether a record of that key is meant."""
+        same = all(
+            asked in (None, own)
+            for asked, own in [
+                (self.spec, key.spec),
+                (self.target, key.target),
+                (self.backend, key.backend),
+            ]
+        )
+        return same and (self.device or "").lower() in key.device.lower()
+
+    def __str__(self) -> str:
+        named = {"target": self.target, "backend": self.backend, "device": self.device}
+        words = [f"{n} {v!r}" for n, v in named.items() if v is not None]
+        return ", ".join(["this spec"] * (self.spec is not None) + words)
+
+
+ALL = Only()
 
 
 def folder() -> Path:
@@ -90,7 +127,7 @@ def read(path: Path) -> tuple[Record, ...]:
         raise _damaged(path, str(error.got)) from error
 
 
-def everything() -> Iterator[tuple[Path, Record]]:
+def everything(only: Only = ALL) -> Iterator[tuple[Path, Record]]:
     """Each record of each place, with its file.
 
     Raises:
@@ -99,7 +136,8 @@ def everything() -> Iterator[tuple[Path, Record]]:
     for place in places():
         for path in files_of(place):
             for record in read(path):
-                yield path, record
+                if only.takes(record.key):
+                    yield path, record
 
 
 def find(key: Key) -> Record | None:
@@ -189,21 +227,45 @@ def merge(paths: Iterable[Path]) -> dict[Path, int]:
     return {path: len(records) for path, records in by_file.items()}
 
 
-def export(path: Path) -> int:
-    """Write all records of all places to one file, to ship; returns how many.
+def export(path: Path, only: Only = ALL) -> int:
+    """Write records of all places to one file, to ship; returns how many.
+
+    A file that is there is replaced where it is wisdom, and only there.
 
     Raises:
         WisdomError: there are none, a file can't be read as wisdom, or path can't be written.
     """
-    records = _merged(r for _, r in everything())
+    records = _merged(r for _, r in everything(only))
     if not records:
-        raise WisdomError(
-            "There is no wisdom to export.",
+        raise nothing(only)
+    if path.exists():
+        read(path)
+    _write(path, records)
+    return len(records)
+
+
+def nothing(only: Only = ALL) -> WisdomError:
+    """What to say where there is no record of what is asked for."""
+    known = {r.key.text: r.key for _, r in everything()}.values()
+    if not known:
+        return WisdomError(
+            "There is no wisdom yet.",
             got=", ".join(map(str, places())),
             needed="a record; `attngen tune` makes them",
         )
-    _write(path, records)
-    return len(records)
+    found = {
+        "spec": () if only.spec is None else [f"{len(known)} records, of other specs"],
+        "target": {k.target for k in known if only.target},
+        "backend": {k.backend for k in known if only.backend},
+        "device": {k.device for k in known if only.device},
+    }
+    words = [f"{n}: {', '.join(sorted(v))}" for n, v in found.items() if v]
+    return WisdomError(
+        "There is no record of what is asked for.",
+        got=str(only),
+        needed="of what there is: " + "; ".join(words),
+        hint="`attngen wisdom show` lists all",
+    )
 
 
 def clear() -> tuple[Path, ...]:

@@ -1,5 +1,6 @@
 """`attngen tune` and `attngen wisdom`: what they print, how they end, what they keep."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -98,6 +99,72 @@ def test_records_are_exported_cleared_and_merged(record, tmp_path):
     merged = json.loads(run("wisdom", "merge", exported, "--json")[0])
     assert list(merged["written"].values()) == [1]
     assert wisdom.find(record.key) == record
+
+
+@pytest.fixture
+def three(record):
+    """Records of two specs here, and of one on another device."""
+    other = recalling.key_of(dataclasses.replace(SPEC, q_len=41), TARGET, JAX)
+    wisdom.add(dataclasses.replace(record, key=other))
+    abacus = {"target": "abacus", "device": "Abacus 3000", "backend": "beads"}
+    wisdom.add(
+        dataclasses.replace(record, key=dataclasses.replace(record.key, **abacus))
+    )
+    return record
+
+
+CHOSEN = {
+    "all": ((), 3),
+    "a spec": (SMALL, 2),
+    "a spec with a budget": ((*SMALL, "--budget", "1MiB"), 2),
+    "a target": (("--target", "cpu"), 2),
+    "a backend": (("--backend", "beads"), 1),
+    "a device": (("--device", "abacus"), 1),
+    "a spec of a target": ((*SMALL, "--target", "abacus"), 1),
+    "a spec of a device": ((*SMALL, "--device", "3000"), 1),
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_records_to_export_are_chosen(name, three, tmp_path):
+    arguments, count = CHOSEN[name]
+    path = tmp_path / "some.json"
+    said = json.loads(run("wisdom", "export", path, *arguments, "--json")[0])
+    assert said == {"path": str(path), "records": count}
+    assert len(wisdom.read(path)) == count
+    if not set(SMALL) & set(arguments) or "--device" in arguments:
+        listed = json.loads(run("wisdom", "show", *arguments, "--json")[0])
+        assert len(listed) == count
+
+
+def test_a_spec_to_export_may_be_a_file_or_a_preset(three, tmp_path):
+    path, spec = tmp_path / "some.json", tmp_path / "spec.toml"
+    spec.write_text(SPEC.to_toml())
+    assert run("wisdom", "export", path, spec)[0].startswith("2 records into ")
+    error = refused("WisdomError", "wisdom", "export", path, "--preset", "llama3-8b")
+    assert error["got"] == "this spec"
+    assert len(wisdom.read(path)) == 2
+
+
+def test_what_no_record_is_of_is_named(three, tmp_path):
+    path = tmp_path / "some.json"
+    for command in (("export", path), ("show",)):
+        error = refused("WisdomError", "wisdom", *command, "--target", "nonsense")
+        assert error["got"] == "target 'nonsense'"
+        assert error["needed"] == "of what there is: target: abacus, cpu"
+        error = refused("WisdomError", "wisdom", *command, "--device", "no", *SMALL)
+        assert TARGET.model in error["needed"]
+    assert not path.exists()
+
+
+def test_an_export_replaces_wisdom_and_nothing_else(record, tmp_path):
+    path = tmp_path / "spec.toml"
+    path.write_text("q_len = 3")
+    assert "damaged" in refused("WisdomError", "wisdom", "export", path)["what"]
+    assert path.read_text() == "q_len = 3"
+    refused("WisdomError", "wisdom", "export", tmp_path)
+    wisdom.export(tmp_path / "all.json")
+    assert run("wisdom", "export", tmp_path / "all.json")[0].startswith("1 record ")
 
 
 def test_dir_names_each_place(record, folder):
