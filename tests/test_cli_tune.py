@@ -2,11 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -211,49 +206,6 @@ def test_an_interrupt_says_what_is_kept_and_prints_it(monkeypatch, record):
     out, err = run("tune", *SMALL, code=FAILED)
     assert out == ""
     assert "interrupted; 0 samples" in err
-
-
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=lambda s: s.name)
-def test_a_killed_tuning_keeps_its_samples(sent, folder, process_environment, tmp_path):
-    command = [str(Path(sys.executable).parent / "attngen"), "tune", *SMALL]
-    environment = process_environment | {"ATTNGEN_WISDOM": str(folder)}
-    with (tmp_path / "log").open("wb") as log:
-        # a slow kernel would do; a slow machine does: one plan, timed for long
-        code = (
-            "import sys\n"
-            "from attngen import timing, tuner\n"
-            "tuner.MOST['measure'] = 1\n"
-            "tuner.STAGES, tuner.MOST_ROUNDS = (10**6,), 10**6\n"
-            "from attngen.cli import main\n"
-            "main(sys.argv[1:])\n"
-        )
-        started = subprocess.Popen(
-            [sys.executable, "-c", code, *command[1:]],
-            env=environment,
-            stderr=log,
-            stdout=log,
-        )
-    path = wisdom.path_of(
-        recalling.key_of(
-            attngen.AttentionSpec(q_heads=2, q_len=40, qk_dim=8), TARGET, JAX
-        )
-    )
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and started.poll() is None:
-        known = wisdom.read(path)[0].candidates if path.exists() else ()
-        if known and len(known[0].samples_s) >= 5:
-            break
-        time.sleep(0.05)
-    os.kill(started.pid, sent)
-    started.wait(30)
-    record = wisdom.read(path)[0]
-    assert len(record.candidates[0].samples_s) >= 5
-    assert record.effort == "unfinished"
-    said = (tmp_path / "log").read_text()
-    assert "Traceback" not in said
-    if sent == signal.SIGINT:
-        assert started.returncode == 1
-        assert "interrupted; " in said
 
 
 def test_the_exit_code_of_a_refused_process(process_environment, tmp_path):
