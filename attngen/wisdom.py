@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import re
 import tempfile
@@ -20,11 +21,13 @@ import msgspec
 
 from attngen import files
 from attngen.errors import FileError, WisdomError
+from attngen.interrupts import undisturbed
 from attngen.records import Key, Record
 
 FORMAT = 1
 ENDING = "-cores.json"  # of the files that are written
 LOCK_S = 60.0  # that another process may hold a file
+WAIT_S = 0.2  # of that at a time: between two, an interrupt is heard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,24 +325,31 @@ def _lock_of(path: Path) -> Path:
 def _locked(path: Path) -> Iterator[None]:
     """No other process writes the file meanwhile; its folder is made.
 
+    An interrupt waits meanwhile, but not while another process has the lock.
+
     Raises:
         WisdomError: the folder can't be made or written, or the lock isn't let go.
     """
     import filelock
 
-    lock = filelock.FileLock(_lock_of(path), timeout=LOCK_S)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise _unwritable(path, f"locked for more than {LOCK_S:.0f} s") from error
-    except (OSError, NotImplementedError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise _unwritable(path, reason) from error
-    try:
-        yield
-    finally:
-        lock.release()
+    for _ in range(math.ceil(LOCK_S / WAIT_S)):
+        with undisturbed():
+            lock = filelock.FileLock(_lock_of(path), timeout=min(WAIT_S, LOCK_S))
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+            except filelock.Timeout:
+                continue
+            except (OSError, NotImplementedError) as error:
+                reason = error.strerror if isinstance(error, OSError) else str(error)
+                raise _unwritable(path, reason) from error
+            try:
+                yield
+            finally:
+                lock.release()
+                del lock  # its finaliser would swallow an interrupt
+            return
+    raise _unwritable(path, f"locked for more than {LOCK_S:.0f} s")
 
 
 def _unreadable(path: Path, got: object) -> WisdomError:
