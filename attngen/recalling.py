@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import textwrap
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from attngen.emitter import Source
 
 Fix = Mapping[str, Option]
+WIDTH = 100
 SHOWN = 5  # other plans that were timed, in a plan's explanation
 
 
@@ -82,8 +85,9 @@ def recall(
     if record is None or not _searched(record, spec, target, by, effort, fix):
         return None
     for candidate in record.ranked(spec.budget_bytes, fix):
-        if (plan := _current(candidate, spec, target, by)) is not None:
-            others = _others(record, candidate, spec, fix)
+        plan = _current(candidate, spec, target, by)
+        if isinstance(plan, Plan):
+            others = _others(record, candidate, spec, target, by, fix)
             chosen = dataclasses.replace(
                 plan, spec=spec, fixed=tuple(fix), alternatives=others
             )
@@ -111,12 +115,19 @@ def _searched(
 
 
 def _others(
-    record: Record, chosen: Candidate, spec: AttentionSpec, fix: Fix
+    record: Record,
+    chosen: Candidate,
+    spec: AttentionSpec,
+    target: Target,
+    by: Backend,
+    fix: Fix,
 ) -> tuple[Alternative, ...]:
-    """What else was timed, in the order of its speed, with the reason against it."""
-    made = []
+    """What else was timed and can be had, in the order of its speed, and why it isn't."""
+    made: list[Alternative] = []
     for c in record.ranked(None, fix):
-        if c == chosen:
+        if len(made) == SHOWN:
+            break
+        if c == chosen or not isinstance(_current(c, spec, target, by), Plan):
             continue
         if c.fits(spec.budget_bytes):
             ratio = record.standings[c.identity] / record.standings[chosen.identity]
@@ -128,18 +139,32 @@ def _others(
         seconds = timing.spread(c.samples_s).median
         need = c.modelled_bytes if c.temp_bytes is None else c.temp_bytes
         made.append(Alternative(c.choice, need, seconds, reason))
-    return tuple(made[:SHOWN])
+    return tuple(made)
 
 
 def _current(
     candidate: Candidate, spec: AttentionSpec, target: Target, by: Backend
-) -> Plan | None:
-    """The plan of a candidate, if it is emitted today as it was when it was timed."""
+) -> Plan | str:
+    """The plan of a candidate, if it is emitted today as it was when it was timed.
+
+    If not, the reason: plans may have other choices today, or other values, or be spelled
+    otherwise.
+    """
+    choice = candidate.choice
+    axes = by.space(spec, target).get(str(choice.get("algorithm")))
+    if axes is None:
+        return f"algorithm {choice.get('algorithm')!r:.40} isn't known"
+    for name in (n for n in choice if n not in ("algorithm", *axes)):
+        return f"choice {name!r:.40} isn't known"
+    for name in (n for n in axes if n not in choice):
+        return f"choice {name!r}, which plans have now, isn't said"
     try:
-        plan = neutral(spec, target, by, candidate.choice)
-        return plan if emit(plan).digest == candidate.digest else None
-    except AttngenError:  # a choice that is no longer known, or legal
-        return None
+        plan = neutral(spec, target, by, choice)
+        if emit(plan).digest == candidate.digest:
+            return plan
+        return "they would be emitted differently today"
+    except AttngenError as error:  # a value that is no longer legal
+        return f"they aren't legal today: {error.needed}"
 
 
 def why(spec: AttentionSpec, target: Target, by: Backend) -> str:
@@ -156,11 +181,13 @@ def why(spec: AttentionSpec, target: Target, by: Backend) -> str:
     timed = () if record is None else record.ranked()
     if record is None or not record.finished or not timed:
         return lines[0]
-    current = [c for c in timed if _current(c, spec, target, by) is not None]
-    if stale := len(timed) - len(current):
-        lines.append(
-            f"{stale} of the {len(timed)} plans that were timed aren't used: they would be "
-            "emitted differently today."
+    found = [(c, _current(c, spec, target, by)) for c in timed]
+    current = [c for c, plan in found if isinstance(plan, Plan)]
+    stale = Counter(reason for _, reason in found if isinstance(reason, str))
+    for reason, count in stale.items():
+        lines += textwrap.wrap(
+            f"{count} of the {len(timed)} plans that were timed aren't used: {reason}.",
+            WIDTH,
         )
     if current and not any(c.fits(spec.budget_bytes) for c in current):
         least = min(c.temp_bytes for c in current if c.temp_bytes is not None)
@@ -173,4 +200,6 @@ def why(spec: AttentionSpec, target: Target, by: Backend) -> str:
         )
     elif current:
         lines.append("`build` uses it.")
+    else:
+        lines.append("Nothing is left of it: tune again.")
     return "\n".join(lines)
