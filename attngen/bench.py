@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from attngen import api, backends, inputs, reference, targets, timing, validator
+from attngen import api, backends, inputs, reference, targets, timing, tuning, validator
 from attngen import peers as known
 from attngen.comparison import (
     EXACT,
@@ -77,7 +77,8 @@ def compare(
         BackendError: the backend has no compiled functions to time.
         PeerError: there is no such peer.
         PlanError: there are no rounds.
-        TimingError: the clock stands, or the machine is too noisy to tell anything.
+        TimingError: the clock stands, the machine is too noisy to tell anything, or its
+            memory too small for the inputs.
         As `build`, of attngen's own kernel.
     """
     device = _here(target)
@@ -93,6 +94,7 @@ def compare(
             got=f"rounds={rounds}",
             needed="at least 1; 15 make a steady median",
         )
+    tuning.check_room(spec, device)
     say = on_progress or (lambda line: None)
     say("building attngen's own …")
     kernel = api.build(spec, target, "jax", effort, fix, on_progress=on_progress)

@@ -64,6 +64,38 @@ class Key:
         return [f"{n}: {_short(own.get(n))} ≠ {_short(others.get(n))}" for n in names]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Only:
+    """Which records are meant: None, of any.
+
+    Args:
+        spec: as a key has it.
+        device: the model, or a part of it in letters of any case.
+    """
+
+    spec: dict[str, Any] | None = None
+    target: str | None = None
+    backend: str | None = None
+    device: str | None = None
+
+    def takes(self, key: Key) -> bool:
+        """Whether a record of that key is meant."""
+        same = all(
+            asked in (None, own)
+            for asked, own in [
+                (self.spec, key.spec),
+                (self.target, key.target),
+                (self.backend, key.backend),
+            ]
+        )
+        return same and (self.device or "").lower() in key.device.lower()
+
+    def __str__(self) -> str:
+        named = {"target": self.target, "backend": self.backend, "device": self.device}
+        words = [f"{n} {v!r}" for n, v in named.items() if v is not None]
+        return ", ".join(["this spec"] * (self.spec is not None) + words)
+
+
 def _short(value: Any) -> str:
     if value is None:
         return "none"

@@ -21,6 +21,7 @@ clock: Callable[[], float] = time.perf_counter  # seconds, from any beginning
 
 FILL_S = 0.010  # a sample of shorter calls is the mean of as many as fill this
 MOST_CALLS = 10_000  # of one sample
+STANDS_S = 1.0  # of work that a clock may not see before it is said to stand
 NOISY = 0.1  # of `noise`: neighbouring rounds differ by 10%; said, and more rounds help
 USELESS = 2.0  # neighbouring rounds differ by a factor of three: nothing can be told
 ENOUGH = 5  # rounds before noise can be told
@@ -100,12 +101,16 @@ def sample(call: Call) -> float:
     Raises:
         TimingError: the clock doesn't advance.
     """
+    begin, count = time.process_time(), 1
     seconds = _seconds(call, 1)
-    if seconds >= FILL_S:
-        return seconds
-    count = math.ceil(FILL_S / seconds) if seconds > 0 else MOST_CALLS
-    count = min(count, MOST_CALLS)
-    seconds = _seconds(call, count) / count
+    while not seconds > 0 and count < MOST_CALLS:  # a coarse clock, or one that stands
+        if time.process_time() - begin > STANDS_S:
+            break
+        count = min(2 * count, MOST_CALLS)
+        seconds = _seconds(call, count) / count
+    if 0 < seconds * count < FILL_S:
+        count = min(math.ceil(FILL_S / seconds), MOST_CALLS)
+        seconds = _seconds(call, count) / count
     if not (seconds > 0 and math.isfinite(seconds)):
         raise TimingError(
             "The clock doesn't advance.",

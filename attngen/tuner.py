@@ -280,7 +280,8 @@ class _Search:
             return self._stage(rest, rounds) if rest else (Rounds({}), True)
         self._save()
         self.yardsticks += found.yardsticks_s
-        self._report(f"after {len(self.yardsticks)} rounds")
+        count = len(self.yardsticks)
+        self._report(f"after {count} round{'' if count == 1 else 's'}")
         return found, over
 
     def _guarded(self, name: str) -> Call:

@@ -23,6 +23,7 @@ from attngen.recalling import key_of, neutral
 from attngen.records import Candidate, Record, canonical
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
+from attngen.units import show_bytes
 
 if TYPE_CHECKING:
     from attngen.emitter import Source
@@ -53,6 +54,27 @@ def check_seconds(seconds: float | None) -> None:
         )
 
 
+def check_room(spec: AttentionSpec, target: Target) -> None:
+    """Refuse what would fill the memory before it fails.
+
+    Raises:
+        TimingError: inputs and outputs are more than the target's memory.
+    """
+    operands = (o.name for o in spec.operands)
+    need = spec.bytes_of("q", "k", "v", *spec.outputs, *operands)
+    if target.memory_bytes is not None and need > target.memory_bytes:
+        raise _no_room(f"{show_bytes(need)} of {show_bytes(target.memory_bytes)}")
+
+
+def _no_room(got: str) -> TimingError:
+    return TimingError(
+        "The inputs don't fit this machine's memory.",
+        got=got,
+        needed="memory for q, k, v and the output",
+        hint="a smaller spec, or a larger machine",
+    )
+
+
 def tune(
     spec: AttentionSpec,
     target: Target,
@@ -66,6 +88,7 @@ def tune(
     from attngen import shortlist, tuner, wisdom
 
     check_seconds(seconds)
+    check_room(spec, target)
     ranked = planner.rank(spec, target, by, fix, smallest=TRIES)
     key = key_of(spec, target, by)
     wisdom.check_writable(key)
@@ -121,12 +144,7 @@ class _Preparer:
             given = inputs.arrays(spec)
             return {n: self.by.array(x, spec.dtype_of(n)) for n, x in given.items()}
         except (MemoryError, RuntimeError) as error:
-            raise TimingError(
-                "The inputs don't fit this machine's memory.",
-                got=f"{type(error).__name__}: {error!s:.200}",
-                needed="memory for q, k, v and the output",
-                hint="tune a smaller spec, or on a larger machine",
-            ) from error
+            raise _no_room(f"{type(error).__name__}: {error!s:.200}") from error
 
     def __call__(self, plan: Plan, upcoming: Sequence[Plan]) -> Prepared:
         from attngen import tuner

@@ -13,63 +13,45 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from attngen import files
 from attngen.errors import FileError, WisdomError
 from attngen.interrupts import undisturbed
-from attngen.records import Key, Record
+from attngen.records import Key, Only, Record
+from attngen.units import show_bytes
 
 FORMAT = 1
 ENDING = "-cores.json"  # of the files that are written
 LOCK_S = 60.0  # that another process may hold a file
+MOST_BYTES = 2**30  # of a file: more than hundreds of devices' worth
+SWITCHES = ("0", "1", "off", "on", "no", "yes", "none", "false", "true", "disabled")
 WAIT_S = 0.2  # of that at a time: between two, an interrupt is heard
-
-
-@dataclass(frozen=True, kw_only=True)
-class Only:
-    """Which records are meant: None, of any.
-
-    Args:
-        spec: as a key has it.
-        device: the model, or a part of it in letters of any case.
-    """
-
-    spec: dict[str, Any] | None = None
-    target: str | None = None
-    backend: str | None = None
-    device: str | None = None
-
-    def takes(self, key: Key) -> bool:
-        """Whether a record of that key is meant."""
-        same = all(
-            asked in (None, own)
-            for asked, own in [
-                (self.spec, key.spec),
-                (self.target, key.target),
-                (self.backend, key.backend),
-            ]
-        )
-        return same and (self.device or "").lower() in key.device.lower()
-
-    def __str__(self) -> str:
-        named = {"target": self.target, "backend": self.backend, "device": self.device}
-        words = [f"{n} {v!r}" for n, v in named.items() if v is not None]
-        return ", ".join(["this spec"] * (self.spec is not None) + words)
 
 
 ALL = Only()
 
 
 def folder() -> Path:
-    """Where this user's wisdom is; ATTNGEN_WISDOM names another folder."""
+    """Where this user's wisdom is; ATTNGEN_WISDOM names another folder.
+
+    Raises:
+        WisdomError: it names a file, or looks like a switch, which it isn't.
+    """
     named = os.environ.get("ATTNGEN_WISDOM")
     if named:
-        return Path(named)
+        path = Path(os.path.expanduser(named))
+        switch = named.lower() in SWITCHES
+        if switch or (_there(path) and not path.is_dir()):
+            raise WisdomError(
+                "ATTNGEN_WISDOM names a folder.",
+                got=f"ATTNGEN_WISDOM={named}" + ("" if switch else ", a file"),
+                needed="a folder, which is made where it isn't there; or leave it unset",
+                hint=f"./{named} is a folder of that name" if switch else None,
+            )
+        return path
     import platformdirs
 
     return Path(platformdirs.user_data_dir("attngen")) / "wisdom"
@@ -78,7 +60,8 @@ def folder() -> Path:
 def places() -> tuple[Path, ...]:
     """All folders and files that are read: the user's own, ATTNGEN_WISDOM_PATH's, packaged."""
     listed = os.environ.get("ATTNGEN_WISDOM_PATH", "").split(os.pathsep)
-    return (folder(), *(Path(p) for p in listed if p), files.package() / "wisdom_data")
+    others = (Path(os.path.expanduser(p)) for p in listed if p)
+    return (folder(), *others, files.package() / "wisdom_data")
 
 
 def path_of(key: Key) -> Path:
@@ -94,9 +77,9 @@ def files_of(place: Path) -> list[Path]:
         WisdomError: the folder can't be read.
     """
     try:
-        if place.is_dir():
-            return sorted(p for p in place.iterdir() if p.suffix == ".json")
-        return [place] if place.exists() else []
+        if not place.is_dir():
+            return [place] if place.exists() else []
+        return sorted(p for p in place.iterdir() if p.suffix == ".json")
     except OSError as error:
         raise _unreadable(place, error.strerror) from error
 
@@ -107,6 +90,10 @@ def read(path: Path) -> tuple[Record, ...]:
     Raises:
         WisdomError: it can't be read, is damaged, or is of another format.
     """
+    if _there(path) and not path.is_file():  # reading a pipe may never end
+        raise _unreadable(path, "no regular file")
+    if _there(path) and (size := path.stat().st_size) > MOST_BYTES:
+        raise _unreadable(path, f"a file of {show_bytes(size)}")
     try:
         data = msgspec.json.decode(files.read(path))
     except FileError as error:
@@ -196,7 +183,7 @@ def check_writable(key: Key) -> None:
     """
     path = path_of(key)
     with _locked(path):
-        if path.exists():
+        if _there(path):
             read(path)
         try:
             handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writable-")
@@ -223,7 +210,7 @@ def merge(paths: Iterable[Path]) -> dict[Path, int]:
             for record in read(path):
                 by_file.setdefault(path_of(record.key), []).append(record)
     for path in by_file:
-        if path.exists():
+        if _there(path):
             read(path)
     for path, records in by_file.items():
         _add(path, records)
@@ -241,7 +228,7 @@ def export(path: Path, only: Only = ALL) -> int:
     records = _merged(r for _, r in everything(only))
     if not records:
         raise nothing(only)
-    if path.exists():
+    if _there(path):
         read(path)
     _write(path, records)
     return len(records)
@@ -296,7 +283,7 @@ def clear() -> tuple[Path, ...]:
 
 def _add(path: Path, records: list[Record]) -> None:
     with _locked(path):
-        known = read(path) if path.exists() else ()
+        known = read(path) if _there(path) else ()
         _write(path, _merged([*known, *records]))
 
 
@@ -350,6 +337,18 @@ def _locked(path: Path) -> Iterator[None]:
                 del lock  # its finaliser would swallow an interrupt
             return
     raise _unwritable(path, f"locked for more than {LOCK_S:.0f} s")
+
+
+def _there(path: Path) -> bool:
+    """Whether a file or a folder is there.
+
+    Raises:
+        WisdomError: what it is in can't be searched.
+    """
+    try:
+        return path.exists()
+    except OSError as error:
+        raise _unreadable(path, error.strerror) from error
 
 
 def _unreadable(path: Path, got: object) -> WisdomError:

@@ -42,6 +42,7 @@ REFUSED = {
     "a target": ("TargetError", *LLAMA, "--target", "abacus"),
     "a target elsewhere": ("TargetError", *LLAMA, "--target", "h100"),
     "a TPU": ("TargetError", *LLAMA, "--target", "tpu-v5e"),
+    "an older TPU": ("TargetError", *LLAMA, "--target", "tpu-v3"),
     "a backend": ("BackendError", *LLAMA, "--backend", "abacus"),
     "a peer": ("PeerError", *LLAMA, "--peers", "plain,flash"),
     "no peer": ("PeerError", *LLAMA, "--peers", ""),

@@ -1,12 +1,13 @@
 """`attngen tune` and `attngen wisdom`: what they print, how they end, what they keep."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 from commands import FAILED, SMALL, WRONG, process, refused, run
-from machine import candidate
+from machine import Machine, candidate
 
 import attngen
 from attngen import backends, planner, recalling, targets, timing, tuner, tuning, wisdom
@@ -177,9 +178,56 @@ def test_build_takes_what_was_timed(record, sizes):
     }
 
 
-@pytest.mark.parametrize("seconds", ["0", "-3", "nan"])
+@pytest.mark.parametrize(
+    "seconds", ["0", "-3", "nan", "inf", "-inf", "1e999", "1e-400"]
+)
 def test_the_command_refuses_no_time(seconds):
     refused("PlanError", "tune", *SMALL, "--seconds", seconds)
+
+
+def test_next_to_no_time_is_enough_for_one_plan(sizes):
+    assert "time for 1 of " in run("tune", *SMALL, "--seconds", "1e-9")[1]
+
+
+@pytest.mark.parametrize("noise", [(1.0, 40.0), (1.0,)], ids=["noisy", "standing"])
+def test_useless_samples_end_it_with_words(noise, sizes, monkeypatch):
+    """Nothing that was kept before is lost."""
+    monkeypatch.setattr(timing, "USELESS", 2.0)
+    monkeypatch.setattr(timing, "STANDS_S", 0.01)
+    monkeypatch.setitem(tuner.MOST, "measure", 2)
+    machine = Machine(monkeypatch, noise)
+    if noise == (1.0,):
+        monkeypatch.setattr(timing, "clock", lambda: 5.0)
+    else:  # each round is forty times as slow as the one before, or as fast
+        interleaved, turns = timing.interleaved, itertools.count()
+        slow = lambda: machine.work(0.02 * (1, 40)[next(turns) % 2])()  # noqa: E731
+        monkeypatch.setattr(
+            timing,
+            "interleaved",
+            lambda *a, **k: interleaved(*a, **k | {"yardstick": slow}),
+        )
+    for as_json in ((), ("--json",)):
+        out, err = run("tune", *SMALL, *as_json, code=FAILED)
+        assert out == ""
+        assert "clock" in err or "too noisy" in err
+        assert "Traceback" not in err
+    assert all(r.effort != "measure" for _, r in wisdom.everything())
+
+
+@pytest.mark.parametrize("named", ["off", "file"])
+def test_commands_say_that_wisdom_needs_a_folder(named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("[]")
+    monkeypatch.setenv("ATTNGEN_WISDOM", named)
+    for command in (("show",), ("why", *SMALL), ("dir",), ("export", "all.json")):
+        assert "names a folder" in refused("WisdomError", "wisdom", *command)["what"]
+    refused("WisdomError", "tune", *SMALL)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_that_there_is_no_wisdom_yet_is_said(folder):
+    assert run("wisdom", "show")[0].startswith(f"There is no wisdom yet: {folder}")
+    assert json.loads(run("wisdom", "show", "--json")[0]) == []
 
 
 def test_the_commands_name_a_damaged_file(folder):

@@ -1,6 +1,7 @@
 """The clock: samples, rounds, spreads, noise."""
 
 import itertools
+import time
 
 import pytest
 from machine import Machine
@@ -57,6 +58,35 @@ def test_contenders_take_turns(monkeypatch):
     assert found.ratio("b", "a").median == pytest.approx(2)
     ended = timing.interleaved(calls, 30, on_round=lambda r: r.count == 2)
     assert ended.count == 2
+
+
+@pytest.mark.parametrize("tick", [0.0, -0.001, float("nan")])
+def test_a_clock_that_stands_is_found_soon(tick, monkeypatch):
+    """And not after as many calls as would fill a sample."""
+    ticks = itertools.count()
+    monkeypatch.setattr(timing, "clock", lambda: 5 + tick * next(ticks))
+    monkeypatch.setattr(timing, "STANDS_S", 0.02)
+    calls = []
+
+    def call():
+        calls.append(1)
+        end = time.process_time() + 0.001
+        while time.process_time() < end:
+            pass
+
+    with refused(TimingError, "doesn't advance"):
+        timing.sample(call)
+    assert len(calls) < 200
+
+
+def test_a_coarse_clock_needs_more_calls(monkeypatch):
+    now = itertools.count()
+    monkeypatch.setattr(timing, "clock", lambda: next(now) // 30 * 0.03)
+
+    def call():
+        next(now)  # a thousandth of a second; the clock shows thirty at a time
+
+    assert 0.0005 < timing.sample(call) < 0.003
 
 
 def test_a_slow_change_is_no_noise_and_a_quick_one_is():

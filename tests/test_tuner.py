@@ -10,9 +10,12 @@ from test_records import JAX, KEY, PLANS
 
 from attngen import planner, shortlist, targets, timing, tuner
 from attngen.errors import CompileError, TimingError
-from attngen.records import Record
+from attngen.records import Record, canonical
 
 DIFFERENT = shortlist.different(PLANS, 8)
+TRIED = {canonical(p.choice) for p in DIFFERENT}
+# the one with the most neighbours that the model doesn't propose
+LEADER = max(DIFFERENT, key=lambda p: len(shortlist.neighbours(p.choice, PLANS, TRIED)))
 
 
 class Run:
@@ -67,7 +70,8 @@ def test_long_rounds_are_told_now_and_then(monkeypatch):
     run()
     first = run.said.index("timing 8 plans in turns")
     rounds = [line for line in run.said[first:] if line.startswith("round ")]
-    assert rounds[0].startswith("round 1: 1.00 s dense; 1% ahead")
+    assert rounds[0].startswith("round 1: 1.00 s ")
+    assert rounds[0].endswith("; 1% ahead")
     assert max(map(len, rounds)) <= 100
     assert run.said[-1].startswith("after ")
     ends = [line for line in run.said if line.startswith("after ")]
@@ -102,7 +106,7 @@ def test_a_stage_of_short_calls_has_more_rounds(monkeypatch):
 
 def test_patient_climbs_from_the_fastest_to_its_neighbours(monkeypatch):
     """Its neighbours are quicker, and theirs: what the model never proposed."""
-    chosen = DIFFERENT[2].choice
+    chosen = LEADER.choice
     monkeypatch.setattr(shortlist, "NEAR", 3)
 
     def apart(plan):
@@ -110,7 +114,7 @@ def test_patient_climbs_from_the_fastest_to_its_neighbours(monkeypatch):
 
     def prepare(plan, upcoming):
         run.asked.append(plan)
-        seconds = 0.2 if plan in DIFFERENT and plan != DIFFERENT[2] else 0.1
+        seconds = 0.2 if plan in DIFFERENT and plan != LEADER else 0.1
         return prepared(plan, run.machine.work(seconds / (1 + apart(plan) / 4)))
 
     run = Run(monkeypatch, None)
@@ -130,13 +134,13 @@ def test_patient_ends_where_no_neighbour_is_faster(monkeypatch):
 
     def prepare(plan, upcoming):
         asked.append(plan)
-        seconds = 0.1 if plan == DIFFERENT[2] else 0.2
+        seconds = 0.1 if plan == LEADER else 0.2
         return prepared(plan, run.machine.work(seconds))
 
     run = Run(monkeypatch, None)
     run.prepare = prepare
     found = run("patient", others=PLANS)
-    assert found.best().choice == DIFFERENT[2].choice
+    assert found.best().choice == LEADER.choice
     assert len(DIFFERENT) < len(asked) <= len(DIFFERENT) + shortlist.NEAR
 
 

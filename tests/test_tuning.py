@@ -341,6 +341,15 @@ def test_inputs_beyond_memory_are_refused(no_compiler, monkeypatch):
     assert "TimingError" in run("tune", *SMALL, code=FAILED)[1]
 
 
+def test_inputs_larger_than_the_machine_are_not_even_made(no_compiler):
+    huge = (*SMALL, "--q-len", str(10**9), "--kv-len", "1", "--q-offset", "0")
+    for command in ("tune", "bench"):
+        out, err = run(command, *huge, code=FAILED)
+        assert out == ""
+        assert "The inputs don't fit this machine's memory." in err
+    assert not wisdom.folder().exists()
+
+
 def test_a_budget_that_nothing_is_certified_within_is_refused(certificates):
     certificates(lambda source: 5000)
     for act in (attngen.tune, lambda spec: attngen.build(spec, effort="measure")):

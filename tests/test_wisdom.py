@@ -128,6 +128,82 @@ def test_a_damaged_file_is_named_and_kept(text):
     assert path.read_bytes() == text
 
 
+@pytest.mark.parametrize("word", ["off", "0", "None", "TRUE"])
+def test_a_switch_is_no_folder(word, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ATTNGEN_WISDOM", word)
+    for action in (lambda: wisdom.find(KEY), lambda: wisdom.add(RECORD)):
+        with refused(WisdomError, "names a folder") as caught:
+            action()
+        assert word in caught.value.got
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_no_folder(tmp_path, monkeypatch):
+    wisdom.add(RECORD)
+    wisdom.export(tmp_path / "all.json")
+    text = (tmp_path / "all.json").read_bytes()
+    for place in (tmp_path / "all.json", Path(os.devnull)):
+        monkeypatch.setenv("ATTNGEN_WISDOM", str(place))
+        for action in (wisdom.places, wisdom.clear, lambda: wisdom.add(RECORD)):
+            with refused(WisdomError, "names a folder"):
+                action()
+    assert (tmp_path / "all.json").read_bytes() == text
+
+
+def test_home_is_where_its_sign_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ATTNGEN_WISDOM", "~/wise")
+    monkeypatch.setenv("ATTNGEN_WISDOM_PATH", "~/shipped.json")
+    assert wisdom.add(RECORD).parent == tmp_path / "wise"
+    assert tmp_path / "shipped.json" in wisdom.places()
+
+
+def _pipe(path):
+    os.mkfifo(path)
+
+
+def _huge(path):
+    with path.open("wb") as file:
+        file.truncate(wisdom.MOST_BYTES + 1)
+
+
+def _dangling(path):
+    path.symlink_to(path.with_name("nowhere"))
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, _pipe, _huge, _dangling])
+def test_what_is_no_file_to_read_is_refused(make, folder):
+    """At once: reading a pipe would wait for ever, and something huge fill the memory."""
+    folder.mkdir()
+    path = wisdom.path_of(KEY)
+    make(path)
+    for action in (
+        lambda: wisdom.find(KEY),
+        lambda: wisdom.merge([path.parent]),
+        lambda: wisdom.export(folder / "export"),
+    ):
+        with refused(WisdomError, "can't be read"):
+            action()
+    assert path.is_symlink() or path.exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may search anywhere")
+def test_a_folder_that_cant_be_searched_is_refused(folder):
+    path = wisdom.add(RECORD)
+    folder.chmod(0)
+    for action in (
+        lambda: wisdom.find(KEY),
+        lambda: wisdom.merge([path]),
+        lambda: wisdom.add(RECORD),
+        lambda: wisdom.check_writable(KEY),
+    ):
+        with refused(WisdomError):
+            action()
+    folder.chmod(0o700)
+    assert wisdom.find(KEY) == RECORD
+
+
 def test_a_folder_that_cant_be_made_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ATTNGEN_WISDOM", str(tmp_path / "file" / "folder"))
