@@ -141,7 +141,7 @@ def _computes(spec: AttentionSpec) -> str:
 
 def _describe_plan(plan: Plan, backend: Backend) -> str:
     tiles = plan.tiles
-    lines = [backend.describe(plan.choice)]
+    lines = list(_filled(backend.describe(plan.choice)))
     lines += _filled(
         f"tiles of a head: {tiles.total}; {tiles.full} full, {tiles.edge} on an edge, "
         f"{tiles.empty} empty and never visited"

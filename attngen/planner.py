@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attngen.backends import Backend
@@ -161,11 +161,20 @@ def _split(
             got=f"algorithm={fix['algorithm']!r}",
             needed="one of " + ", ".join(space),
         )
+    space = {n: axes for n, axes in space.items() if _has(n, axes, fix)}
+    if not space:
+        raise PlanError(
+            "No algorithm has all of the fixed choices.",
+            got=", ".join(f"{n}={v!r}" for n, v in fix.items()),
+            needed="; ".join(
+                f"{name}: {', '.join(axes)}"
+                for name, axes in backend.space(spec, target).items()
+                if fix.get("algorithm", name) == name
+            ),
+        )
     legal: list[dict[str, Option]] = []
     refused: dict[tuple[str, str], Alternative] = {}
     for algorithm, axes in space.items():
-        if fix.get("algorithm", algorithm) != algorithm:
-            continue
         values = [[fix[n]] if n in fix else list(v) for n, v in axes.items()]
         for combination in itertools.product(*values):
             choice: dict[str, Option] = {"algorithm": algorithm}
@@ -178,6 +187,16 @@ def _split(
                     (algorithm, reason), Alternative(choice, None, None, reason)
                 )
     return legal, list(refused.values())
+
+
+def _has(
+    algorithm: str, axes: Mapping[str, Sequence[Option]], fix: Mapping[str, Option]
+) -> bool:
+    """Whether an algorithm is the one that is fixed, and has the choices that are."""
+    return fix.get("algorithm", algorithm) == algorithm and set(fix) <= {
+        "algorithm",
+        *axes,
+    }
 
 
 def _nothing_legal(fix: Mapping[str, Option], refused: list[Alternative]) -> PlanError:

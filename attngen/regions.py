@@ -293,6 +293,40 @@ def count_tiles(
     return Tiles(full, edge, q_chunks * k_chunks - full - edge)
 
 
+def rises(spec: AttentionSpec, q_chunk: int, k_chunk: int) -> bool:
+    """Whether each query sees one key more than the one before, from a chunk's start on.
+
+    Then the edge tiles of a chunk of queries are a triangle below a diagonal: its first
+    query sees the first key of it, the last all of them. All chunks must be whole.
+    """
+    span, static = analyse(spec), spec.static_q_offset
+    high, full = span.high, span.full_high
+    limits = high is not None and full is not None and span.any_full
+    if not limits or span.low or span.full_low or static is None or not span.some:
+        return False
+    assert high is not None
+    assert full is not None
+    if spec.kv_lengths or spec.q_lengths or not (_by_one(high) and _by_one(full)):
+        return False
+    first = _evaluate(high, static, static + 1) - spec.kv_offset
+    return (
+        first == _evaluate(full, static, static + 1) - spec.kv_offset
+        and spec.q_len % q_chunk == q_chunk % k_chunk == (first - 1) % k_chunk == 0
+        and first >= 1
+        and first - 1 + spec.q_len <= spec.kv_len
+        and k_chunk > 1
+    )
+
+
+def _by_one(limit: Expr) -> bool:
+    """Whether a limit is a position of a query and a constant."""
+    parts = (limit,) if limit.op == "var" else limit.args
+    ops = sorted(x.op for x in parts)
+    if limit.op == "sub" and parts[1].op == "var":
+        return False
+    return ops == ["var"] or (limit.op in ("add", "sub") and ops == ["const", "var"])
+
+
 def largest_constant(spec: AttentionSpec) -> int:
     """The largest integer that a mask or score names: how far its structure reaches."""
     found = [

@@ -206,11 +206,27 @@ def shrink(
         return None
     chunks = -(-spec.kv_len // plan.k_chunk)
     most = 48 if choice.get("loop") == "fori" else -(-length // min(chunks, 4))
+    at_once = max(int(choice.get(n, 1)) for n in ("unroll", "parts"))  # key chunks
+    most = min(most, max(1, length // at_once))
     choice["k_chunk"] = _chunk(plan.k_chunk, spec.kv_len, length, most)
     choice["q_chunk"] = _chunk(plan.q_chunk, spec.q_len, q_length, 32)
     if "batch_chunk" in choice:
         choice |= {"batch_chunk": batches[1], "head_chunk": heads[1]}
+    if diagonal := int(plan.choice.get("diagonal", 0)):
+        return _shrink_diagonal(plan, diagonal, small, choice)
     return small, choice
+
+
+def _shrink_diagonal(
+    plan: Plan, diagonal: int, small: AttentionSpec, choice: dict[str, Any]
+) -> tuple[AttentionSpec, dict[str, Any]] | None:
+    """Chunks of queries in as many steps, and of as many chunks of keys, as the plan's."""
+    steps, chunks = plan.q_chunk // diagonal, plan.q_chunk // plan.k_chunk
+    for q_chunk in (40, 48, 80, 120, 240):
+        if small.q_len % q_chunk == q_chunk % steps == q_chunk % chunks == 0:
+            sizes = {"q_chunk": q_chunk, "k_chunk": q_chunk // chunks}
+            return small, choice | sizes | {"diagonal": q_chunk // steps}
+    return None
 
 
 def _chunk(chunk: int, length: int, small: int, most: int) -> int:

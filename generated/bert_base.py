@@ -16,8 +16,10 @@ needs     jax >= 0.10; nothing of attngen
 spec      {"batch": 8, "q_heads": 12, "kv_heads": 12, "q_len": 512, "kv_len": 512,
           "qk_dim": 64, "v_dim": 64, "kv_lengths": true, "memory_budget": "32MiB"}
 choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 512,
-          "k_chunk": 512, "head_chunk": 4, "batch_chunk": 1, "loop": "fori", "unroll":
-          1, "exp": "polynomial", "product_dtype": "float32", "guard": false}
+          "k_chunk": 512, "head_chunk": 4, "batch_chunk": 1, "loop": "fori", "exp":
+          "polynomial", "product_dtype": "float32", "guard": false, "scale": "queries",
+          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "unroll":
+          1, "diagonal": 0}
 """
 
 import jax
@@ -67,7 +69,8 @@ def attention(q, k, v, *, kv_lengths):
             s = jnp.einsum("gqd,kgd->gqk", rows, kc)
             return s, vc
 
-        def edge(c, carry):
+        def masked(c):
+            """A tile with the scores of keys that aren't seen at -inf."""
             s, vc = tile(c)
             k_start = c * K_CHUNK
             k_index = k_start + jnp.arange(K_CHUNK)
@@ -75,7 +78,10 @@ def attention(q, k, v, *, kv_lengths):
             s = jnp.where(seen, s, -jnp.inf)
             there = (s != -jnp.inf).any(1).transpose(1, 0)
             vc = jnp.where(there[..., None], vc, 0)  # a NaN that no query sees
-            return _add(carry, s, vc, unseen=True)
+            return s, vc
+
+        def edge(c, carry):
+            return _add(carry, *masked(c), unseen=True)
 
         m = jnp.full((G_CHUNK, Q_CHUNK), -jnp.inf, jnp.float32)
         total = jnp.zeros((G_CHUNK, Q_CHUNK), jnp.float32)

@@ -19,8 +19,10 @@ spec      {"q_heads": 8, "kv_heads": 8, "q_len": 1000, "kv_len": 1000, "qk_dim":
           "v_dim": 72, "layout": "bhtd", "mask": "causal", "score": ["alibi"],
           "outputs": ["out", "lse"], "memory_budget": "8MiB"}
 choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 256,
-          "k_chunk": 128, "head_chunk": 8, "batch_chunk": 1, "loop": "fori", "unroll":
-          1, "exp": "polynomial", "product_dtype": "float32", "guard": false}
+          "k_chunk": 128, "head_chunk": 8, "batch_chunk": 1, "loop": "fori", "exp":
+          "polynomial", "product_dtype": "float32", "guard": false, "scale": "queries",
+          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "unroll":
+          1, "diagonal": 0}
 """
 
 import jax
@@ -81,24 +83,27 @@ def attention(q, k, v, *, slopes):
             s = jnp.einsum("gqd,gkd->gqk", rows, kc)
             k_index = k_start + jnp.arange(K_CHUNK)
             s = s + slopes_at_h * jnp.float32(k_index - q_index)
-            return s, vc
-
-        def interior(c, carry):
-            s, vc = tile(c)
             there = (s != -jnp.inf).any(1)
             vc = jnp.where(there[..., None], vc, 0)  # a NaN that no query sees
-            return _add(carry, s, vc, unseen=True)
+            return s, vc
 
-        def edge(c, carry):
+        def masked(c):
+            """A tile with the scores of keys that aren't seen at -inf."""
             s, vc = tile(c)
-            k_start = jnp.minimum(c * K_CHUNK, S - K_CHUNK)
+            k_start = jnp.minimum(c * K_CHUNK, S - K_CHUNK)  # the last overlaps
             k_index = k_start + jnp.arange(K_CHUNK)
             seen = k_index <= q_index
             seen &= k_index >= c * K_CHUNK
             s = jnp.where(seen, s, -jnp.inf)
             there = (s != -jnp.inf).any(1)
             vc = jnp.where(there[..., None], vc, 0)  # a NaN that no query sees
-            return _add(carry, s, vc, unseen=True)
+            return s, vc
+
+        def interior(c, carry):
+            return _add(carry, *tile(c), unseen=True)
+
+        def edge(c, carry):
+            return _add(carry, *masked(c), unseen=True)
 
         m = jnp.full((G_CHUNK, Q_CHUNK), -jnp.inf, jnp.float32)
         total = jnp.zeros((G_CHUNK, Q_CHUNK), jnp.float32)

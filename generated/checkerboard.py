@@ -17,8 +17,8 @@ spec      {"q_heads": 2, "kv_heads": 2, "q_len": 512, "kv_len": 512, "qk_dim": 9
           ["floordiv", "q", 64], ["floordiv", "k", 64]], "h"], 2], 0], ["eq", "q",
           "k"]]}}
 choices   {"backend": "jax", "target": "cpu", "algorithm": "dense", "q_chunk": 512,
-          "k_chunk": 512, "head_chunk": 2, "batch_chunk": 1, "loop": "unrolled",
-          "unroll": 1, "exp": "exp", "product_dtype": "float32", "guard": false}
+          "k_chunk": 512, "head_chunk": 2, "batch_chunk": 1, "loop": "unrolled", "exp":
+          "exp", "product_dtype": "float32", "guard": false, "scale": "queries"}
 """
 
 import jax.numpy as jnp

@@ -21,8 +21,10 @@ spec      {"batch": 4, "q_heads": 16, "kv_heads": 2, "q_len": 1, "kv_len": 4096,
           "qk_dim": 128, "v_dim": 128, "q_offset": "operand", "mask": "causal",
           "kv_lengths": true, "outputs": ["out", "lse"], "memory_budget": "8MiB"}
 choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 1,
-          "k_chunk": 4096, "head_chunk": 1, "batch_chunk": 1, "loop": "fori", "unroll":
-          1, "exp": "polynomial", "product_dtype": "float32", "guard": false}
+          "k_chunk": 4096, "head_chunk": 1, "batch_chunk": 1, "loop": "fori", "exp":
+          "polynomial", "product_dtype": "float32", "guard": false, "scale": "queries",
+          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "unroll":
+          1, "diagonal": 0}
 """
 
 import jax
@@ -77,7 +79,8 @@ def attention(q, k, v, *, kv_lengths, q_offset):
             s = jnp.einsum("rqd,kd->rqk", rows, kc)
             return s, vc
 
-        def edge(c, carry):
+        def masked(c):
+            """A tile with the scores of keys that aren't seen at -inf."""
             s, vc = tile(c)
             k_start = c * K_CHUNK
             k_index = k_start + jnp.arange(K_CHUNK)
@@ -86,7 +89,10 @@ def attention(q, k, v, *, kv_lengths, q_offset):
             s = jnp.where(seen, s, -jnp.inf)
             there = (s != -jnp.inf).any((0, 1))
             vc = jnp.where(there[..., None], vc, 0)  # a NaN that no query sees
-            return _add(carry, s, vc, unseen=True)
+            return s, vc
+
+        def edge(c, carry):
+            return _add(carry, *masked(c), unseen=True)
 
         m = jnp.full((R, Q_CHUNK), -jnp.inf, jnp.float32)
         total = jnp.zeros((R, Q_CHUNK), jnp.float32)

@@ -15,8 +15,10 @@ needs     jax >= 0.10; nothing of attngen
 spec      {"q_heads": 32, "kv_heads": 8, "q_len": 4096, "kv_len": 4096, "qk_dim": 128,
           "v_dim": 128, "mask": "causal", "memory_budget": "16MiB"}
 choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 512,
-          "k_chunk": 512, "head_chunk": 1, "batch_chunk": 1, "loop": "fori", "unroll":
-          1, "exp": "polynomial", "product_dtype": "float32", "guard": false}
+          "k_chunk": 512, "head_chunk": 1, "batch_chunk": 1, "loop": "fori", "exp":
+          "polynomial", "product_dtype": "float32", "guard": false, "scale": "queries",
+          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "unroll":
+          1, "diagonal": 0}
 """
 
 import jax
@@ -73,10 +75,8 @@ def attention(q, k, v):
             s = jnp.einsum("rqd,kd->rqk", rows, kc)
             return s, vc
 
-        def interior(c, carry):
-            return _add(carry, *tile(c))
-
-        def edge(c, carry):
+        def masked(c):
+            """A tile with the scores of keys that aren't seen at -inf."""
             s, vc = tile(c)
             k_start = c * K_CHUNK
             k_index = k_start + jnp.arange(K_CHUNK)
@@ -84,7 +84,13 @@ def attention(q, k, v):
             s = jnp.where(seen, s, -jnp.inf)
             there = (s != -jnp.inf).any((0, 1))
             vc = jnp.where(there[..., None], vc, 0)  # a NaN that no query sees
-            return _add(carry, s, vc, unseen=True)
+            return s, vc
+
+        def interior(c, carry):
+            return _add(carry, *tile(c))
+
+        def edge(c, carry):
+            return _add(carry, *masked(c), unseen=True)
 
         m = jnp.full((R, Q_CHUNK), -jnp.inf, jnp.float32)
         total = jnp.zeros((R, Q_CHUNK), jnp.float32)

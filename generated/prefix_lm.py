@@ -16,8 +16,10 @@ spec      {"q_heads": 8, "kv_heads": 8, "q_len": 2048, "kv_len": 2048, "qk_dim":
           "v_dim": 64, "mask": {"or": ["causal", {"prefix": {"length": 300}}]},
           "memory_budget": "8MiB"}
 choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 512,
-          "k_chunk": 512, "head_chunk": 1, "batch_chunk": 1, "loop": "fori", "unroll":
-          1, "exp": "polynomial", "product_dtype": "float32", "guard": false}
+          "k_chunk": 512, "head_chunk": 1, "batch_chunk": 1, "loop": "fori", "exp":
+          "polynomial", "product_dtype": "float32", "guard": false, "scale": "queries",
+          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "unroll":
+          1, "diagonal": 0}
 """
 
 import jax
@@ -73,10 +75,8 @@ def attention(q, k, v):
             s = jnp.einsum("qd,kd->qk", rows, kc)
             return s, vc
 
-        def interior(c, carry):
-            return _add(carry, *tile(c))
-
-        def edge(c, carry):
+        def masked(c):
+            """A tile with the scores of keys that aren't seen at -inf."""
             s, vc = tile(c)
             k_start = c * K_CHUNK
             k_index = k_start + jnp.arange(K_CHUNK)
@@ -84,7 +84,13 @@ def attention(q, k, v):
             s = jnp.where(seen, s, -jnp.inf)
             there = (s != -jnp.inf).any(0)
             vc = jnp.where(there[..., None], vc, 0)  # a NaN that no query sees
-            return _add(carry, s, vc, unseen=True)
+            return s, vc
+
+        def interior(c, carry):
+            return _add(carry, *tile(c))
+
+        def edge(c, carry):
+            return _add(carry, *masked(c), unseen=True)
 
         m = jnp.full((Q_CHUNK,), -jnp.inf, jnp.float32)
         total = jnp.zeros((Q_CHUNK,), jnp.float32)

@@ -14,8 +14,10 @@ needs     jax >= 0.10; nothing of attngen
 spec      {"q_heads": 8, "kv_heads": 8, "q_len": 4096, "kv_len": 77, "qk_dim": 40,
           "v_dim": 40, "dtype": "float16", "memory_budget": "16MiB"}
 choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 4096,
-          "k_chunk": 77, "head_chunk": 1, "batch_chunk": 1, "loop": "fori", "unroll": 1,
-          "exp": "polynomial", "product_dtype": "float32", "guard": true}
+          "k_chunk": 77, "head_chunk": 1, "batch_chunk": 1, "loop": "fori", "exp":
+          "polynomial", "product_dtype": "float32", "guard": true, "scale": "queries",
+          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "unroll":
+          1, "diagonal": 0}
 """
 
 import jax

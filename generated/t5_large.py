@@ -19,8 +19,10 @@ spec      {"q_heads": 16, "kv_heads": 16, "q_len": 512, "kv_len": 512, "qk_dim":
           "v_dim": 64, "scale": 1.0, "score": ["relative_buckets"], "memory_budget":
           "64MiB"}
 choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 512,
-          "k_chunk": 512, "head_chunk": 4, "batch_chunk": 1, "loop": "fori", "unroll":
-          1, "exp": "polynomial", "product_dtype": "float32", "guard": false}
+          "k_chunk": 512, "head_chunk": 4, "batch_chunk": 1, "loop": "fori", "exp":
+          "polynomial", "product_dtype": "float32", "guard": false, "scale": "queries",
+          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "unroll":
+          1, "diagonal": 0}
 """
 
 import jax
@@ -82,13 +84,12 @@ def attention(q, k, v, *, relative_bias):
                 mode="promise_in_bounds",
             )
             s = s + relative_bias_at_0
+            there = (s != -jnp.inf).any(1).transpose(1, 0)
+            vc = jnp.where(there[..., None], vc, 0)  # a NaN that no query sees
             return s, vc
 
         def interior(c, carry):
-            s, vc = tile(c)
-            there = (s != -jnp.inf).any(1).transpose(1, 0)
-            vc = jnp.where(there[..., None], vc, 0)  # a NaN that no query sees
-            return _add(carry, s, vc, unseen=True)
+            return _add(carry, *tile(c), unseen=True)
 
         m = jnp.full((G_CHUNK, Q_CHUNK), -jnp.inf, jnp.float32)
         total = jnp.zeros((G_CHUNK, Q_CHUNK), jnp.float32)

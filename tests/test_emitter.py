@@ -45,6 +45,21 @@ WIDE = AttentionSpec(
     kv_offset=-123456,
 )
 
+PLAIN = AttentionSpec(
+    batch=2, q_heads=4, kv_heads=2, q_len=64, qk_dim=16, outputs=("out", "lse")
+)
+CAUSAL = dataclasses.replace(
+    PLAIN, mask=masks.causal(), score=(scores.alibi(), scores.bias(axes="hqk"))
+)
+UNUSUAL = {
+    "ones": {"denominator": "ones"},
+    "twice": {"qk": "twice"},
+    "dn": {"slices": "dn"},
+    "steps": {"steps": "map", "q_chunk": 37},
+    "split_kv": {"algorithm": "split_kv", "parts": 2},
+    "summaries": {"algorithm": "summaries"},
+}
+
 
 def texts():
     """A broad set of emitted texts, by name."""
@@ -58,6 +73,31 @@ def texts():
         made[f"wide_{chunk}"] = text(WIDE, fix | {"algorithm": "running"})
         low = {"product_dtype": "bfloat16", "guard": False}
         made[f"wide_low_{chunk}"] = text(WIDE, fix | low | {"algorithm": "running"})
+    for name, fix in UNUSUAL.items():
+        small = {"algorithm": "running", "q_chunk": 20, "k_chunk": 33} | fix
+        made[f"wide_{name}"] = text(WIDE, small)
+        low = {"product_dtype": "bfloat16", "scale": "scores", "guard": False}
+        if name != "steps":  # needs whole chunks
+            whole = {"q_chunk": 37, "k_chunk": 37, "head_chunk": 2, "batch_chunk": 2}
+            made[f"wide_whole_{name}"] = text(WIDE, small | low | whole)
+        made[f"plain_{name}"] = text(PLAIN, small | {"q_chunk": 16, "k_chunk": 8})
+    window = dataclasses.replace(CAUSAL, mask=masks.sliding_window(30, 20), sink=True)
+    for unroll in (2, 4):
+        fix = {"q_chunk": 8, "k_chunk": 4, "unroll": unroll}
+        made[f"unrolled_{unroll}"] = text(window, fix)
+    for head_chunk in (1, 2):
+        for algorithm in ("running", "split_kv", "summaries"):
+            fix = {
+                "algorithm": algorithm,
+                "head_chunk": head_chunk,
+                "denominator": "ones",
+            }
+            fix |= {"q_chunk": 16, "k_chunk": 8, "slices": "dn", "steps": "map"}
+            made[f"several_{algorithm}_{head_chunk}"] = text(PLAIN, fix)
+        fix = {"q_chunk": 16, "k_chunk": 8, "diagonal": 4, "head_chunk": head_chunk}
+        for unroll in (1, 2, 4):
+            name = f"diagonal_{head_chunk}_{unroll}"
+            made[name] = text(CAUSAL, fix | {"unroll": unroll})
     made["wide_dense"] = text(WIDE, {"algorithm": "dense"})
     return made
 

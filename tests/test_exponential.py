@@ -48,7 +48,7 @@ def test_unrolled_steps_compute_the_spec(name, k_chunk, unroll):
         (PLAIN, {"unroll": True}),
         (PLAIN, {"unroll": 4}),  # of three chunks
         (PLAIN, {"unroll": 2, "loop": "scan"}),
-        (SPECS["masked rows"], {"unroll": 2}),
+        (dataclasses.replace(PLAIN, mask=masks.dense()), {"unroll": 2}),
         (PLAIN, {"exp": "taylor"}),
         (dataclasses.replace(PLAIN, dtype="float64"), {"exp": "polynomial"}),
     ],

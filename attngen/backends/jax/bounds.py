@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from attngen.backends.jax.candidates import bounded
-from attngen.backends.jax.tile import Starts, Tile
+from attngen.backends.jax.tile import Starts, Tile, chosen
 from attngen.expr import POSTFIX, Expr, variables
 from attngen.expr import level as tightness
 from attngen.intervals import interval
@@ -49,6 +49,8 @@ def bounds(
     chunks = whole + ragged
     if not span.some:
         return {"lines": [], "loops": [], "about": ["No query sees any key."]}
+    if chosen(plan, "diagonal"):
+        return _above_triangle(plan, lines, lengths)
     if chunks == 1:  # nothing to skip: the only chunk, with its mask if there is one
         edge = bounded(spec) or not span.any_full
         return {
@@ -100,6 +102,18 @@ def bounds(
     return {"lines": lines, "loops": [x for x in loops if x[1] != x[2]], "about": about}
 
 
+def _above_triangle(plan: Plan, lines: list[str], lengths: Lengths) -> dict[str, Any]:
+    """The chunks before a diagonal: `regions.rises` says that each is whole."""
+    limits = Limits(plan, lines, lengths)
+    full = analyse(plan.spec).full_high
+    about = [
+        "Key chunks [0, full_last) hold only what every query here sees; each query"
+    ]
+    about += ["sees one key more than the one before it, the first of them one more."]
+    lines.append(f"full_last = {limits.text(full, up=False)}")
+    return {"lines": lines, "loops": [("interior", "0", "full_last")], "about": about}
+
+
 class Limits:
     """Limits in positions → key chunks, as text; defines q_lo and q_hi when first used."""
 
@@ -133,6 +147,8 @@ class Limits:
     def _read(self) -> list[str]:
         """Which of q_lo and q_hi the mask's limits read."""
         span = analyse(self.spec)
+        if chosen(self.plan, "diagonal"):
+            return ["q_lo"]
         limits = [span.low, span.high]
         limits += [span.full_low, span.full_high] if span.any_full else []
         read = {name for x in limits if x is not None for name in variables(x)}

@@ -6,10 +6,23 @@ from collections.abc import Mapping, Sequence
 
 from attngen.errors import NotBuiltError
 from attngen.plans import Choice, Option
-from attngen.regions import analyse
+from attngen.regions import analyse, rises
 from attngen.spec import AttentionSpec
 
 LOOPS = ("fori", "scan", "unrolled")
+CHUNKED = ("running", "split_kv", "summaries")  # what goes over the keys in chunks
+# what an algorithm without that choice does
+DEFAULTS: dict[str, Option] = {
+    "unroll": 1,
+    "scale": "queries",
+    "denominator": "sum",
+    "qk": "once",
+    "slices": "nd",
+    "steps": "fori",
+    "diagonal": 0,
+    "parts": 1,
+}
+FEW = 64  # rows of a kv head: so few queries leave a processor waiting for keys
 UNROLLED = 16  # key chunks, at most: each is compiled on its own
 LARGEST_CHUNK = 8192  # that the planner considers by itself
 
@@ -38,33 +51,68 @@ def refuse(spec: AttentionSpec) -> None:
             )
 
 
-def space(spec: AttentionSpec) -> Mapping[str, Mapping[str, Sequence[Option]]]:
-    """For each algorithm, the values of each choice that are worth considering."""
-    product = products(spec)[:1]
-    guard = (product[0] != spec.dtype,)
+def space(
+    spec: AttentionSpec, *, whole: bool = False
+) -> Mapping[str, Mapping[str, Sequence[Option]]]:
+    """For each algorithm, the values of each choice that are worth considering.
+
+    Args:
+        whole: all that can be emitted, also what seldom pays on a processor: for a search
+            that goes from a plan to its neighbours, since the product is too large.
+    """
+    product = products(spec) if whole else products(spec)[:1]
+    guard = (products(spec)[0] != spec.dtype,)
+    rare = {
+        "scale": ("queries", "scores"),
+        "denominator": ("sum", "ones"),
+        "qk": ("once", "twice"),
+        "slices": ("nd", "dn"),
+        "steps": ("fori", "map"),
+    }
     dense: dict[str, Sequence[Option]] = {
         "q_chunk": (spec.q_len,),
         "k_chunk": (spec.kv_len,),
         "head_chunk": (spec.kv_heads,),
         "batch_chunk": (spec.batch,),
         "loop": ("unrolled",),
-        "unroll": (1,),
         "exp": ("exp",),
         "product_dtype": product,
         "guard": (False,),
+        "scale": rare["scale"] if whole or len(products(spec)) > 1 else ("queries",),
     }
-    running: dict[str, Sequence[Option]] = {
+    common: dict[str, Sequence[Option]] = {
         "q_chunk": _chunks(spec.q_len),
         "k_chunk": _chunks(spec.kv_len),
         "head_chunk": _parts(spec.kv_heads),
         "batch_chunk": tuple(dict.fromkeys((1, spec.batch))),
-        "loop": ("fori", "unrolled"),
-        "unroll": (1,) if bounded(spec) else (1, 2),
-        "exp": exponentials(spec)[:1],
+        "loop": ("fori",),
+        "exp": exponentials(spec) if whole else exponentials(spec)[:1],
         "product_dtype": product,
-        "guard": guard,
+        "guard": (True, False) if whole else guard,
     }
-    return {"running": running, "dense": dense}
+    common |= {n: v if whole else v[:1] for n, v in rare.items()}
+    if len(products(spec)) > 1:
+        common["scale"] = rare["scale"]
+    diagonal = (0, 128, 256, 512) if whole else (0, 256)
+    unroll = (1, 2, 4, 8) if whole else (1, 2)
+    running = common | {
+        "loop": LOOPS if whole else ("fori", "unrolled"),
+        "unroll": unroll if unrollable(spec) else (1,),
+        "diagonal": diagonal if rises(spec, 2, 2) else (0,),
+    }
+    few = {
+        "q_chunk": tuple(n for n in (1024,) if n < spec.q_len) or (spec.q_len,),
+        "k_chunk": tuple(n for n in (512, 4096) if n < spec.kv_len) or (spec.kv_len,),
+    }
+    split = common if whole or spec.q_len * spec.repeats <= FEW else common | few
+    return {
+        "running": running,
+        "dense": dense,
+        "split_kv": split | {"parts": (2, 4, 8, 16) if whole else (2, 8)},
+        "summaries": common
+        | ({} if whole else few)
+        | {"loop": ("fori", "map") if whole else ("fori",)},
+    }
 
 
 def products(spec: AttentionSpec) -> tuple[str, ...]:
@@ -96,8 +144,25 @@ def _parts(heads: int) -> tuple[int, ...]:
     )
 
 
+def option(choice: Choice, name: str) -> Option:
+    """A choice, or what an algorithm that doesn't have it does."""
+    return choice.get(name, DEFAULTS[name])
+
+
 def illegal(spec: AttentionSpec, choice: Choice) -> str | None:
     """The reason why a candidate can't be emitted, or None."""
+    return (
+        _bad_size(spec, choice)
+        or _bad_word(spec, choice)
+        or (
+            _bad_dense(choice)
+            if choice["algorithm"] == "dense"
+            else _bad_loop(spec, choice) or _bad_tile(spec, choice)
+        )
+    )
+
+
+def _bad_size(spec: AttentionSpec, choice: Choice) -> str | None:
     limits = {
         "q_chunk": ("q_len", spec.q_len),
         "k_chunk": ("kv_len", spec.kv_len),
@@ -106,45 +171,117 @@ def illegal(spec: AttentionSpec, choice: Choice) -> str | None:
     }
     for name, (field, limit) in limits.items():
         value = choice[name]
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int)
-            or not 1 <= value <= limit
-        ):
+        if not _integer(value) or not 1 <= int(value) <= limit:
             return f"{name} must be an integer from 1 to {field} = {limit}"
-        if name in ("head_chunk", "batch_chunk") and limit % value:
+        if name in ("head_chunk", "batch_chunk") and limit % int(value):
             return f"{name} must divide {field} = {limit}"
         if choice["algorithm"] == "dense" and value != limit:
             return f"dense has one tile: {name} = {field} = {limit}"
-    if choice["loop"] not in LOOPS:
-        return "loop must be one of " + ", ".join(LOOPS)
-    if choice["product_dtype"] not in products(spec):
-        return "product_dtype must be " + " or ".join(products(spec))
+    return None
+
+
+def _integer(value: Option) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _bad_word(spec: AttentionSpec, choice: Choice) -> str | None:
+    """Of choices that are one of a few values."""
+    words: dict[str, Sequence[Option]] = {
+        "loop": (*LOOPS, "map") if choice["algorithm"] == "summaries" else LOOPS,
+        "product_dtype": products(spec),
+        "exp": exponentials(spec),
+        "scale": ("queries", "scores"),
+        "denominator": ("sum", "ones"),
+        "qk": ("once", "twice"),
+        "slices": ("nd", "dn"),
+        "steps": ("fori", "map"),
+        "unroll": (1, 2, 4, 8),
+    }
+    for name, values in words.items():
+        if (value := choice.get(name, values[0])) not in values or value is True:
+            return f"{name} must be " + " or ".join(str(v) for v in values)
     if not isinstance(choice["guard"], bool):
         return "guard must be true or false"
-    if choice["exp"] not in exponentials(spec):
-        return "exp must be one of " + ", ".join(exponentials(spec))
-    unroll = choice["unroll"]
-    if isinstance(unroll, bool) or unroll not in (1, 2, 4, 8):
-        return "unroll must be 1, 2, 4 or 8"
-    if choice["algorithm"] == "dense" and (unroll, choice["exp"]) != (1, "exp"):
-        return "dense has no loop to unroll, and exp = exp"
-    if choice["algorithm"] == "dense":
-        return (
-            None
-            if choice["loop"] == "unrolled"
-            else "dense has no loop: loop = unrolled"
-        )
-    chunks = -(-spec.kv_len // int(choice["k_chunk"]))
-    if choice["loop"] == "unrolled" and chunks > UNROLLED:
-        return f"unrolled only for at most {UNROLLED} key chunks"
-    if unroll != 1 and (choice["loop"] != "fori" or bounded(spec)):
-        return "only fori loops with constant bounds can be unrolled by a number"
-    if int(unroll) > chunks:
-        return f"unroll can't exceed the key chunks, {chunks}"
-    if choice["loop"] != "fori" and chunks > 1 and bounded(spec):
-        return "only fori skips key chunks whose bounds depend on the query chunk"
+    wide = choice["product_dtype"] == spec.stats_dtype
+    if option(choice, "scale") == "queries" and not wide:
+        return f"only products in {spec.stats_dtype} take queries that are scaled"
     return None
+
+
+def _bad_dense(choice: Choice) -> str | None:
+    if choice["exp"] != "exp":
+        return "dense has exp = exp"
+    return (
+        None if choice["loop"] == "unrolled" else "dense has no loop: loop = unrolled"
+    )
+
+
+def _bad_loop(spec: AttentionSpec, choice: Choice) -> str | None:
+    """Of the loop over key chunks, and of the one around it."""
+    chunks = -(-spec.kv_len // int(choice["k_chunk"]))
+    loop, unroll = choice["loop"], int(option(choice, "unroll"))
+    kind = choice["algorithm"]
+    if loop == "unrolled" and chunks > UNROLLED:
+        return f"unrolled only for at most {UNROLLED} key chunks"
+    if loop in ("scan", "unrolled") and kind != "running":
+        return f"{kind} has no loop {loop}"
+    if loop == "map" and (spec.kv_len % int(choice["k_chunk"]) or bounded(spec)):
+        return "map is for whole key chunks that are all alike"
+    if unroll != 1 and (loop != "fori" or not unrollable(spec)):
+        return "only fori loops over tiles without a mask can be unrolled by a number"
+    if unroll > chunks:
+        return f"unroll can't exceed the key chunks, {chunks}"
+    if loop != "fori" and chunks > 1 and bounded(spec):
+        return "only fori skips key chunks whose bounds depend on the query chunk"
+    if option(choice, "steps") == "map":
+        if spec.q_len % int(choice["q_chunk"]):
+            return "steps = map needs chunks of queries that are all whole"
+        if not _steps(spec, choice):
+            return "steps = map needs more than one step"
+    parts = choice.get("parts", 2)
+    if kind == "split_kv" and (not _integer(parts) or not 2 <= int(parts) <= chunks):
+        return f"parts must be an integer from 2 to the key chunks, {chunks}"
+    if kind == "split_kv" and int(parts) > UNROLLED:
+        return f"parts can't exceed {UNROLLED}"
+    return None
+
+
+def _steps(spec: AttentionSpec, choice: Choice) -> bool:
+    """Whether there is a loop around the one over key chunks."""
+    pairs = (
+        (spec.batch, "batch_chunk"),
+        (spec.kv_heads, "head_chunk"),
+        (spec.q_len, "q_chunk"),
+    )
+    return any(choice[name] != length for length, name in pairs)
+
+
+def _bad_tile(spec: AttentionSpec, choice: Choice) -> str | None:
+    """Of what a tile computes, and of the triangle at a causal edge."""
+    twice = option(choice, "qk") == "twice"
+    if twice and choice["algorithm"] == "summaries":
+        return "qk = twice is for a running maximum, which summaries don't have"
+    diagonal, q_chunk = option(choice, "diagonal"), int(choice["q_chunk"])
+    if diagonal == 0 and diagonal is not False:
+        return None
+    if not _integer(diagonal) or int(diagonal) < 1 or q_chunk % int(diagonal):
+        return f"diagonal must be 0 or divide q_chunk = {q_chunk}"
+    if q_chunk // int(diagonal) > UNROLLED:
+        return f"diagonal only for at most {UNROLLED} steps, of q_chunk / diagonal keys"
+    if twice or choice["loop"] != "fori":
+        return "diagonal needs loop = fori and qk = once"
+    if not rises(spec, q_chunk, int(choice["k_chunk"])):
+        return (
+            "diagonal needs a causal mask alone, whole chunks, and q_chunk a multiple of "
+            "k_chunk"
+        )
+    return None
+
+
+def unrollable(spec: AttentionSpec) -> bool:
+    """Whether there are tiles without a mask."""
+    span = analyse(spec)
+    return span.some and span.any_full
 
 
 def bounded(spec: AttentionSpec) -> bool:
@@ -165,7 +302,16 @@ def describe(choice: Choice) -> str:
         "s" if choice["head_chunk"] != 1 else ""
     )
     batch = f" of {choice['batch_chunk']} batches" if choice["batch_chunk"] != 1 else ""
-    text = f"running · {choice['q_chunk']} queries × {choice['k_chunk']} keys · {heads}{batch} a step"
-    if choice["unroll"] != 1:
-        return f"{text} · {choice['loop']} by {choice['unroll']}"
-    return f"{text} · {choice['loop']}"
+    text = (
+        f"{choice['algorithm']} · {choice['q_chunk']} queries × {choice['k_chunk']} keys"
+        f" · {heads}{batch} a step · {choice['loop']}"
+    )
+    if (unroll := option(choice, "unroll")) != 1:
+        text += f" by {unroll}"
+    if (parts := option(choice, "parts")) != 1:
+        text += f" · {parts} parts"
+    if diagonal := option(choice, "diagonal"):
+        text += f" · diagonal {diagonal}"
+    rare = ("denominator", "qk", "slices", "steps")
+    unusual = [n for n in rare if option(choice, n) != DEFAULTS[n]]
+    return text + "".join(f" · {n} {choice[n]}" for n in unusual)

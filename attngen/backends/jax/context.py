@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from attngen.backends.jax.bounds import Lengths, bounds
-from attngen.backends.jax.tile import Starts, Tile, heads, order, tile
+from attngen.backends.jax.loops import chunked, unrolls
+from attngen.backends.jax.tile import (
+    Starts,
+    Tile,
+    chosen,
+    guards,
+    order,
+    tile,
+    without_keys,
+)
 from attngen.backends.jax.tile_code import TileCode, tile_code
 from attngen.plans import Plan
-from attngen.spec import AttentionSpec
 from attngen.spec_checks import position_variables
 
 
@@ -19,7 +26,7 @@ def context(plan: Plan) -> dict[str, Any]:
         _constants(plan, at)
         | _arrays(plan, at)
         | _products(plan, at)
-        | (_dense(plan, at) if plan.algorithm == "dense" else _running(plan, at))
+        | (_dense(plan, at) if plan.algorithm == "dense" else chunked(plan, at))
         | {"operands": [o.name for o in spec.operands]}
     )
 
@@ -43,10 +50,28 @@ def _constants(plan: Plan, at: Tile) -> dict[str, Any]:
         ("R", "H // G", "query heads that share a kv head"),
         dim_line,
     ]
-    if plan.algorithm == "running":
+    if plan.algorithm != "dense":
         lines.append(
             ("Q_CHUNK, K_CHUNK", f"{plan.q_chunk}, {plan.k_chunk}", "of a tile")
         )
+        if chosen(plan, "diagonal"):
+            lines.append(
+                ("K_STEP", str(chosen(plan, "diagonal")), "keys, along the diagonal")
+            )
+        if chosen(plan, "parts") != 1:
+            lines.append(
+                ("PARTS", str(chosen(plan, "parts")), "that keys are split in")
+            )
+        if unrolls(plan):
+            lines.append(
+                (
+                    "UNROLL",
+                    str(chosen(plan, "unroll")),
+                    "tiles of a step, without a mask",
+                )
+            )
+        if plan.algorithm == "summaries":
+            lines.append(("K_CHUNKS", "-(-S // K_CHUNK)", ""))
         if "b" in at.letters:
             lines.append(
                 ("B_CHUNK", str(plan.option("batch_chunk")), "batches of a tile")
@@ -109,30 +134,56 @@ def _products(plan: Plan, at: Tile) -> dict[str, Any]:
     """The two matrix products: subscripts, casts before them, keywords."""
     spec = plan.spec
     product = str(plan.option("product_dtype"))
-    keys = "".join(a for a in order(spec.layout, "bkg") if a in at.letters)
     keywords = []
     if spec.precision == "highest":
         keywords.append("precision=lax.Precision.HIGHEST")
     if product != spec.stats_dtype:
         keywords.append(f"preferred_element_type=jnp.{spec.stats_dtype}")
     return {
-        "qk_subscripts": f"{at.rows}d,{keys}d->{at.letters}",
-        "pv_subscripts": f"{at.letters},{keys}d->{at.rows}d",
         "einsum": "_product" if keywords else "jnp.einsum",
         "keywords": keywords,
         "cast": f".astype(jnp.{product})" if product != spec.dtype else "",
         "cast_p": f".astype(jnp.{product})" if product != spec.stats_dtype else "",
-        "scale_rows": product == spec.stats_dtype,
-        "keys_shape": _keys_shape(spec.layout, at),
+        "scale_rows": chosen(plan, "scale") == "queries",
         "rows_permutation": _permutation(order(spec.layout, "bqgr"), at.letters),
         "out_permutation": _inverse(order(spec.layout, "bqgr"), at.letters),
         "stats_shape": at.shape(at.rows),
-        "tile_shape": at.shape(at.letters),
-        "guards": _guards(plan),
+        "guards": guards(plan),
         **_exponential(plan),
         "drops_keys": plan.drops_keys,
         "row_axes": _axes_text([at.letters.index(a) for a in at.rows if a in "rq"]),
+        **_keys(plan, at),
+    }
+
+
+def _keys(plan: Plan, at: Tile) -> dict[str, Any]:
+    """How a slice of keys, or of values, lies: [.., n, d], or [.., d, n]."""
+    spec = plan.spec
+    dn = chosen(plan, "slices") == "dn"
+    memory = "bgk" if dn else order(spec.layout, "bkg")
+    keys = "".join(a for a in memory if a in at.letters)
+    last = f"{keys[:-1]}dk" if dn else f"{keys}d"
+    sizes = [at.sizes[a] for a in keys]
+    if chosen(plan, "diagonal"):  # some have fewer keys
+        sizes = ["keys" if a == "k" else at.sizes[a] for a in keys]
+
+    def shape(dim: str) -> str:
+        return ", ".join([*sizes[:-1], dim, sizes[-1]] if dn else [*sizes, dim])
+
+    qk, v = ("D", "D") if spec.qk_dim == spec.v_dim else ("QK_DIM", "V_DIM")
+    dropped = not set(memory) <= set(at.letters)
+    return {
+        "qk_subscripts": f"{at.rows}d,{last}->{at.letters}",
+        "pv_subscripts": f"{at.letters},{last}->{at.rows}d",
+        "k_shape": shape(qk) if dropped else "",
+        "v_shape": shape(v) if dropped else "",
+        "ones_shape": f"({shape('1')})",
+        "ones_axis": "-2" if dn else "-1",
         "there_order": _inverse_keys(keys, at.letters),
+        "there_axes": "None, :" if dn else "None",
+        "dn": ("(0, 2, 3, 1)" if spec.layout == "bthd" else "(0, 1, 3, 2)")
+        if dn
+        else "",
     }
 
 
@@ -152,23 +203,6 @@ def _exponential(plan: Plan) -> dict[str, Any]:
         "exp": {"exp": "jnp.exp", "exp2": "jnp.exp2"}.get(kind, "_exp2"),
         "exp_rows": rows,
     }
-
-
-def _keys_shape(layout: str, at: Tile) -> str:
-    """The shape of keys without axes of length 1; "" where there are none to drop."""
-    axes = order(layout, "bkg")
-    return (
-        ""
-        if set(axes) <= set(at.letters)
-        else ", ".join(at.sizes[a] for a in axes if a in at.letters)
-    )
-
-
-def _guards(plan: Plan) -> bool:
-    """Whether a row may see no key, in a tile or at all."""
-    spec = plan.spec
-    lengths = spec.kv_lengths or spec.q_lengths
-    return plan.drops_keys or lengths or spec.mask is not None
 
 
 def _axes_text(axes: list[int]) -> str:
@@ -211,7 +245,7 @@ def _dense(plan: Plan, at: Tile) -> dict[str, Any]:
         "rows_shape": at.shape(order(spec.layout, "bqgr")),
         "out_tile_shape": f"{', '.join(own[a] for a in order(spec.layout, 'bqh'))}, {v}",
         "lse_shape": "B, H, T",
-        "sink_shape": _without_keys(at.spread("gr")),
+        "sink_shape": without_keys(at.spread("gr")),
         "looped_heads": False,
         "uses_lax": _uses_lax(plan, code),
     }
@@ -220,113 +254,3 @@ def _dense(plan: Plan, at: Tile) -> dict[str, Any]:
 def _uses_lax(plan: Plan, code: TileCode) -> bool:
     lines = [*code.rows, *code.keys, *code.score, *code.edge]
     return plan.spec.precision == "highest" or any("lax." in line for line in lines)
-
-
-def _running(plan: Plan, at: Tile) -> dict[str, Any]:
-    spec = plan.spec
-    levels = _levels(plan, at)
-    indexed = {name for name, _ in levels}
-    ragged = spec.kv_len % plan.k_chunk != 0
-    starts = Starts(
-        b="b" if "b" in indexed else "0",
-        g="g" if "g" in indexed else "0",
-        q="q_start" if "i" in indexed else "0",
-        k="k_start",
-    )
-    sizes = {"b": at.sizes["b"], "q": "Q_CHUNK", "k": "K_CHUNK"}
-    memory: dict[str, Any] = {
-        "rows": _slice_texts(
-            spec.layout, "bqh", sizes | {"h": heads(at)}, starts, spec
-        ),
-        "keys": _slice_texts(
-            spec.layout, "bkg", sizes | {"g": at.sizes["g"]}, starts, spec
-        ),
-    }
-    code = tile_code(plan, at, starts, indent=12, ragged=ragged)
-    visited = bounds(plan, at, starts, ragged, Lengths(plan, at, starts))
-    kinds = {kind for kind, _, _ in visited["loops"]}
-    v = "D" if spec.qk_dim == spec.v_dim else "V_DIM"
-    unit = {"b": at.sizes["b"], "q": "Q_CHUNK", "h": heads(at)}
-    head_begin = starts.g if starts.g == "0" or spec.repeats == 1 else f"{starts.g} * R"
-    unroll = int(plan.option("unroll"))
-    memory["lse_begin"] = f"({starts.b}, {head_begin}, {starts.q})"
-    return {
-        "code": code,
-        "levels": _level_lines(levels, spec, at),
-        "steps": " * ".join(count for _, count in levels),
-        "looped": bool(levels),
-        "looped_heads": starts.g != "0",
-        "sink_begin": head_begin,
-        "sink_shape": _without_keys(at.spread("gr")),
-        "carried": ", ".join(f"{o}_all" for o in spec.outputs),
-        "q_start": starts.q != "0",
-        "q_ragged": spec.q_len % plan.q_chunk != 0,
-        "ragged": ragged,
-        "edge_start": any("k_start" in line for line in code.edge),
-        "memory": memory,
-        "rows_shape": at.shape(order(spec.layout, "bqgr")),
-        "out_tile_shape": f"{', '.join(unit[a] for a in order(spec.layout, 'bqh'))}, {v}",
-        "lse_shape": f"{unit['b']}, {unit['h']}, Q_CHUNK",
-        "heads": heads(at),
-        "starts": starts,
-        "guard": bool(plan.option("guard")),
-        "loop_kind": str(plan.option("loop")),
-        "unroll": "" if unroll == 1 else f", unroll={unroll}",
-        "bounds": visited,
-        "kinds": kinds,
-        "unseen": _guards(plan)
-        or ("edge" in kinds and plan.option("exp") == "polynomial"),
-    }
-
-
-def _without_keys(shape: str) -> str:
-    """A shape that lines up with a tile → one that lines up with its statistics."""
-    items = [x for x in shape.strip("()").split(", ") if x][:-1]
-    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
-
-
-def _slice_texts(
-    layout: str, axes: str, sizes: dict[str, str], starts: Starts, spec: AttentionSpec
-) -> dict[str, str]:
-    """Text of the start and of the size of a slice, without the last axis."""
-    head = starts.g if starts.g == "0" or spec.repeats == 1 else f"{starts.g} * R"
-    begin = {"b": starts.b, "q": starts.q, "k": starts.k, "h": head, "g": starts.g}
-    ordered = order(layout, axes)
-    return {
-        "begin": f"({', '.join(begin[a] for a in ordered)}, 0)",
-        "size": ", ".join(sizes[a] for a in ordered),
-    }
-
-
-def _levels(plan: Plan, at: Tile) -> list[tuple[str, str]]:
-    """The loops around the key loop that have more than one step, outermost first."""
-    spec = plan.spec
-    found = []
-    if spec.batch != plan.option("batch_chunk"):
-        found.append(("b", "B" if at.sizes["b"] == "1" else "(B // B_CHUNK)"))
-    if spec.kv_heads != plan.option("head_chunk"):
-        found.append(("g", "G" if at.sizes["g"] == "1" else "(G // G_CHUNK)"))
-    if spec.q_len != plan.q_chunk:
-        found.append(("i", "Q_CHUNKS"))
-    return found
-
-
-def _level_lines(
-    levels: list[tuple[str, str]], spec: AttentionSpec, at: Tile
-) -> list[str]:
-    """Statements that take the flat step apart, the innermost loop first."""
-    lines = []
-    inner: list[str] = []
-    for name, count in reversed(levels):
-        text = "step"
-        if inner:
-            divisor = inner[0] if len(inner) == 1 else f"({' * '.join(inner)})"
-            text += f" // {divisor}"
-        if len(inner) + 1 < len(levels):
-            text += f" % {count}"
-        chunk = {"b": "B_CHUNK", "g": "G_CHUNK", "i": ""}[name]
-        if chunk and at.sizes[name] != "1":
-            text += f" * {chunk}"
-        lines.append(f"{name} = {text}")
-        inner.insert(0, count)
-    return lines

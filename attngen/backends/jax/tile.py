@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from attngen.plans import Plan
+from attngen.backends.jax.candidates import DEFAULTS
+from attngen.plans import Option, Plan
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,24 @@ class Starts:
     k: str
 
 
+def chosen(plan: Plan, name: str) -> Option:
+    """A choice of the plan, or what an algorithm that doesn't have it does."""
+    return dict(plan.options).get(name, DEFAULTS[name])
+
+
+def guards(plan: Plan) -> bool:
+    """Whether a row may see no key, in a tile or at all."""
+    spec = plan.spec
+    lengths = spec.kv_lengths or spec.q_lengths
+    return plan.drops_keys or lengths or spec.mask is not None
+
+
+def without_keys(shape: str) -> str:
+    """A shape that lines up with a tile → one that lines up with its statistics."""
+    items = [x for x in shape.strip("()").split(", ") if x][:-1]
+    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
+
+
 def tile(plan: Plan) -> Tile:
     spec = plan.spec
     counts = {
@@ -65,6 +84,15 @@ def tile(plan: Plan) -> Tile:
     letters = "".join(a for a in "bgr" if counts[a] != 1) + "qk"
     sizes = {a: s if counts.get(a) != 1 else "1" for a, s in sizes.items()}
     return Tile(letters, sizes)
+
+
+def triangle(at: Tile, starts: Starts) -> tuple[Tile, Tile, Starts]:
+    """Along a diagonal: a tile of some keys and the queries from `low` on, and its edge."""
+    part = at.sizes | {"q": "Q_CHUNK - low", "k": "keys"}
+    edge = at.sizes | {"q": "K_STEP", "k": "K_STEP"}
+    low = "low" if starts.q == "0" else f"{starts.q} + low"
+    moved = Starts(b=starts.b, g=starts.g, q=low, k=starts.k)
+    return Tile(at.letters, part), Tile(at.letters, edge), moved
 
 
 def dimensions(shape: str) -> list[str]:

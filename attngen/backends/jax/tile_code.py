@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from attngen import expr
@@ -19,7 +20,8 @@ WIDTH = 88
 class TileCode:
     """What a tile computes beside the two products, as lists of statements.
 
-    rows: before the key loop: what depends on batch, head and query alone.
+    rows: before the key loop: what depends on batch, head and (unless the queries of
+        tiles differ) query alone.
     keys: in every tile: positions of keys and operands that the scores read.
     score: the scores, in order.
     edge: in edge tiles only: what the mask reads, and the mask as `seen`.
@@ -32,17 +34,33 @@ class TileCode:
 
 
 def tile_code(
-    plan: Plan, at: Tile, starts: Starts, indent: int, ragged: bool
+    plan: Plan,
+    at: Tile,
+    starts: Starts,
+    indent: int,
+    ragged: bool,
+    edge: Tile | None = None,
 ) -> TileCode:
-    return _Writer(plan, at, starts, WIDTH - indent, ragged).write()
+    """Args:
+    edge: the tile that is masked, where that isn't the whole tile: then the queries
+        of one tile aren't those of another.
+    """
+    return _Writer(plan, at, starts, WIDTH - indent, ragged, edge).write()
 
 
 class _Writer:
     def __init__(
-        self, plan: Plan, at: Tile, starts: Starts, width: int, ragged: bool
+        self,
+        plan: Plan,
+        at: Tile,
+        starts: Starts,
+        width: int,
+        ragged: bool,
+        edge: Tile | None,
     ) -> None:
         self.plan, self.spec, self.at = plan, plan.spec, at
         self.starts, self.width, self.ragged = starts, width, ragged
+        self.edge = edge
         self.code = TileCode()
         self.rows_defined: set[str] = set()
         self.keys_defined: set[str] = set()
@@ -62,6 +80,7 @@ class _Writer:
             for node in [n for n in self.gathered if "s" in expr.variables(n)]:
                 del self.gathered[node]  # the next score has another s
         self.keys_defined, self.gathered = set(), {}  # the mask is a scope of its own
+        self.at = self.edge or self.at
         self._mask()
         return self.code
 
@@ -122,13 +141,19 @@ class _Writer:
         if name in ("b", "h"):
             self._define(f"{name}_index", self.code.rows)
         elif name == "q":
-            self._define("q_index", self.code.rows)
+            lines = self._lines({"q"}, keys)
+            self._define("q_index", lines)
             if self.spec.static_q_offset != 0:
-                self._define("q_pos", self.code.rows)
+                self._define("q_pos", lines)
         elif name == "k":
             self._define("k_index", keys)
             if self.spec.kv_offset:
                 self._define("k_pos", keys)
+
+    def _lines(self, reads: Collection[str], keys: list[str]) -> list[str]:
+        """Where to define what depends on these variables: in the tile, or before it."""
+        inside = "k" in reads or ("q" in reads and self.edge is not None)
+        return keys if inside else self.code.rows
 
     def _new(self, name: str, lines: list[str]) -> bool:
         """Whether a name is still to be defined where `lines` go; from now on it is."""
@@ -209,7 +234,7 @@ class _Writer:
         """Define the part of an operand that belongs to this tile."""
         assert isinstance(node.value, Operand)
         name, used = _slice_name(node), _letters(node)
-        lines = keys if "k" in used else self.code.rows
+        lines = self._lines(used, keys)
         if not self._new(name, lines):
             return
         begins, sizes = [], []
@@ -257,21 +282,15 @@ class _Writer:
             return
         assert isinstance(node.value, Operand)
         reads = expr.variables(node)
-        lines = (
-            self.code.score
-            if "s" in reads
-            else keys
-            if "k" in reads
-            else self.code.rows
-        )
+        lines = self.code.score if "s" in reads else self._lines(reads, keys)
         name = f"{node.value.name}_at_{self.gathers}"
         self.gathers += 1
         index = []
         safe = proven(node, self.env)
         for axis, i in zip(node.value.axes, node.args, strict=True):
             if i.op == "var":
-                index_lines = keys if i.value == "k" else self.code.rows
-                self._define(f"{i.value}_index", index_lines)
+                letter = str(i.value)
+                self._define(f"{letter}_index", self._lines({letter}, keys))
                 index.append(f"{i.value}_index")
             elif i.op == "const":
                 index.append(str(i.value))

@@ -1,0 +1,262 @@
+"""The loops of an emitted file: over batches, heads and queries, and over key chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attngen.backends.jax.bounds import Lengths, bounds
+from attngen.backends.jax.candidates import bounded
+from attngen.backends.jax.tile import (
+    Starts,
+    Tile,
+    chosen,
+    guards,
+    heads,
+    order,
+    triangle,
+    without_keys,
+)
+from attngen.backends.jax.tile_code import tile_code
+from attngen.plans import Plan
+from attngen.regions import rises
+from attngen.spec import AttentionSpec
+
+Loop = tuple[str, str, str]  # the function of a step, the first chunk, the last
+
+
+def chunked(plan: Plan, at: Tile) -> dict[str, Any]:
+    """What `_chunked.jinja` and the templates that use it name."""
+    spec = plan.spec
+    levels = _levels(plan, at)
+    indexed = {name for name, _ in levels}
+    diagonal = bool(chosen(plan, "diagonal"))
+    # a diagonal ends where whole chunks do
+    ragged = spec.kv_len % plan.k_chunk != 0 and not diagonal
+    starts = Starts(
+        b="b" if "b" in indexed else "0",
+        g="g" if "g" in indexed else "0",
+        q="q_start" if "i" in indexed else "0",
+        k="k_start",
+    )
+    part, edge, moved = triangle(at, starts) if diagonal else (at, None, starts)
+    code = tile_code(plan, part, moved, indent=12, ragged=ragged, edge=edge)
+    visited = bounds(plan, at, starts, ragged, Lengths(plan, at, starts))
+    loops = visited["loops"]
+    kinds = {kind for kind, _, _ in loops}
+    steps = " * ".join(count for _, count in levels)
+    ones = chosen(plan, "denominator") == "ones"
+    v = _value_dim(spec)
+    return {
+        "code": code,
+        "levels": _level_lines(levels, at),
+        "steps": steps,
+        "count": "steps" if len(steps) > 30 else steps,
+        "looped": bool(levels),
+        "carried": ", ".join(f"{o}_all" for o in spec.outputs),
+        "q_start": starts.q != "0",
+        "q_ragged": spec.q_len % plan.q_chunk != 0,
+        "ragged": ragged,
+        "edge_start": any("k_start" in line for line in code.edge),
+        "tile_shape": part.shape(at.letters),
+        "starts": starts,
+        "guard": bool(plan.option("guard")),
+        "loop_kind": str(plan.option("loop")),
+        "bounds": visited,
+        "kinds": kinds,
+        "unseen": guards(plan)
+        or ("edge" in kinds and plan.option("exp") == "polynomial"),
+        "ones": ones,
+        "acc_dim": f"{v} + 1" if ones else v,
+        "statistics": "m, acc" if ones else "m, total, acc",
+        "twice": chosen(plan, "qk") == "twice",
+        "unroll": int(chosen(plan, "unroll")),
+        "unrolled_by": _unrolled(plan, loops),
+        "split": _split(plan, loops),
+        "map_steps": chosen(plan, "steps") == "map",
+        "stacked": _stacked(plan, at, levels),
+        **_memory(plan, at, part, starts),
+        **_triangle(plan, at, loops),
+    }
+
+
+def _value_dim(spec: AttentionSpec) -> str:
+    return "D" if spec.qk_dim == spec.v_dim else "V_DIM"
+
+
+def _triangle(plan: Plan, at: Tile, loops: list[Loop]) -> dict[str, Any]:
+    """How the tiles of a diagonal are cut from those of all queries of a chunk."""
+    diagonal = chosen(plan, "diagonal")
+    lead = len(at.rows) - 1
+    axes = ":, " * lead
+    end = loops[0][2] if loops else "0"
+    arguments = "c, rows" if chosen(plan, "qk") == "twice" else "c"
+    return {
+        "diagonal": bool(diagonal),
+        "triangle_start": "low" if end == "0" else f"{end} * K_CHUNK + low",
+        "q_axes": axes,
+        "stats_axis": str(lead),
+        "tile_arguments": "k_start, keys, low" if diagonal else arguments,
+        "tile_rows": f"rows[{axes}low:]" if diagonal else "rows",
+    }
+
+
+def _constant(loop: Loop) -> int | None:
+    """How many chunks a loop goes over, where that is known."""
+    _, first, last = loop
+    known = first.isdigit() and last.isdigit()
+    return int(last) - int(first) if known else None
+
+
+def unrolls(plan: Plan) -> bool:
+    """Whether tiles go several to a step, a number of steps that isn't known."""
+    return chosen(plan, "unroll") != 1 and bounded(plan.spec)
+
+
+def _unrolled(plan: Plan, loops: list[Loop]) -> dict[str, Any] | None:
+    """How tiles without a mask go several to a step, where their number isn't known."""
+    found = [loop for loop in loops if loop[0] == "interior"]
+    if not unrolls(plan) or not found:
+        return None
+    several = int(chosen(plan, "unroll")) * plan.k_chunk
+    whole = bool(chosen(plan, "diagonal"))
+    whole = whole and rises(plan.spec, plan.q_chunk, several)
+    lines, chunk = _grouped(found[0], "UNROLL", "interiors", "carry", "carry", whole)
+    return {"lines": lines, "chunk": chunk}
+
+
+def _split(plan: Plan, loops: list[Loop]) -> dict[str, Any] | None:
+    """How the key chunks of one loop are dealt out to parts; others go to the first."""
+    parts = int(chosen(plan, "parts"))
+    if parts == 1 or not loops:
+        return None
+    kinds = [kind for kind, _, _ in loops]
+    index = kinds.index("interior") if "interior" in kinds else 0
+    count = _constant(loops[index])
+    if count is not None and count < parts:
+        return {"kind": kinds[index], "index": -1, "lines": [], "chunk": "c"}
+    whole = count is not None and not count % parts
+    lines, chunk = _grouped(
+        loops[index], "PARTS", "together", "parts", "parts[0]", whole
+    )
+    return {"kind": kinds[index], "index": index, "lines": lines, "chunk": chunk}
+
+
+def _grouped(
+    loop: Loop, size: str, group: str, state: str, one: str, whole: bool
+) -> tuple[list[str], str]:
+    """Statements that run a loop `size` chunks at a time; and the text of chunk i of step c.
+
+    Args:
+        group: the function of a step; state: what it takes and returns.
+        one: what the loop's own function takes, for the chunks that are left over.
+        whole: none are.
+    """
+    kind, first, last = loop
+    count = last if first == "0" else f"({last} - {first})"
+    chunk = f"{size} * c + i" if first == "0" else f"{first} + {size} * c + i"
+    lines = []
+    steps = f"{count} // {size}"
+    if not whole:
+        lines.append(f"steps = {steps}")
+        steps = "steps"
+    lines.append(f"{state} = lax.fori_loop(0, {steps}, {group}, {state})")
+    if not whole:
+        rest = f"steps * {size}" if first == "0" else f"{first} + steps * {size}"
+        lines.append(f"{one} = lax.fori_loop({rest}, {last}, {kind}, {one})")
+    return lines, chunk
+
+
+def _memory(plan: Plan, at: Tile, part: Tile, starts: Starts) -> dict[str, Any]:
+    """Where slices begin and how large they are, in memory and as rows of a tile."""
+    spec = plan.spec
+    qk = "D" if spec.qk_dim == spec.v_dim else "QK_DIM"
+    head = starts.g if starts.g == "0" or spec.repeats == 1 else f"{starts.g} * R"
+    begin = {"b": starts.b, "q": starts.q, "k": starts.k, "h": head, "g": starts.g}
+    size = {"b": at.sizes["b"], "q": "Q_CHUNK", "h": heads(at)}
+    rows = order(spec.layout, "bqh")
+    dn = chosen(plan, "slices") == "dn"
+    keys = "bgk" if dn else order(spec.layout, "bkg")
+    begins = [begin[a] for a in keys]
+    sizes = [part.sizes[a] for a in keys]
+
+    def with_dim(items: list[str], dim: str) -> str:
+        return ", ".join([*items[:-1], dim, items[-1]] if dn else [*items, dim])
+
+    own = ", ".join(size[a] for a in rows)
+    return {
+        "memory": {
+            "rows": {
+                "begin": f"({', '.join(begin[a] for a in rows)}, 0)",
+                "size": own,
+            },
+            "keys": {"begin": f"({with_dim(begins, '0')})"},
+            "lse_begin": f"({starts.b}, {head}, {starts.q})",
+        },
+        "k_size": with_dim(sizes, qk),
+        "v_size": with_dim(sizes, _value_dim(spec)),
+        "rows_shape": at.shape(order(spec.layout, "bqgr")),
+        "out_tile_shape": f"{own}, {_value_dim(spec)}",
+        "lse_shape": f"{size['b']}, {size['h']}, Q_CHUNK",
+        "heads": heads(at),
+        "looped_heads": starts.g != "0",
+        "sink_begin": head,
+        "sink_shape": without_keys(at.spread("gr")),
+    }
+
+
+def _levels(plan: Plan, at: Tile) -> list[tuple[str, str]]:
+    """The loops around the key loop that have more than one step, outermost first."""
+    spec = plan.spec
+    found = []
+    if spec.batch != plan.option("batch_chunk"):
+        found.append(("b", "B" if at.sizes["b"] == "1" else "(B // B_CHUNK)"))
+    if spec.kv_heads != plan.option("head_chunk"):
+        found.append(("g", "G" if at.sizes["g"] == "1" else "(G // G_CHUNK)"))
+    if spec.q_len != plan.q_chunk:
+        found.append(("i", "Q_CHUNKS"))
+    return found
+
+
+def _level_lines(levels: list[tuple[str, str]], at: Tile) -> list[str]:
+    """Statements that take the flat step apart, the innermost loop first."""
+    lines = []
+    inner: list[str] = []
+    for name, count in reversed(levels):
+        text = "step"
+        if inner:
+            divisor = inner[0] if len(inner) == 1 else f"({' * '.join(inner)})"
+            text += f" // {divisor}"
+        if len(inner) + 1 < len(levels):
+            text += f" % {count}"
+        chunk = {"b": "B_CHUNK", "g": "G_CHUNK", "i": ""}[name]
+        if chunk and at.sizes[name] != "1":
+            text += f" * {chunk}"
+        lines.append(f"{name} = {text}")
+        inner.insert(0, count)
+    return lines
+
+
+def _stacked(plan: Plan, at: Tile, levels: list[tuple[str, str]]) -> dict[str, Any]:
+    """How outputs that were stacked by steps [step, *tile] are put in order."""
+    spec = plan.spec
+    counts = [count.strip("()") for _, count in levels]
+    size = {"b": at.sizes["b"], "q": "Q_CHUNK", "h": heads(at)}
+    level_of = {"b": "b", "q": "i", "h": "g"}
+    names = [name for name, _ in levels]
+    found: dict[str, Any] = {}
+    whole = {"b": "B", "q": "T", "h": "H"}
+    for output in spec.outputs:
+        axes = order(spec.layout, "bqh") if output == "out" else "bhq"
+        tail = [_value_dim(spec)] if output == "out" else []
+        moved: list[int] = []
+        for i, axis in enumerate(axes):
+            if (level := level_of[axis]) in names:
+                moved.append(names.index(level))
+            moved.append(len(names) + i)
+        moved += [len(names) + len(axes)] * len(tail)
+        found[output] = {
+            "shape": ", ".join([*counts, *(size[a] for a in axes), *tail]),
+            "order": ", ".join(map(str, moved)),
+            "whole": ", ".join([*(whole[a] for a in axes), *tail]),
+        }
+    return found
