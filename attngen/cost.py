@@ -13,11 +13,13 @@ class Cost:
     """What a backend's model says of a candidate.
 
     temp_bytes is meant as an upper bound of what the compiler will allocate beyond inputs
-    and outputs; time_s is a guide for ranking.
+    and outputs; time_s is a guide for ranking; edge_share is the part of an edge tile that
+    is computed.
     """
 
     temp_bytes: int
     time_s: float
+    edge_share: float = 1.0
 
 
 def tile_flop(spec: AttentionSpec, q_chunk: int, k_chunk: int) -> int:
@@ -25,9 +27,17 @@ def tile_flop(spec: AttentionSpec, q_chunk: int, k_chunk: int) -> int:
     return 2 * q_chunk * k_chunk * (spec.qk_dim + spec.v_dim)
 
 
-def executed_flop(spec: AttentionSpec, tiles: Tiles, q_chunk: int, k_chunk: int) -> int:
+def executed_flop(
+    spec: AttentionSpec,
+    tiles: Tiles,
+    q_chunk: int,
+    k_chunk: int,
+    edge_share: float = 1.0,
+) -> int:
     """Of all tiles visited, over all batches and query heads."""
-    return spec.batch * spec.q_heads * tiles.visited * tile_flop(spec, q_chunk, k_chunk)
+    visited = tiles.full + tiles.edge * edge_share
+    heads = spec.batch * spec.q_heads
+    return round(heads * visited * tile_flop(spec, q_chunk, k_chunk))
 
 
 def square_flop(spec: AttentionSpec) -> int:

@@ -48,50 +48,114 @@ def rank(
     """
     backend.refuse(spec)
     fix = check_fix(fix)
-    span = analyse(spec)
-    ranges = examine(spec, span.limits)
     legal, refused = _split(spec, target, backend, fix)
     if not legal:
         raise _nothing_legal(fix, refused)
-    count = _Counter(spec, span)
-    priced = []
-    for choice in legal:
-        tiles = count(choice)
-        priced.append((choice, tiles, backend.cost(spec, target, choice, tiles)))
-    priced.sort(key=lambda c: (c[2].time_s, c[2].temp_bytes))
-    budget = _budget(spec, target)
-    fitting = [p for p in priced if budget is None or p[2].temp_bytes <= budget]
+    of = _Pricing(spec, target, backend, fix)
+    priced = [of.price(choice) for choice in legal]
+    priced.sort(key=_by_time)
+    fitting = [p for p in priced if of.fits(p)]
     if not fitting:
         priced.sort(key=lambda c: (c[2].temp_bytes, c[2].time_s))
         if not smallest:
             raise no_fit(spec, target, backend, priced[0])
         fitting = priced[:smallest]
-    alternatives = _alternatives(priced, refused, budget, fitting[0])
+    listed = _alternatives(priced, refused, of.budget, fitting[0])
+    best, *others = fitting
+    sizes = int(best[0]["q_chunk"]), int(best[0]["k_chunk"])
+    exact = count_tiles(spec, of.span, *sizes)
+    first = of.plan((best[0], exact, best[2]), listed)
+    return (first, *(of.plan(p, listed) for p in others))
 
-    def plan(choice: Choice, tiles: Tiles, cost: Cost) -> Plan:
+
+def near(
+    plan: Plan, target: Target, backend: Backend, fix: Mapping[str, Option] | None
+) -> tuple[Plan, ...]:
+    """Every legal plan that differs from one in a single choice, the fastest first.
+
+    Of all that can be emitted, not only of what `rank` considers; a plan of another
+    algorithm keeps the choices that both have. Only those that are modelled to fit.
+    """
+    spec, fix = plan.spec, check_fix(fix)
+    of = _Pricing(spec, target, backend, fix)
+    found = []
+    for algorithm, axes in backend.space(spec, target, whole=True).items():
+        if not _has(algorithm, axes, fix):
+            continue
+        kept = {n: plan.choice.get(n, values[0]) for n, values in axes.items()}
+        same: dict[str, Option] = {"algorithm": algorithm} | kept | dict(fix)
+        varied = [same] + [
+            same | {n: value}
+            for n, values in axes.items()
+            for value in values
+            if n not in fix and value != same[n]
+        ]
+        found += [c for c in varied if backend.illegal(spec, target, c) is None]
+    apart = [of.price(c) for c in found if _apart(c, plan.choice) == 1]
+    return tuple(of.plan(p) for p in sorted(filter(of.fits, apart), key=_by_time))
+
+
+def _apart(choice: Choice, other: Choice) -> int:
+    """In how many choices two candidates differ; those of one algorithm alone are one."""
+    if choice["algorithm"] != other["algorithm"]:
+        both = [n for n in choice if n in other and n not in ("algorithm", "loop")]
+        return 1 + sum(choice[n] != other[n] for n in both)
+    return sum(choice[n] != other[n] for n in choice)
+
+
+Priced = tuple[dict[str, Option], Tiles, Cost]
+
+
+def _by_time(priced: Priced) -> tuple[float, int]:
+    return (priced[2].time_s, priced[2].temp_bytes)
+
+
+class _Pricing:
+    """What the candidates of a spec cost, and the plans they make."""
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        target: Target,
+        backend: Backend,
+        fix: Mapping[str, Option],
+    ) -> None:
+        self.spec, self.target, self.backend = spec, target, backend
+        self.fixed = tuple(fix)
+        self.span = analyse(spec)
+        self.ranges = examine(spec, self.span.limits)
+        self.count = _Counter(spec, self.span)
+        self.budget = _budget(spec, target)
+
+    def price(self, choice: dict[str, Option]) -> Priced:
+        tiles = self.count(choice)
+        cost = self.backend.cost(self.spec, self.target, choice, tiles)
+        return (choice, tiles, cost)
+
+    def fits(self, priced: Priced) -> bool:
+        return self.budget is None or priced[2].temp_bytes <= self.budget
+
+    def plan(self, priced: Priced, alternatives: tuple[Alternative, ...] = ()) -> Plan:
+        choice, tiles, cost = priced
         options = {n: v for n, v in choice.items() if n not in COMMON}
-        q_chunk, k_chunk = int(choice["q_chunk"]), int(choice["k_chunk"])
+        sizes = int(choice["q_chunk"]), int(choice["k_chunk"])
         return Plan(
-            spec=spec,
-            target=target.name,
-            backend=backend.name,
+            spec=self.spec,
+            target=self.target.name,
+            backend=self.backend.name,
             algorithm=str(choice["algorithm"]),
-            q_chunk=q_chunk,
-            k_chunk=k_chunk,
+            q_chunk=sizes[0],
+            k_chunk=sizes[1],
             options=tuple(options.items()),
             tiles=tiles,
-            index_dtype=ranges.index_dtype,
-            drops_keys=ranges.drops_keys,
+            index_dtype=self.ranges.index_dtype,
+            drops_keys=self.ranges.drops_keys,
             temp_bytes=cost.temp_bytes,
             time_s=cost.time_s,
-            flop=executed_flop(spec, tiles, q_chunk, k_chunk),
-            fixed=tuple(fix),
+            flop=executed_flop(self.spec, tiles, *sizes, cost.edge_share),
+            fixed=self.fixed,
             alternatives=alternatives,
         )
-
-    best, *others = fitting
-    exact = count_tiles(spec, span, int(best[0]["q_chunk"]), int(best[0]["k_chunk"]))
-    return (plan(best[0], exact, best[2]), *(plan(*p) for p in others))
 
 
 COMMON = ("algorithm", "q_chunk", "k_chunk")

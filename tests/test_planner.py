@@ -181,3 +181,40 @@ def test_index_dtype_and_dropped_keys_are_in_the_plan():
         0
     ].drops_keys
     assert rank(dataclasses.replace(SPEC, score=(scores.bias(),)))[0].drops_keys
+
+
+def test_neighbours_differ_in_one_choice_and_fit():
+    spec = dataclasses.replace(CAUSAL, q_len=512, kv_len=512, memory_budget="1MiB")
+    plan = rank(spec, algorithm="running", q_chunk=64, k_chunk=64)[0]
+    found = planner.near(plan, CPU, JAX, {})
+    assert {p.algorithm for p in found} == {"running", "split_kv", "summaries"}
+    assert all(p.temp_bytes <= 2**20 for p in found)
+    times = [p.time_s for p in found]
+    assert times == sorted(times)
+    names = set()
+    for near in found:
+        assert JAX.illegal(spec, CPU, near.choice) is None
+        if near.algorithm == plan.algorithm:
+            apart = {n for n, v in near.choice.items() if v != plan.choice[n]}
+            assert len(apart) == 1
+            names |= apart
+    seldom = {"denominator", "qk", "slices", "steps", "exp"}
+    assert names >= seldom | {"q_chunk", "k_chunk", "head_chunk", "unroll"}
+    spec = dataclasses.replace(spec, memory_budget=None)
+    aligned = rank(spec, algorithm="running", q_chunk=256, k_chunk=256, diagonal=0)[0]
+    assert any(p.choice.get("diagonal") for p in planner.near(aligned, CPU, JAX, {}))
+
+
+def test_neighbours_keep_what_the_user_fixed():
+    fix = {"q_chunk": 50, "qk": "once"}
+    plan = rank(SPEC, **fix)[0]
+    found = planner.near(plan, CPU, JAX, fix)
+    assert found
+    assert all(p.q_chunk == 50 and p.choice["qk"] == "once" for p in found)
+    assert all(p.fixed == ("q_chunk", "qk") for p in found)
+
+
+def test_an_algorithm_that_lacks_a_fixed_choice_is_not_considered():
+    assert {p.algorithm for p in rank(SPEC, parts=2)} == {"split_kv"}
+    with refused(PlanError, "diagonal"):
+        rank(SPEC, algorithm="split_kv", diagonal=16)

@@ -31,9 +31,13 @@ class Backend(Protocol):
         """Raise NotBuiltError for what this backend doesn't do."""
 
     def space(
-        self, spec: AttentionSpec, target: Target
+        self, spec: AttentionSpec, target: Target, *, whole: bool = False
     ) -> Mapping[str, Mapping[str, Sequence[Option]]]:
-        """For each algorithm, the values of each choice that are worth considering."""
+        """For each algorithm, the values of each choice that are worth considering.
+
+        Args:
+            whole: all that can be emitted: for a search from neighbour to neighbour.
+        """
 
     def illegal(
         self, spec: AttentionSpec, target: Target, choice: Choice

@@ -48,7 +48,7 @@ class NumpyBackend:
                 )
 
     def space(
-        self, spec: AttentionSpec, target: Target
+        self, spec: AttentionSpec, target: Target, *, whole: bool = False
     ) -> Mapping[str, Mapping[str, Sequence[Option]]]:
         sizes = (16, 64, 256)
         return {

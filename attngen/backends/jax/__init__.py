@@ -30,9 +30,9 @@ class JaxBackend:
         candidates.refuse(spec)
 
     def space(
-        self, spec: AttentionSpec, target: Target
+        self, spec: AttentionSpec, target: Target, *, whole: bool = False
     ) -> Mapping[str, Mapping[str, Sequence[Option]]]:
-        return candidates.space(spec)
+        return candidates.space(spec, whole=whole)
 
     def illegal(
         self, spec: AttentionSpec, target: Target, choice: Choice

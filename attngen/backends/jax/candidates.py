@@ -102,7 +102,8 @@ def space(
     }
     few = {
         "q_chunk": tuple(n for n in (1024,) if n < spec.q_len) or (spec.q_len,),
-        "k_chunk": tuple(n for n in (512, 4096) if n < spec.kv_len) or (spec.kv_len,),
+        "k_chunk": tuple(n for n in (64, 512, 4096) if 2 * n <= spec.kv_len)[-2:]
+        or (1,),
     }
     split = common if whole or spec.q_len * spec.repeats <= FEW else common | few
     return {
