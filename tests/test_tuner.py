@@ -114,8 +114,9 @@ def test_patient_climbs_from_the_fastest_to_its_neighbours(monkeypatch):
 
     def prepare(plan, upcoming):
         run.asked.append(plan)
-        seconds = 0.2 if plan in DIFFERENT and plan != LEADER else 0.1
-        return prepared(plan, run.machine.work(seconds / (1 + apart(plan) / 4)))
+        slow = plan in DIFFERENT and plan != LEADER
+        seconds = 0.2 if slow else 0.1 / (1 + apart(plan) / 4)
+        return prepared(plan, run.machine.work(seconds))
 
     run = Run(monkeypatch, None)
     run.prepare = prepare
