@@ -33,6 +33,25 @@ SPECS = {
         mask=masks.causal() & masks.sliding_window(200),
         sink=True,
     ),
+    "wide": AttentionSpec(  # what the model's sums weren't made from
+        batch=2,
+        q_heads=6,
+        kv_heads=3,
+        q_len=390,
+        kv_len=610,
+        qk_dim=48,
+        v_dim=80,
+        layout="bhtd",
+    ),
+    "decode": AttentionSpec(
+        q_heads=12,
+        kv_heads=3,
+        q_len=1,
+        kv_len=5000,
+        qk_dim=96,
+        mask=masks.causal(),
+        q_offset="bottom_right",
+    ),
 }
 
 
@@ -74,6 +93,20 @@ def check(name, seed, count):
 @pytest.mark.parametrize("name", SPECS)
 def test_modelled_bytes_are_an_upper_bound(name):
     check(name, seed=0, count=3)
+
+
+def test_a_tiny_plan_is_not_charged_kilobytes():
+    spec = AttentionSpec(q_heads=1, q_len=4, qk_dim=2)
+    plan = api.plan(spec, fix={"q_chunk": 1, "k_chunk": 1, "unroll": 1, "loop": "fori"})
+    assert compiled_bytes(plan) <= plan.temp_bytes <= 2048
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_without_tiles_the_bytes_are_no_fewer(name):
+    spec = SPECS[name]
+    for choice in choices(spec, random.Random(name), 50):
+        some = api.plan(spec, fix=choice).temp_bytes
+        assert some <= model.temp_bytes(spec, choice)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from attngen.regions import analyse
 from attngen.spec import AttentionSpec
 
 FUSED_BYTES = 2**14  # of an element of each row: from here on the library chains rows
+LENT_BYTES = 2**16  # an output of less isn't counted on
 _LEAVES = ("var", "const", "load")
 
 
@@ -24,6 +25,7 @@ class Facts(NamedTuple):
     interior: bool  # there can be steps that evaluate no mask
     static_edge: bool  # the mask is of keys alone: its edge is a step outside the loop
     two_edges: bool  # a window: edges on both sides
+    bounded: bool  # queries or lengths say which key chunks are visited, or masked
     movable: bool  # bounds of key loops depend on nothing but the queries' position
     letters: frozenset[str]  # axes that the mask, or else the last score, spans
     score_ops: int  # elementwise operations of the scores
@@ -47,6 +49,7 @@ def facts(spec: AttentionSpec) -> Facts:
         interior=span.any_full and not drops,
         static_edge=spec.mask is not None and not lengths and _of_keys(spec.mask.expr),
         two_edges=span.full_low is not None and span.full_high is not None,
+        bounded=bool(lengths or span.limits),
         movable=masked and not lengths and spec.static_q_offset is not None,
         letters=_letters(spec),
         score_ops=sum(n.op not in _LEAVES for n in nodes),
@@ -105,6 +108,7 @@ class Tile(NamedTuple):
     width: int  # keys
     chunks: int
     unroll: int  # steps of the loop over key chunks; 0: no loop
+    edge_unroll: int  # … where it goes over an edge
     rest: int  # chunks that an unrolled loop leaves over
     tail: int  # 1 where the last chunk is a step of its own
     outside: int  # rest + tail
@@ -151,10 +155,11 @@ def tile(spec: AttentionSpec, choice: Choice, know: Facts) -> Tile:
         hoisted=_hoisted(spec, know, row * k, q * k)
         if looped and q == spec.q_len
         else 0,
-        lent=0 if looped or not know.out else out,
+        lent=0 if looped or not know.out or out < LENT_BYTES else out,
         width=k,
         chunks=chunks,
         unroll=unroll,
+        edge_unroll=1 if know.bounded else unroll,
         rest=rest,
         tail=tail,
         outside=rest + tail,
@@ -185,8 +190,9 @@ def _walk(spec: AttentionSpec, choice: Choice, know: Facts) -> tuple[int, ...]:
     tail = int(chunks > 1 and bool(ragged or know.static_edge))
     if choice["loop"] == "unrolled" or choice["algorithm"] == "dense":
         return chunks, 0, 0, tail
-    bounded = spec.mask is not None and unroll == 1 and not know.static_edge
-    if not bounded and (chunks - tail) // unroll <= 1:  # a loop of one round is none
+    if know.bounded and not know.static_edge:
+        return chunks, unroll, 0, tail  # what is left over is a loop of its own
+    if (chunks - tail) // unroll <= 1:  # a loop of one round is none
         return chunks, 0, 0, tail
     return chunks, unroll, (chunks - tail) % unroll, tail
 

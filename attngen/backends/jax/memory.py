@@ -14,16 +14,14 @@ the loop begins, and keeps that meanwhile.
 from __future__ import annotations
 
 from attngen.backends.jax.buffers import Facts, Tile, facts, tile
-from attngen.dtypes import BYTES
+from attngen.backends.jax.extras import EXTRAS
 from attngen.plans import Choice
 from attngen.regions import Tiles
 from attngen.spec import AttentionSpec
 
-# What is left to chance: where XLA packs buffers with gaps, and what is small.
+# What is left to chance: where XLA packs buffers with gaps.
 GAPS = 1.015
 SLACK, SLACK_BYTES = 1 / 8, 2**16  # of a small program, at most
-SMALL_BYTES = 768
-STEP_BYTES = 512  # of a step: eight buffers of less than 64 bytes take 64 each
 Moments = tuple[int, ...]  # bytes at each
 
 
@@ -78,7 +76,7 @@ def _early(at: Tile, know: Facts) -> int:
     elif know.static_edge:
         early += at.tail * (at.keys + at.values)
     else:
-        early += at.rest * at.keys
+        early += (at.outside if at.lone else at.rest) * at.keys
     if at.fixed and know.two_edges and at.chunks > 2:  # one edge's loop has one round
         early += 2 * at.scores + at.seen
     if at.tail and know.gathers:
@@ -103,7 +101,7 @@ def _scores(at: Tile, know: Facts) -> int:
     worst = unroll * (keys + ahead) + scores + min(2 * scores, keys // 8)
     worst += 2 * at.rows if at.lone else 0
     if at.grouped and (at.poly or unroll > 1 or (know.bhtd and at.batched)):
-        worst = max(worst, unroll * (keys + values) + 2 * scores)
+        worst = max(worst, unroll * (keys + values) + scores + min(scores, keys // 4))
     if unroll > 1:
         made = keys + unroll * values if know.interior else unroll * keys + at.acc
         worst = max(worst, made + unroll * scores)
@@ -121,9 +119,9 @@ def _softmax(at: Tile, know: Facts, interior: bool) -> int:
     elif interior:
         worst = unroll * scores
     if know.edges:
-        masked = unroll * (scores + at.seen)
+        masked = at.edge_unroll * (scores + at.seen)
         if at.apart:
-            masked += unroll * scores
+            masked += at.edge_unroll * scores
         elif at.grouped:
             masked += raised * scores
         worst = max(worst, masked - lies)
@@ -137,10 +135,9 @@ def _weighted(at: Tile, know: Facts) -> int:
     unroll, scores, values = at.unroll, at.scores, at.values
     worst = unroll * at.acc + scores + values
     worst += (unroll - 1) * min(at.acc, scores + values)
-    if at.outside:
-        worst += at.rows if at.many and unroll > 1 else 0
-        worst -= at.acc if _chained(at, know) and at.acc <= at.lent else 0
-    elif at.acc <= at.lent:
+    if at.outside and at.many and unroll > 1:
+        worst += 0 if at.looped and not _chained(at, know) else at.rows
+    if at.acc <= at.lent:
         worst -= at.acc
     elif scores <= at.lent:
         worst -= scores
@@ -174,7 +171,7 @@ def _loop_library(at: Tile, know: Facts) -> int:
         return 0
     if not _chained(at, know):
         return (3 * at.unroll - 1) * row
-    last = acc if at.cast and at.lent else 0
+    last = 3 * acc // 2 if at.cast else 0  # converted, and once more
     held = outside * (3 * acc + 7 * row) + last
     if not at.tail:
         held += acc + 11 * row
@@ -200,31 +197,38 @@ def _steps(at: Tile, know: Facts) -> tuple[Moments, int]:
             return _chain(at), library
     steps, scores, rows = at.chunks, at.scores, at.rows
     keys, values, tail = _slices(at, know)
-    few = scores * (1 + min(3, steps // 2) + (at.batched and at.eager))
+    few = scores * (1 + min(3, steps // 2) + at.twice)
+    if steps == 2 and not at.twice:
+        few = scores + min(scores, at.keys // 4)
     read = 2 * steps * at.keys if at.twice else steps * at.keys
-    blanked = steps * at.values if at.apart and not at.batched else 0
+    copied = at.twice or (at.apart and not at.batched)
+    blanked = steps * at.values if copied else 0
+    later = max(values, steps * at.values) + (keys if at.eager else 0)
+    last = at.values * at.tail if steps > 2 else 0
     moments = [
         rows + few + read + (blanked if know.edges else values),
-        rows + steps * scores + keys + (0 if know.edges else values + tail),
+        rows + steps * scores + keys + (0 if know.edges else values + last),
+        steps * scores + tail + (0 if know.edges else later),
     ]
     if at.grouped:
         moments += _raised(at, keys if at.eager else 0, values)
     if know.edges:
-        made = keys + values if at.eager else at.keys + at.values
+        made = keys + values if at.twice else at.keys + at.values
         blanked = at.values * (1 if at.batched else steps)
-        masked = (steps + 1) * scores + 2 * at.seen + at.keys + blanked
+        masked = (steps + at.tail) * scores + at.seen + at.keys + blanked
         if at.apart:
             masked = steps * (2 * scores + at.seen) + made
         moments.append(rows + at.acc + masked + 2 * steps * at.key)
     if at.width == 1 or scores < at.acc:
-        moments.append(rows + scores + (steps + 1) * at.acc)
+        added = (steps - 1) * at.acc + 3 * steps * at.row
+        moments.append(rows + scores + at.keys + added)
     return tuple(moments), library
 
 
 def _slices(at: Tile, know: Facts) -> tuple[int, int, int]:
     """Keys, values and the ragged step's scores and mask, of all steps together."""
     steps, tail = at.chunks, at.tail
-    keys = at.keys * (steps if at.eager else 1)
+    keys = at.keys * (steps if at.eager else 1 + steps // 4)
     more = tail if at.cast and not (steps == 2 and at.batched) else -tail
     values = at.values * (steps + more)
     if at.twice:  # as sliced and as transposed
@@ -261,9 +265,13 @@ def _chain(at: Tile) -> Moments:
 
 def _chain_library(at: Tile) -> int:
     steps = at.chunks
-    raised = 0 if at.poly else min(2 * steps, 10) * at.scores
+    raised = 0 if at.poly else 2 * steps * at.scores
+    if at.many:
+        raised = min(raised, 10 * at.scores)
     last = at.acc if at.cast and at.lent else 0
     held = min(3 * steps - 1, 21) * at.acc + min(6 * steps + 1, 58) * at.row
+    if not at.many:
+        held += at.acc + (0 if at.poly else 3 * at.rows)
     return held + raised + last
 
 
@@ -346,34 +354,3 @@ def _whole(at: Tile, know: Facts) -> tuple[Moments, int] | None:
     more = keys + values if at.cast and not at.moved else 0
     moment = rows + at.scores + acc + keys + values + converted + more
     return (moment,), exponents + row
-
-
-# What else a choice or a spec costs, each of a program as a whole: add here.
-
-
-def _small(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
-    """Statistics of rows and of keys, counters, alignment."""
-    steps = at.unroll + at.outside if at.unroll else at.chunks
-    counters = 8 * at.chunks if choice["loop"] == "scan" else 0
-    stats = 8 * at.row + (2 if facts(spec).edges else 1) * at.key
-    return SMALL_BYTES + stats + steps * STEP_BYTES + counters
-
-
-def _unguarded(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
-    """XLA converts all of q, k and v outside the loops unless barriers keep it from that."""
-    if at.dense or choice["guard"] or spec.dtype == spec.stats_dtype:
-        return 0
-    queries = spec.q_heads * spec.q_len * spec.qk_dim
-    keys = spec.kv_heads * spec.kv_len * (spec.qk_dim + spec.v_dim)
-    return BYTES[spec.stats_dtype] * spec.batch * (queries + keys)
-
-
-def _narrow(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
-    """Products in a narrower dtype than the statistics': scores and rows once more."""
-    if choice["product_dtype"] == spec.stats_dtype:
-        return 0
-    steps = at.unroll + at.outside if at.unroll else at.chunks
-    return (at.scores + at.rows) * steps + (0 if at.unroll else at.rows)
-
-
-EXTRAS = (_small, _unguarded, _narrow)
