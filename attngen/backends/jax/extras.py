@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attngen.backends.jax.buffers import Tile
+from attngen.backends.jax.buffers import Tile, facts
 from attngen.dtypes import BYTES
 from attngen.plans import Choice
 from attngen.spec import AttentionSpec
@@ -38,8 +38,8 @@ def _narrow(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
 
 
 def _scaled(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
-    """Scores that are scaled, instead of queries, are another buffer."""
-    if choice.get("scale", "queries") == "queries":
+    """Scores that are scaled are another buffer, where no mask makes one anyway."""
+    if choice.get("scale", "queries") == "queries" or facts(spec).edges:
         return 0
     return at.scores * (at.unroll + at.outside if at.unroll else at.chunks)
 
