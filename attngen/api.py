@@ -49,7 +49,8 @@ def plan(
         PlanError: a fixed choice is unknown, or leaves nothing legal.
         BudgetError: nothing fits the budget; the error names the least that would.
     """
-    return planner.rank(spec, targets.get(target), backends.get(backend), fix)[0]
+    where, by = targets.get(target), backends.get(backend)
+    return planner.rank(spec, where, by, fix, most=1)[0]
 
 
 def emit(plan: Plan) -> Source:

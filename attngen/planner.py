@@ -33,10 +33,12 @@ def rank(
     fix: Mapping[str, Option] | None = None,
     *,
     smallest: int = 0,
+    most: int | None = None,
 ) -> tuple[Plan, ...]:
     """Every legal plan that is modelled to fit the budget, the fastest first.
 
     Args:
+        most: no more than so many of them.
         smallest: where nothing fits, so many plans with the fewest modelled bytes, the
             smallest first, instead of the error: the model is an upper bound, and the
             compiler may certify less.
@@ -61,7 +63,7 @@ def rank(
             raise no_fit(spec, target, backend, priced[0])
         fitting = priced[:smallest]
     listed = _alternatives(priced, refused, of.budget, fitting[0])
-    best, *others = fitting
+    best, *others = fitting[:most]
     sizes = int(best[0]["q_chunk"]), int(best[0]["k_chunk"])
     exact = count_tiles(spec, of.span, *sizes)
     first = of.plan((best[0], exact, best[2]), listed)

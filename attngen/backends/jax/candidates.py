@@ -96,7 +96,11 @@ def space(
     diagonal = (0, 128, 256, 512) if whole else (0, 256)
     unroll = (1, 2, 4, 8) if whole else (1, 2)
     running = common | {
-        "loop": LOOPS if whole else ("fori", "unrolled"),
+        "loop": LOOPS
+        if whole
+        else ("fori",)
+        if bounded(spec)
+        else ("fori", "unrolled"),
         "unroll": unroll if unrollable(spec) else (1,),
         "diagonal": diagonal if rises(spec, 2, 2) else (0,),
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from attngen.backends.jax.candidates import option
 from attngen.backends.jax.memory import temp_bytes as temp_bytes
 from attngen.cost import Cost, tile_flop
 from attngen.dtypes import BYTES
@@ -42,7 +43,14 @@ def shape(spec: AttentionSpec, choice: Choice) -> Shape:
 def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> Cost:
     """Modelled bytes and seconds of a candidate."""
     temporaries = temp_bytes(spec, choice, tiles)
-    return Cost(temporaries, _time_s(spec, choice, tiles, temporaries))
+    share = edge_share(choice)
+    return Cost(temporaries, _time_s(spec, choice, tiles, temporaries), share)
+
+
+def edge_share(choice: Choice) -> float:
+    """The part of a chunk's edge tiles that is computed: below a diagonal, in steps."""
+    step = int(option(choice, "diagonal"))
+    return (1 + step / int(choice["q_chunk"])) / 2 if step else 1.0
 
 
 # Seconds of a CPU of two cores, fitted with benchmarks/model_cpu.py.
@@ -50,12 +58,16 @@ FLOP_S = 155e9  # of the products, where nothing else holds them up
 STEP_S = 20e-6  # of a step of the key loop
 # of an element's maximum, exponential and sum
 SCORE_S = {"exp": 0.45e-9, "exp2": 0.47e-9, "polynomial": 0.35e-9}
+SCALE_S = 0.1e-9  # of an element that is scaled
 LARGE_S = 0.1e-9  # of an element, more with each doubling of a tile beyond the caches
 CACHE_BYTES = 2**22
 SCORES_S = {"exp": 2e-9, "tanh": 3e-9, "log": 2e-9, "load": 0.5e-9}  # in a score, each
 MASK_S = 0.4e-9  # of an element of an edge tile
 ROW_S = 0.15e-9  # of an element of the weighted sum, rescaled in each step
 SLICE_S = (1e-9, 2e-9)  # of an element of keys or values: of one matrix, of several
+WHOLE_S = (0.9e-9, 2.5e-9)  # of one, where all keys are read at once
+MOVED_S = 1e-9  # of an element that is transposed, or put in order at the end
+ACROSS = 1.6  # times the products' time, with keys last
 FAULT_S = 0.25e-9  # of a byte of temporaries: its page is fresh in every call
 SMALL = 2**15  # a tile of so many elements occupies one core half of the time
 
@@ -70,19 +82,42 @@ def _time_s(
 ) -> float:
     tile = shape(spec, choice)
     groups = spec.batch * spec.kv_heads / tile.batches
+    visited = tiles.full + tiles.edge * edge_share(choice)
+    steps = tiles.visited * _tile_s(spec, choice, tile)
+    masked = min(tile.keys, int(option(choice, "diagonal")) or tile.keys)
+    edges = tiles.edge * tile.rows * masked * MASK_S
+    once = temporaries * FAULT_S + _moved_s(spec, choice)
+    return float(groups * (steps * visited / max(1, tiles.visited) + edges) + once)
+
+
+def _tile_s(spec: AttentionSpec, choice: Choice, tile: Shape) -> float:
+    """Seconds of a tile without a mask."""
     element = SCORE_S[str(choice["exp"])] + sum(_score_s(s.expr) for s in spec.score)
+    element += SCALE_S if option(choice, "scale") == "scores" else 0
     large = tile.scores * BYTES[spec.stats_dtype] / CACHE_BYTES
     element += LARGE_S * max(0.0, math.log2(large))
-    work = tile_flop(spec, tile.rows, tile.keys) / FLOP_S + tile.scores * element
+    products = tile_flop(spec, tile.rows, tile.keys) / FLOP_S
+    if option(choice, "qk") == "twice":
+        products *= 1 + spec.qk_dim / (spec.qk_dim + spec.v_dim)
+    if option(choice, "slices") == "dn":
+        products *= ACROSS
+    work = products + tile.scores * element
     work *= 1 + SMALL / (SMALL + tile.scores)
     keys = tile.batches * tile.keys * (spec.qk_dim + spec.v_dim)
     whole = tile.keys == spec.kv_len  # read where they lie, by a library fusion
-    slices = 0.5e-9 if whole else SLICE_S[tile.batches > 1]
-    carried = 1 / int(choice.get("unroll", 1))
-    moved = keys * slices + tile.rows * spec.v_dim * ROW_S * carried
-    edges = tiles.edge * tile.scores * MASK_S
-    fresh = temporaries * FAULT_S
-    return float(groups * (tiles.visited * (STEP_S + work + moved) + edges) + fresh)
+    slices = (WHOLE_S if whole else SLICE_S)[tile.batches > 1]
+    carried = tile.rows * spec.v_dim * ROW_S / int(option(choice, "unroll"))
+    return STEP_S + work + keys * slices + carried
+
+
+def _moved_s(spec: AttentionSpec, choice: Choice) -> float:
+    """Seconds of what is done to whole arrays."""
+    moved = 0
+    if option(choice, "slices") == "dn":
+        moved += spec.kv_heads * spec.kv_len * (spec.qk_dim + spec.v_dim)
+    if option(choice, "steps") == "map":
+        moved += spec.q_heads * spec.q_len * spec.v_dim
+    return spec.batch * moved * MOVED_S
 
 
 def _score_s(node: Expr) -> float:
