@@ -129,7 +129,7 @@ def exponentials(spec: AttentionSpec) -> tuple[str, ...]:
     """How a tile of scores can be raised, the fastest on a processor first.
 
     "polynomial" is 2**x by a polynomial of degree 5 and an addition to the exponent, in
-    float32, to a relative error of 3e-7.
+    float32, to a relative error of 2e-7.
     """
     own = ("polynomial",) if spec.stats_dtype == "float32" else ()
     return (*own, "exp", "exp2")

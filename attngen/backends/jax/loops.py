@@ -63,8 +63,7 @@ def chunked(plan: Plan, at: Tile) -> dict[str, Any]:
         "loop_kind": str(plan.option("loop")),
         "bounds": visited,
         "kinds": kinds,
-        "unseen": guards(plan)
-        or ("edge" in kinds and plan.option("exp") == "polynomial"),
+        "unseen": guards(plan),
         "ones": ones,
         "acc_dim": f"{v} + 1" if ones else v,
         "statistics": "m, acc" if ones else "m, total, acc",
