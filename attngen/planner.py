@@ -71,20 +71,24 @@ def rank(
 
 
 def near(
-    plan: Plan, target: Target, backend: Backend, fix: Mapping[str, Option] | None
+    spec: AttentionSpec,
+    target: Target,
+    backend: Backend,
+    choice: Choice,
+    fix: Mapping[str, Option] | None = None,
 ) -> tuple[Plan, ...]:
-    """Every legal plan that differs from one in a single choice, the fastest first.
+    """Every legal plan that differs from a candidate in one choice, the fastest first.
 
     Of all that can be emitted, not only of what `rank` considers; a plan of another
     algorithm keeps the choices that both have. Only those that are modelled to fit.
     """
-    spec, fix = plan.spec, check_fix(fix)
+    fix = check_fix(fix)
     of = _Pricing(spec, target, backend, fix)
     found = []
     for algorithm, axes in backend.space(spec, target, whole=True).items():
         if not _has(algorithm, axes, fix):
             continue
-        kept = {n: plan.choice.get(n, values[0]) for n, values in axes.items()}
+        kept = {n: choice.get(n, values[0]) for n, values in axes.items()}
         same: dict[str, Option] = {"algorithm": algorithm} | kept | dict(fix)
         varied = [same] + [
             same | {n: value}
@@ -93,7 +97,7 @@ def near(
             if n not in fix and value != same[n]
         ]
         found += [c for c in varied if backend.illegal(spec, target, c) is None]
-    apart = [of.price(c) for c in found if _apart(c, plan.choice) == 1]
+    apart = [of.price(c) for c in found if _apart(c, choice) == 1]
     return tuple(of.plan(p) for p in sorted(filter(of.fits, apart), key=_by_time))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 
 from attngen.plans import Option, Plan
@@ -39,12 +40,24 @@ def different(plans: Sequence[Plan], most: int) -> list[Plan]:
 def neighbours(
     choice: Mapping[str, Option], plans: Sequence[Plan], tried: Collection[str]
 ) -> list[Plan]:
-    """The best plans that differ from a choice in one thing, of those not tried yet."""
-    found = []
+    """Plans that differ from a choice in one thing, of those not tried yet.
+
+    The best of each thing come first, then the second best of each: the model may see no
+    gain in what there is one.
+
+    Args:
+        plans: best first, as `planner.near` gives them.
+    """
+    by_name: dict[str, list[Plan]] = {}
     for plan in plans:
         own = plan.choice
+        if canonical(own) in tried:
+            continue
         names = own.keys() | choice.keys()
-        apart = sum(own.get(n) != choice.get(n) for n in names)
-        if apart == 1 and canonical(own) not in tried:
-            found.append(plan)
-    return found[:NEAR]
+        apart = [n for n in names if own.get(n) != choice.get(n)]
+        if own["algorithm"] != choice["algorithm"]:
+            by_name.setdefault("algorithm", []).append(plan)
+        elif len(apart) == 1:
+            by_name.setdefault(apart[0], []).append(plan)
+    in_turn = itertools.zip_longest(*by_name.values())
+    return [plan for several in in_turn for plan in several if plan is not None][:NEAR]

@@ -46,6 +46,7 @@ class Prepared:
 Prepare = Callable[[Plan, Sequence[Plan]], Prepared]
 Save = Callable[[Record], object]
 Say = Callable[[str], None]
+Near = Callable[[Mapping[str, Option]], Sequence[Plan]]
 
 
 def tune(
@@ -60,7 +61,7 @@ def tune(
     save: Save,
     say: Say,
     describe: Callable[[Mapping[str, Option]], str],
-    others: Sequence[Plan] = (),
+    near: Near = lambda choice: (),
 ) -> Record:
     """Time plans on this device, within about so many seconds.
 
@@ -77,7 +78,8 @@ def tune(
         fix, budget: of the request, for the record.
         save: receives the record after each sample, at most every SAVE_S.
         say: receives what is being done, a line each.
-        others: "patient" also tries those that differ from the fastest in one choice.
+        near: plans that differ from a choice in one thing, best first: "patient" tries
+            those of the fastest too.
 
     Raises:
         TimingError: nothing could be timed, or the machine is too noisy.
@@ -93,7 +95,7 @@ def tune(
             return search.record
         noise = search.run()
         if effort == "patient":
-            noise = search.climb(others, noise)
+            noise = search.climb(near, noise)
     finally:  # an interrupt, too, keeps each finished sample
         save(search.record)
     if noise >= timing.NOISY:
@@ -188,16 +190,16 @@ class _Search:
                 hint="build(spec) says more of the first",
             )
 
-    def climb(self, others: Sequence[Plan], noise: float) -> float:
+    def climb(self, near: Near, noise: float) -> float:
         """Try the neighbours of the fastest while that finds a faster one; the noise."""
         while self._left() > CLIMB * self.seconds:
             leader = self._racing(self.record)[0]
-            near = neighbours(leader.choice, others, self.tried)
-            if not near:
+            untried = neighbours(leader.choice, near(leader.choice), self.tried)
+            if not untried:
                 break
             self.say(f"neighbours of {self.describe(leader.choice)}")
             self.calls = {leader.identity: self.calls[leader.identity]}
-            self.prepare(near)
+            self.prepare(untried)
             noise = self.run()
             record = self.record
             fastest = self._racing(record)[0]

@@ -107,7 +107,7 @@ def tune(
             save=wisdom.add,
             say=say or (lambda _: None),
             describe=by.describe,
-            others=ranked,
+            near=lambda choice: planner.near(spec, target, by, choice, fix),
         )
     except TimingError as error:
         if prepare.fitted or not prepare.over:

@@ -94,9 +94,9 @@ def attention(q, k, v):
         for low in range(0, Q_CHUNK, K_STEP):
             carry = step(full_last * K_CHUNK + low, low, carry)
             # the first of these queries saw their last key: they are done
-            done.append([x[:, :K_STEP] for x in carry])
-            carry = [x[:, K_STEP:] for x in carry]
-        m, total, acc = (jnp.concatenate(x, 1) for x in zip(*done, strict=True))
+            done.append([each[:, :K_STEP] for each in carry])
+            carry = [each[:, K_STEP:] for each in carry]
+        m, total, acc = (jnp.concatenate(each, 1) for each in zip(*done))
         total = jnp.where(total == 0, 1, total)  # a row that saw no key is 0
         out = acc / total[..., None]
         out = out.transpose(1, 0, 2)

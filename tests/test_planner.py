@@ -186,7 +186,7 @@ def test_index_dtype_and_dropped_keys_are_in_the_plan():
 def test_neighbours_differ_in_one_choice_and_fit():
     spec = dataclasses.replace(CAUSAL, q_len=512, kv_len=512, memory_budget="1MiB")
     plan = rank(spec, algorithm="running", q_chunk=64, k_chunk=64)[0]
-    found = planner.near(plan, CPU, JAX, {})
+    found = planner.near(spec, CPU, JAX, plan.choice)
     assert {p.algorithm for p in found} == {"running", "split_kv", "summaries"}
     assert all(p.temp_bytes <= 2**20 for p in found)
     times = [p.time_s for p in found]
@@ -202,13 +202,15 @@ def test_neighbours_differ_in_one_choice_and_fit():
     assert names >= seldom | {"q_chunk", "k_chunk", "head_chunk", "unroll"}
     spec = dataclasses.replace(spec, memory_budget=None)
     aligned = rank(spec, algorithm="running", q_chunk=256, k_chunk=256, diagonal=0)[0]
-    assert any(p.choice.get("diagonal") for p in planner.near(aligned, CPU, JAX, {}))
+    assert any(
+        p.choice.get("diagonal") for p in planner.near(spec, CPU, JAX, aligned.choice)
+    )
 
 
 def test_neighbours_keep_what_the_user_fixed():
     fix = {"q_chunk": 50, "qk": "once"}
     plan = rank(SPEC, **fix)[0]
-    found = planner.near(plan, CPU, JAX, fix)
+    found = planner.near(SPEC, CPU, JAX, plan.choice, fix)
     assert found
     assert all(p.q_chunk == 50 and p.choice["qk"] == "once" for p in found)
     assert all(p.fixed == ("q_chunk", "qk") for p in found)

@@ -14,8 +14,17 @@ from attngen.records import Record, canonical
 
 DIFFERENT = shortlist.different(PLANS, 8)
 TRIED = {canonical(p.choice) for p in DIFFERENT}
+
+
+def alike(choice):
+    """What a search may go on to: of the same algorithm."""
+    return [p for p in PLANS if p.algorithm == choice["algorithm"]]
+
+
 # the one with the most neighbours that the model doesn't propose
-LEADER = max(DIFFERENT, key=lambda p: len(shortlist.neighbours(p.choice, PLANS, TRIED)))
+LEADER = max(
+    DIFFERENT, key=lambda p: len(shortlist.neighbours(p.choice, alike(p.choice), TRIED))
+)
 
 
 class Run:
@@ -120,7 +129,7 @@ def test_patient_climbs_from_the_fastest_to_its_neighbours(monkeypatch):
 
     run = Run(monkeypatch, None)
     run.prepare = prepare
-    found = run("patient", others=PLANS)
+    found = run("patient", near=alike)
     tried = [p for p in run.asked if p not in DIFFERENT]
     assert [apart(p) for p in tried][:3] == [1, 1, 1]
     assert max(apart(p) for p in tried) > 1
@@ -140,7 +149,7 @@ def test_patient_ends_where_no_neighbour_is_faster(monkeypatch):
 
     run = Run(monkeypatch, None)
     run.prepare = prepare
-    found = run("patient", others=PLANS)
+    found = run("patient", near=alike)
     assert found.best().choice == LEADER.choice
     assert len(DIFFERENT) < len(asked) <= len(DIFFERENT) + shortlist.NEAR
 
