@@ -128,6 +128,8 @@ class Tile(NamedTuple):
     fused: bool  # the library takes chains of rows
     looped: bool  # a loop carries the output
     fixed: bool  # XLA knows the bounds of key loops: all queries are in one chunk
+    parts: int  # chains of steps that are independent of each other
+    twice_made: bool  # scores are made for their maximum, and made again
 
 
 def tile(spec: AttentionSpec, choice: Choice, know: Facts) -> Tile:
@@ -142,15 +144,16 @@ def tile(spec: AttentionSpec, choice: Choice, know: Facts) -> Tile:
     moved = g > 1 and not know.bhtd
     late = all_heads and _late(choice, chunks, tail)
     out = BYTES[spec.out_dtype_name] * (row // size) * spec.v_dim
+    columns = spec.v_dim + (choice.get("denominator") == "ones")
     return Tile(
         scores=row * k,
         seen=row * k // size,
         row=row,
         rows=row * spec.qk_dim,
-        acc=row * spec.v_dim if know.out else 0,
+        acc=row * columns if know.out else 0,
         key=key,
         keys=key * spec.qk_dim,
-        values=key * spec.v_dim if know.out else 0,
+        values=key * columns if know.out else 0,
         pairs=q * k,
         hoisted=_hoisted(spec, know, row * k, q * k)
         if looped and q == spec.q_len
@@ -179,6 +182,8 @@ def tile(spec: AttentionSpec, choice: Choice, know: Facts) -> Tile:
         fused=row >= FUSED_BYTES and size == 4 and k > 1,
         looped=looped,
         fixed=know.movable and q == spec.q_len,
+        parts=int(choice.get("parts", 1)),
+        twice_made=choice.get("qk") == "twice",
     )
 
 
@@ -190,6 +195,8 @@ def _walk(spec: AttentionSpec, choice: Choice, know: Facts) -> tuple[int, ...]:
     tail = int(chunks > 1 and bool(ragged or know.static_edge))
     if choice["loop"] == "unrolled" or choice["algorithm"] == "dense":
         return chunks, 0, 0, tail
+    if parts := int(choice.get("parts", 0)):  # chunks left over: a loop, or one step
+        return chunks, parts, int((chunks - tail) % parts == 1), tail
     if know.bounded and not know.static_edge:
         return chunks, unroll, 0, tail  # what is left over is a loop of its own
     if (chunks - tail) // unroll <= 1:  # a loop of one round is none

@@ -53,4 +53,57 @@ def _diagonal(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
     return 9 * at.row * width * (steps + 1) // 8  # of a triangle, 2¼ times
 
 
-EXTRAS = (_small, _unguarded, _narrow, _scaled, _diagonal)
+def _summaries(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
+    """All chunks' statistics, as they are initialised and as they are filled."""
+    if choice["algorithm"] != "summaries":
+        return 0
+    return 2 * at.chunks * (at.acc + 2 * at.row) + 3 * at.acc + 4 * at.row
+
+
+def _transposed(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
+    """All of k and v, transposed; and slices that XLA transposes back."""
+    if choice.get("slices", "nd") == "nd":
+        return 0
+    keys = spec.batch * spec.kv_heads * spec.kv_len * (spec.qk_dim + spec.v_dim)
+    steps = at.unroll + at.outside if at.unroll else at.chunks
+    more = steps * (at.keys + at.values) + (at.scores if at.cast else 0)
+    return BYTES[spec.dtype] * keys + more
+
+
+def _stacked(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
+    """Outputs as they are stacked by steps, before they are put in order."""
+    if choice.get("steps", "fori") == "fori":
+        return 0
+    rows = spec.batch * spec.q_heads * spec.q_len
+    out = BYTES[spec.out_dtype_name] * spec.v_dim if "out" in spec.outputs else 0
+    lse = BYTES[spec.stats_dtype] if "lse" in spec.outputs else 0
+    return rows * (out + lse)
+
+
+def _made_twice(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
+    """Scores, slices and queries behind the barrier between a tile and the same again."""
+    if not at.twice_made:
+        return 0
+    return at.scores + at.rows + at.keys + at.values
+
+
+def _ones(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
+    """Slices of values as they were before they had a column of ones."""
+    if choice.get("denominator", "sum") == "sum":
+        return 0
+    steps = at.unroll + at.outside if at.unroll else at.chunks
+    return steps * at.values
+
+
+EXTRAS = (
+    _small,
+    _unguarded,
+    _narrow,
+    _scaled,
+    _diagonal,
+    _summaries,
+    _transposed,
+    _stacked,
+    _made_twice,
+    _ones,
+)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from attngen.backends.jax.buffers import Facts, Tile, facts, tile
 from attngen.backends.jax.extras import EXTRAS
+from attngen.backends.jax.splits import parts
 from attngen.plans import Choice
 from attngen.regions import Tiles
 from attngen.spec import AttentionSpec
@@ -33,7 +34,9 @@ def temp_bytes(spec: AttentionSpec, choice: Choice, tiles: Tiles | None = None) 
     """
     know = facts(spec)
     at = tile(spec, choice, know)
-    if at.chunks == 1:
+    if at.parts > 1:
+        moments, library = parts(at, know), 0
+    elif at.chunks == 1:
         moments, library = _single(at, know)
     elif at.unroll:
         moments, library = _loop(at, know, _interior(at, know, tiles))

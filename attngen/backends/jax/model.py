@@ -55,21 +55,25 @@ def edge_share(choice: Choice) -> float:
 
 # Seconds of a CPU of two cores, fitted with benchmarks/model_cpu.py.
 FLOP_S = 155e9  # of the products, where nothing else holds them up
-STEP_S = 20e-6  # of a step of the key loop
+STEP_S = 7e-6  # of a step of the key loop
 # of an element's maximum, exponential and sum
-SCORE_S = {"exp": 0.45e-9, "exp2": 0.47e-9, "polynomial": 0.35e-9}
+SCORE_S = {"exp": 0.6e-9, "exp2": 0.62e-9, "polynomial": 0.5e-9}
 SCALE_S = 0.1e-9  # of an element that is scaled
 LARGE_S = 0.1e-9  # of an element, more with each doubling of a tile beyond the caches
 CACHE_BYTES = 2**22
 SCORES_S = {"exp": 2e-9, "tanh": 3e-9, "log": 2e-9, "load": 0.5e-9}  # in a score, each
-MASK_S = 0.4e-9  # of an element of an edge tile
+MASK_S = 0.5e-9  # of an element of an edge tile
 ROW_S = 0.15e-9  # of an element of the weighted sum, rescaled in each step
-SLICE_S = (1e-9, 2e-9)  # of an element of keys or values: of one matrix, of several
-WHOLE_S = (0.9e-9, 2.5e-9)  # of one, where all keys are read at once
+SLICE_S = (1e-9, 1.6e-9)  # of an element of keys or values: of one matrix, of several
+READ_S = 0.5e-9  # of one, where so few rows use it that it isn't packed
+FEW = 16
+WHOLE_S = (0.9e-9, 1.5e-9)  # of one, where all keys are read at once
 MOVED_S = 1e-9  # of an element that is transposed, or put in order at the end
-ACROSS = 1.6  # times the products' time, with keys last
-FAULT_S = 0.25e-9  # of a byte of temporaries: its page is fresh in every call
-SMALL = 2**15  # a tile of so many elements occupies one core half of the time
+NARROW = 1.5  # times the products' time, in a narrower dtype than the statistics'
+ACROSS = 1.25  # times the products' time, with keys last
+FAULT_S = 0.29e-9  # of a byte of temporaries: its page is fresh in every call
+ALONE = 0.4  # of what isn't a product, that several tiles of a step don't overlap
+SMALL = 36_000  # a tile of so many elements occupies one core half of the time
 
 
 def time_s(spec: AttentionSpec, choice: Choice, tiles: Tiles) -> float:
@@ -94,9 +98,12 @@ def _tile_s(spec: AttentionSpec, choice: Choice, tile: Shape) -> float:
     """Seconds of a tile without a mask."""
     element = SCORE_S[str(choice["exp"])] + sum(_score_s(s.expr) for s in spec.score)
     element += SCALE_S if option(choice, "scale") == "scores" else 0
-    large = tile.scores * BYTES[spec.stats_dtype] / CACHE_BYTES
+    at_once = tile.scores * int(option(choice, "parts"))
+    large = at_once * BYTES[spec.stats_dtype] / CACHE_BYTES
     element += LARGE_S * max(0.0, math.log2(large))
     products = tile_flop(spec, tile.rows, tile.keys) / FLOP_S
+    if choice["product_dtype"] != spec.stats_dtype:
+        products *= NARROW
     if option(choice, "qk") == "twice":
         products *= 1 + spec.qk_dim / (spec.qk_dim + spec.v_dim)
     if option(choice, "slices") == "dn":
@@ -106,8 +113,10 @@ def _tile_s(spec: AttentionSpec, choice: Choice, tile: Shape) -> float:
     keys = tile.batches * tile.keys * (spec.qk_dim + spec.v_dim)
     whole = tile.keys == spec.kv_len  # read where they lie, by a library fusion
     slices = (WHOLE_S if whole else SLICE_S)[tile.batches > 1]
-    carried = tile.rows * spec.v_dim * ROW_S / int(option(choice, "unroll"))
-    return STEP_S + work + keys * slices + carried
+    if tile.rows < FEW and not whole:
+        slices = READ_S
+    serial = STEP_S + keys * slices + tile.rows * spec.v_dim * ROW_S
+    return work + serial * (ALONE + (1 - ALONE) / int(option(choice, "unroll")))
 
 
 def _moved_s(spec: AttentionSpec, choice: Choice) -> float:
