@@ -39,7 +39,9 @@ def _narrow(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
 
 def _scaled(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
     """Scores that are scaled are another buffer, where no mask makes one anyway."""
-    if choice.get("scale", "queries") == "queries" or facts(spec).edges:
+    if choice.get("scale", "queries") == "queries":
+        return 0
+    if facts(spec).edges and at.unroll <= 1:
         return 0
     return at.scores * (at.unroll + at.outside if at.unroll else at.chunks)
 
@@ -57,7 +59,8 @@ def _summaries(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
     """All chunks' statistics, as they are initialised and as they are filled."""
     if choice["algorithm"] != "summaries":
         return 0
-    return 2 * at.chunks * (at.acc + 2 * at.row) + 3 * at.acc + 4 * at.row
+    copies = 3 if at.tail else 2
+    return copies * at.chunks * (at.acc + 2 * at.row) + 3 * at.acc + 4 * at.row
 
 
 def _transposed(spec: AttentionSpec, choice: Choice, at: Tile) -> int:

@@ -22,4 +22,3 @@ def parts(at: Tile, know: Facts) -> tuple[int, ...]:
         kept + early + edge,
         3 * at.rows + stats + (3 * count + 2) * acc,
     )
-
