@@ -31,6 +31,7 @@ import numpy as np
 
 from attngen import AttentionSpec, api, backends, inputs, masks, scores, targets
 from attngen.backends.jax import model
+from attngen.backends.jax.candidates import space
 from attngen.backends.jax.loader import load_function
 from attngen.backends.jax.scratch import scratch_bytes
 from attngen.plans import Plan
@@ -42,6 +43,11 @@ UNOPTIMISED = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
+ALGORITHMS = {"running": 10, "split_kv": 4, "summaries": 4, "dense": 1}  # by weight
+RARE = {  # how often a choice is drawn from all its values; else it is the usual one
+    "exp": 0.3, "product_dtype": 0.4, "guard": 0.2, "scale": 0.5, "denominator": 0.3,
+    "qk": 0.3, "slices": 0.3, "steps": 0.3, "unroll": 0.6, "diagonal": 0.7,
+}  # fmt: skip
 QUICK = 1.5  # modelled seconds: a plan slower than this isn't run
 CLASSES = {
     "plain": AttentionSpec(q_heads=8, q_len=4096, qk_dim=64),
@@ -80,15 +86,14 @@ CLASSES = {
 
 
 def random_choice(spec: AttentionSpec, generator: random.Random) -> dict[str, Any]:
-    """A legal candidate that a person might wait for."""
-    space = JAX.space(spec, CPU)
+    """A legal candidate that a person might wait for, of all that can be emitted."""
+    usual, whole = space(spec), space(spec, whole=True)
     while True:
-        algorithm = generator.choices(["running", "dense"], [9, 1])[0]
-        choice: dict[str, Any] = {"algorithm": algorithm}
-        choice |= {n: generator.choice(list(v)) for n, v in space[algorithm].items()}
-        if algorithm == "running":
-            choice["loop"] = generator.choice(["fori", "fori", "scan", "unrolled"])
-            choice["exp"] = generator.choice(["polynomial", "polynomial", "exp"])
+        kind = generator.choices(list(ALGORITHMS), list(ALGORITHMS.values()))[0]
+        choice: dict[str, Any] = {"algorithm": kind}
+        for name, values in whole[kind].items():
+            rare = generator.random() < RARE.get(name, 1)
+            choice[name] = generator.choice(values) if rare else usual[kind][name][0]
         few = model.shape(spec, choice).scores * 4 <= 2**30
         if few and JAX.illegal(spec, CPU, choice) is None:
             tiles = count_tiles(
