@@ -32,6 +32,8 @@ def _narrow(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
     """Products in a narrower dtype than the statistics': scores and rows once more."""
     if choice["product_dtype"] == spec.stats_dtype:
         return 0
+    if at.parts > 1:
+        return at.scores + at.rows
     steps = at.unroll + at.outside if at.unroll else at.chunks
     more = 0 if at.unroll else at.rows + at.scores // 4
     return (at.scores + at.rows) * steps + more
@@ -59,8 +61,8 @@ def _summaries(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
     """All chunks' statistics, as they are initialised and as they are filled."""
     if choice["algorithm"] != "summaries":
         return 0
-    copies = 3 if at.tail else 2
-    return copies * at.chunks * (at.acc + 2 * at.row) + 3 * at.acc + 4 * at.row
+    copies = 3 if at.tail and choice.get("slices") == "dn" else 2
+    return copies * at.chunks * (at.acc + 2 * at.row) + 2 * at.acc
 
 
 def _transposed(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
@@ -85,7 +87,7 @@ def _stacked(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
 
 def _made_twice(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
     """Scores, slices and queries behind the barrier between a tile and the same again."""
-    if not at.twice_made:
+    if not at.twice_made or at.parts > 1:
         return 0
     return at.scores + at.rows + at.keys + at.values
 

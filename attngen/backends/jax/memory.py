@@ -35,6 +35,8 @@ def temp_bytes(spec: AttentionSpec, choice: Choice, tiles: Tiles | None = None) 
     know = facts(spec)
     at = tile(spec, choice, know)
     if at.parts > 1:
+        if know.interior and not _interior(at, know, tiles):
+            at = at._replace(unroll=1)
         moments, library = parts(at, know), 0
     elif at.chunks == 1:
         moments, library = _single(at, know)
