@@ -66,7 +66,7 @@ def _in_chunks_of_causal(
 ) -> attngen.Kernel:
     """What skipping alone is worth: the unmasked kernel in the causal plan's own choices."""
     full, causal = (dataclasses.replace(s, layout=layout) for s in (full, causal))
-    return attngen.build(full, fix=attngen.plan(causal).choice)
+    return attngen.build(full, fix=attngen.plan(causal).choice | {"diagonal": 0})
 
 
 def prefill(rounds: int, effort: str) -> Case:

@@ -93,7 +93,7 @@ def space(
     common |= {n: v if whole else v[:1] for n, v in rare.items()}
     if len(products(spec)) > 1:
         common["scale"] = rare["scale"]
-    diagonal = (0, 128, 256, 512) if whole else (0, 256)
+    diagonal = (0, 128, 256, 512) if whole else (0, 128, 256)
     unroll = (1, 2, 4, 8) if whole else (1, 2)
     running = common | {
         "loop": LOOPS

@@ -61,6 +61,8 @@ SCORE_S = {"exp": 0.6e-9, "exp2": 0.62e-9, "polynomial": 0.5e-9}
 SCALE_S = 0.1e-9  # of an element that is scaled
 LARGE_S = 0.1e-9  # of an element, more with each doubling of a tile beyond the caches
 CACHE_BYTES = 2**22
+PACKED_S = 0.04e-9  # the same, of keys and values of a tile beyond a core's own cache
+CORE_BYTES = 2**18
 SCORES_S = {"exp": 2e-9, "tanh": 3e-9, "log": 2e-9, "load": 0.5e-9}  # in a score, each
 MASK_S = 0.5e-9  # of an element of an edge tile
 ROW_S = 0.15e-9  # of an element of the weighted sum, rescaled in each step
@@ -73,7 +75,7 @@ NARROW = 1.5  # times the products' time, in a narrower dtype than the statistic
 ACROSS = 1.25  # times the products' time, with keys last
 FAULT_S = 0.29e-9  # of a byte of temporaries: its page is fresh in every call
 ALONE = 0.4  # of what isn't a product, that several tiles of a step don't overlap
-SMALL = 36_000  # a tile of so many elements occupies one core half of the time
+SMALL = 90_000  # elements of a tile: of many fewer, one core does all of it
 
 
 def time_s(spec: AttentionSpec, choice: Choice, tiles: Tiles) -> float:
@@ -101,6 +103,8 @@ def _tile_s(spec: AttentionSpec, choice: Choice, tile: Shape) -> float:
     at_once = tile.scores * int(option(choice, "parts"))
     large = at_once * BYTES[spec.stats_dtype] / CACHE_BYTES
     element += LARGE_S * max(0.0, math.log2(large))
+    sliced = tile.keys * (spec.qk_dim + spec.v_dim) * BYTES[spec.stats_dtype]
+    element += PACKED_S * max(0.0, math.log2(sliced / CORE_BYTES))
     products = tile_flop(spec, tile.rows, tile.keys) / FLOP_S
     if choice["product_dtype"] != spec.stats_dtype:
         products *= NARROW
@@ -109,11 +113,11 @@ def _tile_s(spec: AttentionSpec, choice: Choice, tile: Shape) -> float:
     if option(choice, "slices") == "dn":
         products *= ACROSS
     work = products + tile.scores * element
-    work *= 1 + SMALL / (SMALL + tile.scores)
+    work *= 1 + 1 / (1 + (tile.scores / SMALL) ** 3)
     keys = tile.batches * tile.keys * (spec.qk_dim + spec.v_dim)
     whole = tile.keys == spec.kv_len  # read where they lie, by a library fusion
     slices = (WHOLE_S if whole else SLICE_S)[tile.batches > 1]
-    if tile.rows < FEW and not whole:
+    if tile.rows < FEW and tile.batches == 1 and not whole:
         slices = READ_S
     serial = STEP_S + keys * slices + tile.rows * spec.v_dim * ROW_S
     return work + serial * (ALONE + (1 - ALONE) / int(option(choice, "unroll")))
