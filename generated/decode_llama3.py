@@ -1,4 +1,4 @@
-"""Attention in chunks of 1 queries and 2048 keys, with a running softmax.
+"""Attention in chunks of 1 queries and 1024 keys, with a running softmax.
 
 made by   attngen 0.1.0 for cpu; `attngen emit --check` compares this file
           with what would be emitted now. It is yours: attngen claims no rights in it.
@@ -9,15 +9,15 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           k       [1, 32768, 8, 128]  bfloat16
           v       [1, 32768, 8, 128]  bfloat16
           out     [1, 1, 32, 128]  bfloat16
-plan      running · 1 queries × 2048 keys · 1 kv head a step · fori by 2
-          tiles of a head: 16; 16 full, 0 on an edge, 0 empty and never visited
-cost      537 MFLOP (537 MFLOP without skipping), 4.2 MiB of temporaries (modelled)
+plan      running · 1 queries × 1024 keys · 1 kv head a step · fori by 2
+          tiles of a head: 32; 32 full, 0 on an edge, 0 empty and never visited
+cost      537 MFLOP (537 MFLOP without skipping), 2.2 MiB of temporaries (modelled)
 needs     jax >= 0.10; nothing of attngen
 spec      {"q_heads": 32, "kv_heads": 8, "q_len": 1, "kv_len": 32768, "qk_dim": 128,
           "v_dim": 128, "dtype": "bfloat16", "q_offset": "bottom_right", "mask":
           "causal", "memory_budget": "16MiB"}
 choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 1,
-          "k_chunk": 2048, "head_chunk": 1, "batch_chunk": 1, "loop": "fori", "exp":
+          "k_chunk": 1024, "head_chunk": 1, "batch_chunk": 1, "loop": "fori", "exp":
           "polynomial", "product_dtype": "float32", "guard": true, "scale": "queries",
           "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "unroll":
           2, "diagonal": 0}
@@ -31,7 +31,7 @@ B, T, S = 1, 1, 32768  # batch, queries, keys
 H, G = 32, 8  # query heads, kv heads
 R = H // G  # query heads that share a kv head
 D = 128  # head dim
-Q_CHUNK, K_CHUNK = 1, 2048  # of a tile
+Q_CHUNK, K_CHUNK = 1, 1024  # of a tile
 UNROLL = 2  # tiles of a step, without a mask
 LOG2E = 1.4426950408889634  # exp(s) is 2**(s * LOG2E)
 SCALE = 0.08838834764831845 * LOG2E

@@ -45,6 +45,8 @@ def _scaled(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
         return 0
     if facts(spec).edges and at.unroll <= 1:
         return 0
+    if at.parts > 1 and at.grouped and at.poly:  # each of two or three buffers anyway
+        return 0
     return at.scores * (at.unroll + at.outside if at.unroll else at.chunks)
 
 
@@ -54,15 +56,23 @@ def _diagonal(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
     if not width:
         return 0
     steps = int(choice["q_chunk"]) // width
-    return 9 * at.row * width * (steps + 1) // 8  # of a triangle, 2¼ times
+    triangle = at.row * width * (steps + 1) // 2
+    if at.fixed:  # the only tiles
+        return 3 * triangle // 2 + 5 * at.acc
+    return 9 * triangle // 4 + at.acc // 2
 
 
 def _summaries(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
-    """All chunks' statistics, as they are initialised and as they are filled."""
+    """All chunks' statistics, as they are initialised and as they are filled.
+
+    And once more where the last chunk of keys, or of queries, overlaps.
+    """
     if choice["algorithm"] != "summaries":
         return 0
-    copies = 3 if at.tail and choice.get("slices") == "dn" else 2
-    return copies * at.chunks * (at.acc + 2 * at.row) + 2 * at.acc
+    overlaps = at.tail or spec.q_len % int(choice["q_chunk"])
+    overlaps = overlaps or (choice["steps"] == "map" and _ordered(spec, choice))
+    kept = at.chunks * (at.acc + 2 * at.row)
+    return (3 if overlaps else 2) * kept * 65 // 64 + 2 * at.acc
 
 
 def _transposed(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
@@ -70,34 +80,49 @@ def _transposed(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
     if choice.get("slices", "nd") == "nd":
         return 0
     keys = spec.batch * spec.kv_heads * spec.kv_len * (spec.qk_dim + spec.v_dim)
-    steps = at.unroll + at.outside if at.unroll else at.chunks
-    more = steps * (at.keys + at.values) + (at.scores if at.cast else 0)
-    return BYTES[spec.dtype] * keys + more
+    return BYTES[spec.dtype] * keys + at.keys + (at.scores if at.cast else 0)
 
 
 def _stacked(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
-    """Outputs as they are stacked by steps, before they are put in order."""
+    """Outputs as they are stacked by steps, where they aren't in order yet."""
     if choice.get("steps", "fori") == "fori":
         return 0
     rows = spec.batch * spec.q_heads * spec.q_len
-    out = BYTES[spec.out_dtype_name] * spec.v_dim if "out" in spec.outputs else 0
     lse = BYTES[spec.stats_dtype] if "lse" in spec.outputs else 0
-    return rows * (out + lse)
+    if "out" not in spec.outputs or _ordered(spec, choice):
+        return rows * lse
+    return rows * (BYTES[spec.out_dtype_name] * spec.v_dim + lse)
+
+
+def _ordered(spec: AttentionSpec, choice: Choice) -> bool:
+    """Whether steps over batches, heads, queries in this order lie as the output does.
+
+    With barriers XLA copies even these.
+    """
+    if choice["guard"]:
+        return False
+    some_heads = choice["head_chunk"] != spec.kv_heads
+    some_queries = choice["q_chunk"] != spec.q_len
+    if choice["batch_chunk"] != 1 and (some_heads or some_queries):
+        return False
+    if spec.layout == "bhtd":
+        one = choice["head_chunk"] == 1 == spec.repeats
+        return one or not some_queries
+    return not some_heads or spec.q_len == 1
 
 
 def _made_twice(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
     """Scores, slices and queries behind the barrier between a tile and the same again."""
     if not at.twice_made or at.parts > 1:
         return 0
-    return at.scores + at.rows + at.keys + at.values
+    return at.scores + at.rows + max(1, at.unroll) * at.keys
 
 
 def _ones(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
     """Slices of values as they were before they had a column of ones."""
     if choice.get("denominator", "sum") == "sum":
         return 0
-    steps = at.unroll + at.outside if at.unroll else at.chunks
-    return steps * at.values
+    return at.values * (1 + at.outside if at.unroll else at.chunks)
 
 
 EXTRAS = (

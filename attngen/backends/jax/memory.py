@@ -34,14 +34,17 @@ def temp_bytes(spec: AttentionSpec, choice: Choice, tiles: Tiles | None = None) 
     """
     know = facts(spec)
     at = tile(spec, choice, know)
+    interior = _interior(at, know, tiles)
+    if at.unroll > 1 and know.interior and not interior:
+        at = at._replace(unroll=1)
     if at.parts > 1:
-        if know.interior and not _interior(at, know, tiles):
-            at = at._replace(unroll=1)
         moments, library = parts(at, know), 0
+    elif at.fixed and choice.get("diagonal"):
+        moments, library = (at.rows + at.acc + at.keys + at.values,), 0
     elif at.chunks == 1:
         moments, library = _single(at, know)
     elif at.unroll:
-        moments, library = _loop(at, know, _interior(at, know, tiles))
+        moments, library = _loop(at, know, interior)
     else:
         moments, library = _steps(at, know)
     more = sum(extra(spec, choice, at) for extra in EXTRAS)
@@ -129,6 +132,8 @@ def _softmax(at: Tile, know: Facts, interior: bool) -> int:
             masked += at.edge_unroll * scores
         elif at.grouped:
             masked += raised * scores
+        if at.grouped:  # masked, and raised
+            masked = max(masked, at.values + (raised + 1) * scores)
         worst = max(worst, masked - lies)
     return worst
 
@@ -324,7 +329,7 @@ def _single_edge(at: Tile, know: Facts) -> Moments:
     converted += at.hoisted
     masked = scores + (scores if at.apart or at.grouped else 0)
     masked += at.seen if at.apart or not at.grouped else 0
-    raised = 2 * scores + at.values if at.grouped else 0
+    raised = (3 if at.poly else 2) * scores + at.values if at.grouped else 0
     return (
         at.rows + scores + keys + converted,
         scores + at.acc + at.values + converted,

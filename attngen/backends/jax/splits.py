@@ -18,13 +18,20 @@ def parts(at: Tile, know: Facts) -> tuple[int, ...]:
     kept += at.outside * (2 * scores + at.seen + slices)
     more = 2 * scores if at.grouped or (know.edges and not know.interior) else 0
     more += at.keys if at.cast else 0
-    if at.twice_made and at.grouped:
-        more += chains * scores
-    again = chains * at.keys if at.twice_made and at.looped else 0
+    if at.grouped and not at.poly:
+        more += count * acc // 2
+    raised, again = 1, 0
+    if at.grouped and at.poly:
+        raised = 3 if scores <= acc else 2
+        more = scores
+    if at.twice_made:
+        more += 4 * scores + (chains * scores if at.grouped and not at.poly else 0)
+        again = chains * at.keys * (1 if at.grouped else 3) if at.looped else 0
+    copies = 2 if at.fixed and at.grouped and acc > 4 * slices else 3
     edge = 3 * scores + at.seen + slices + at.values if know.edges else 0
     return (
-        kept + chains * slices + 2 * scores + again,
-        kept + chains * (acc + scores + at.values) + 3 * acc + more,
+        kept + chains * slices + 2 * (scores + acc) + again,
+        kept + chains * (acc + raised * scores + at.values) + 4 * acc + more,
         kept + 2 * acc + edge,
-        3 * count * (acc + at.row) + 3 * acc + chains * at.keys,
+        copies * count * (acc + at.row) + 3 * acc + chains * at.keys,
     )
