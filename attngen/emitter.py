@@ -110,11 +110,19 @@ def header(plan: Plan, backend: Backend) -> str:
     return "\n".join(lines)
 
 
+_HOW = {
+    "running": "with a running softmax",
+    "split_kv": "with running softmaxes of parts of the keys",
+    "summaries": "each summarised",
+}
+
+
 def _title(plan: Plan) -> str:
     if plan.algorithm == "dense":
         return "Attention, the whole square of scores at once."
     chunks = f"{plan.q_chunk} queries and {plan.k_chunk} keys"
-    return f"Attention in chunks of {chunks}, with a running softmax."
+    how = _HOW.get(plan.algorithm, plan.algorithm)
+    return f"Attention in chunks of {chunks}, {how}."
 
 
 def _computes(spec: AttentionSpec) -> str:

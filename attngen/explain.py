@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from attngen import backends
 from attngen.cost import square_flop
 from attngen.plans import Alternative, Plan
@@ -17,13 +19,16 @@ def explain(plan: Plan) -> str:
     size += f", batch {spec.batch}" if spec.batch > 1 else ""
     limit = "no budget given" if budget is None else f"budget {show_bytes(budget)}"
     lines = [f"{size}, {spec.dtype}, on {plan.target} by {plan.backend}, {limit}", ""]
-    chosen = describe(plan.choice)
-    lines.append(f"chosen    {chosen}")
-    fixed = f" · fixed: {', '.join(plan.fixed)}" if plan.fixed else ""
+    chosen = textwrap.wrap(describe(plan.choice), 88)
+    lines.append(f"chosen    {chosen[0]}")
+    lines += [f"{'':10}{line}" for line in chosen[1:]]
     lines.append(
         f"          {show_bytes(plan.temp_bytes)} temporary (modelled) · "
-        f"{show_count(plan.flop)}FLOP · about {show_time(plan.time_s)} (modelled){fixed}"
+        f"{show_count(plan.flop)}FLOP · about {show_time(plan.time_s)} (modelled)"
     )
+    if plan.fixed:
+        text = f"fixed: {', '.join(plan.fixed)}"
+        lines += [f"{'':10}{line}" for line in textwrap.wrap(text, 88)]
     if dict(plan.options).get("guard"):
         lines.append(
             "          slices are converted one by one: XLA would convert all of q, k, v before"
@@ -72,6 +77,7 @@ def _alternatives(plan: Plan, describe: object) -> list[str]:
 
 def _short(name: str) -> str:
     short = name.removeprefix("running · ").removesuffix(" · fori")
+    short = short.replace("diagonal", "diag")
     for long in (" a step", " queries", " keys"):
         short = short.replace(long, "")
     return short

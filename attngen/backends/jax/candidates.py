@@ -235,7 +235,7 @@ def _bad_loop(spec: AttentionSpec, choice: Choice) -> str | None:
     if unroll != 1 and (loop != "fori" or not unrollable(spec)):
         return "only fori loops over tiles without a mask can be unrolled by a number"
     if unroll > chunks:
-        return f"unroll can't exceed the key chunks, {chunks}"
+        return "unroll can't exceed the key chunks"
     if loop != "fori" and chunks > 1 and bounded(spec):
         return "only fori skips key chunks whose bounds depend on the query chunk"
     if option(choice, "steps") == "map":
@@ -270,7 +270,7 @@ def _bad_tile(spec: AttentionSpec, choice: Choice) -> str | None:
     if diagonal == 0 and diagonal is not False:
         return None
     if not _integer(diagonal) or int(diagonal) < 1 or q_chunk % int(diagonal):
-        return f"diagonal must be 0 or divide q_chunk = {q_chunk}"
+        return "diagonal must be 0 or divide q_chunk"
     if q_chunk // int(diagonal) > UNROLLED:
         return f"diagonal only for at most {UNROLLED} steps, of q_chunk / diagonal keys"
     if twice or choice["loop"] != "fori":
