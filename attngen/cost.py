@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from attngen.dtypes import BYTES
 from attngen.regions import Tiles
 from attngen.spec import AttentionSpec
 
@@ -38,6 +39,18 @@ def executed_flop(
     visited = tiles.full + tiles.edge * edge_share
     heads = spec.batch * spec.q_heads
     return round(heads * visited * tile_flop(spec, q_chunk, k_chunk))
+
+
+def moved_bytes(spec: AttentionSpec, tiles: Tiles, k_chunk: int) -> int:
+    """Bytes of q, k, v and the outputs that are read and written, as slices.
+
+    q and the outputs once; keys and values anew for each chunk of queries that visits
+    them. What caches keep is not known here, nor what a tile's own arrays move.
+    """
+    size = BYTES[spec.dtype_of("k")]
+    keys = tiles.visited * k_chunk * (spec.qk_dim + spec.v_dim) * size
+    once = spec.bytes_of("q", *spec.outputs)
+    return once + spec.batch * spec.kv_heads * keys
 
 
 def square_flop(spec: AttentionSpec) -> int:

@@ -24,7 +24,8 @@ def explain(plan: Plan) -> str:
     lines += [f"{'':10}{line}" for line in chosen[1:]]
     lines.append(
         f"          {show_bytes(plan.temp_bytes)} temporary (modelled) · "
-        f"{show_count(plan.flop)}FLOP · about {show_time(plan.time_s)} (modelled)"
+        f"{show_count(plan.flop)}FLOP · "
+        f"{show_bytes(plan.moved_bytes)} moved · about {show_time(plan.time_s)} (modelled)"
     )
     if plan.fixed:
         text = f"fixed: {', '.join(plan.fixed)}"

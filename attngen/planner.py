@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attngen.backends import Backend
-from attngen.cost import Cost, executed_flop
+from attngen.cost import Cost, executed_flop, moved_bytes
 from attngen.errors import BudgetError, PlanError
 from attngen.intervals import examine
 from attngen.plans import Alternative, Choice, Option, Plan, check_fix
@@ -159,6 +159,7 @@ class _Pricing:
             temp_bytes=cost.temp_bytes,
             time_s=cost.time_s,
             flop=executed_flop(self.spec, tiles, *sizes, cost.edge_share),
+            moved_bytes=moved_bytes(self.spec, tiles, sizes[1]),
             fixed=self.fixed,
             alternatives=alternatives,
         )

@@ -35,7 +35,7 @@ def check_fix(fix: Mapping[Any, Any] | None) -> dict[str, Option]:
 # field → its type in JSON, of those that JSON has as they are
 _PLAIN: dict[str, Any] = {
     **dict.fromkeys(("target", "backend", "algorithm"), str),
-    **dict.fromkeys(("q_chunk", "k_chunk", "temp_bytes", "flop"), int),
+    **dict.fromkeys(("q_chunk", "k_chunk", "temp_bytes", "flop", "moved_bytes"), int),
     "options": dict[str, Option],
     "index_dtype": Literal["int32", "int64"],
     "drops_keys": bool,
@@ -68,6 +68,7 @@ class Plan:
         index_dtype: of positions, int64 where a mask or score can leave int32.
         drops_keys: whether a score can be −inf, which leaves its key out.
         temp_bytes, time_s, flop: modelled, not measured.
+        moved_bytes: of q, k, v and the outputs, read and written as slices.
         fixed: the choices that the user made.
         alternatives: what else was considered, each with the reason against it.
     """
@@ -85,6 +86,7 @@ class Plan:
     temp_bytes: int
     time_s: float
     flop: int
+    moved_bytes: int
     fixed: tuple[str, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
 

@@ -207,6 +207,19 @@ def test_neighbours_differ_in_one_choice_and_fit():
     )
 
 
+def test_moved_bytes_read_keys_anew_for_each_chunk_of_queries():
+    spec = dataclasses.replace(SPEC, batch=3, dtype="bfloat16", out_dtype="float32")
+    plan = rank(spec, algorithm="running", q_chunk=300, k_chunk=300)[0]
+    keys = spec.bytes_of("k", "v")
+    assert plan.moved_bytes == spec.bytes_of("q", "out") + keys
+    half = rank(spec, algorithm="running", q_chunk=150, k_chunk=300)[0]
+    assert half.moved_bytes == plan.moved_bytes + keys
+    causal = rank(
+        dataclasses.replace(spec, mask=masks.causal()), q_chunk=150, k_chunk=150
+    )
+    assert causal[0].moved_bytes == plan.moved_bytes + keys // 2
+
+
 def test_neighbours_keep_what_the_user_fixed():
     fix = {"q_chunk": 50, "qk": "once"}
     plan = rank(SPEC, **fix)[0]
