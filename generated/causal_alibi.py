@@ -13,7 +13,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           lse     [1, 8, 1000]  float32
 plan      running · 256 queries × 128 keys · 8 kv heads a step · fori by 2
           tiles of a head: 32; 11 full, 9 on an edge, 12 empty and never visited
-cost      1.51 GFLOP (2.3 GFLOP without skipping), 4.4 MiB of temporaries (modelled)
+cost      1.51 GFLOP (2.3 GFLOP without skipping), 4.5 MiB of temporaries (modelled)
 needs     jax >= 0.10; nothing of attngen
 spec      {"q_heads": 8, "kv_heads": 8, "q_len": 1000, "kv_len": 1000, "qk_dim": 72,
           "v_dim": 72, "layout": "bhtd", "mask": "causal", "score": ["alibi"],

@@ -10,7 +10,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           out     [1, 2048, 8, 64]  float32
 plan      running · 512 queries × 512 keys · 1 kv head a step · fori by 2
           tiles of a head: 16; 6 full, 4 on an edge, 6 empty and never visited
-cost      5.37 GFLOP (8.59 GFLOP without skipping), 2.7 MiB of temporaries (modelled)
+cost      5.37 GFLOP (8.59 GFLOP without skipping), 2.8 MiB of temporaries (modelled)
 needs     jax >= 0.10; nothing of attngen
 spec      {"q_heads": 8, "kv_heads": 8, "q_len": 2048, "kv_len": 2048, "qk_dim": 64,
           "v_dim": 64, "mask": {"or": ["causal", {"prefix": {"length": 300}}]},

@@ -122,10 +122,17 @@ def _ones(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
     """Slices of values as they were before they had a column of ones."""
     if choice.get("denominator", "sum") == "sum":
         return 0
-    return at.values * (1 + at.outside if at.unroll else at.chunks)
+    return at.values * (1 + 2 * at.outside if at.unroll else at.chunks)
+
+
+def _one_round(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
+    """A loop of one round is none: all its keys are sliced, and then transposed."""
+    one = choice.get("unroll", 1) == at.chunks > 1 and not at.unroll
+    return at.chunks * at.keys if one and at.moved and at.all_heads else 0
 
 
 EXTRAS = (
+    _one_round,
     _small,
     _unguarded,
     _narrow,

@@ -14,6 +14,10 @@ def parts(at: Tile, know: Facts) -> tuple[int, ...]:
     """
     count, chains, acc, scores = at.parts, at.unroll, at.acc, at.scores
     slices = at.keys + at.values
+    sliced = chains * slices
+    if (at.chunks - at.tail) // count == 1 and not know.edges:  # a loop of one round
+        sliced += (chains + at.tail) * slices if at.moved and at.all_heads else 0
+    many = chains if at.keys > scores else 0  # all scores before the first is raised
     kept = at.rows + count * (acc + 2 * at.row)
     kept += at.outside * (2 * scores + at.seen + slices)
     more = 2 * scores if at.grouped or (know.edges and not know.interior) else 0
@@ -30,7 +34,7 @@ def parts(at: Tile, know: Facts) -> tuple[int, ...]:
     copies = 2 if at.fixed and at.grouped and acc > 4 * slices else 3
     edge = 3 * scores + at.seen + slices + at.values if know.edges else 0
     return (
-        kept + chains * slices + 2 * (scores + acc) + again,
+        kept + sliced + many * scores + 2 * (scores + acc) + again,
         kept + chains * (acc + raised * scores + at.values) + 4 * acc + more,
         kept + 2 * acc + edge,
         copies * count * (acc + at.row) + 3 * acc + chains * at.keys,
