@@ -47,7 +47,7 @@ def temp_bytes(spec: AttentionSpec, choice: Choice, tiles: Tiles | None = None) 
         moments, library = _loop(at, know, interior)
     else:
         moments, library = _steps(at, know)
-    more = sum(extra(spec, choice, at) for extra in EXTRAS)
+    more = sum([extra(spec, choice, at) for extra in EXTRAS])
     worst = max(moments)
     slack = min(worst * SLACK, SLACK_BYTES)
     return int(worst * GAPS + slack) + library + more
