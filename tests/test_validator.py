@@ -71,9 +71,9 @@ def test_a_wrong_kernel_is_caught(spec, old, new):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("0.69314694", "0.6931"),
+        ("0.693147004", "0.6931"),
         ("+ coefficient", "- coefficient"),
-        ("p = jnp.where(s == -jnp.inf, 0, p)", "p = p"),
+        ("jnp.maximum(x, -127)", "jnp.maximum(x, -126)"),
         ("jnp.log2(total)) / LOG2E", "jnp.log2(total))"),
         ("rescale = jnp.exp2(m - m_safe)", "rescale = jnp.exp(m - m_safe)"),
         ("LOG2E = 1.4426950408889634", "LOG2E = 1.4426"),
