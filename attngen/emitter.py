@@ -112,7 +112,7 @@ def header(plan: Plan, backend: Backend) -> str:
 
 _HOW = {
     "running": "with a running softmax",
-    "split_kv": "with running softmaxes of parts of the keys",
+    "split_kv": "keys in parts",
     "summaries": "each summarised",
 }
 
@@ -159,8 +159,11 @@ def _describe_plan(plan: Plan, backend: Backend) -> str:
 
 def _cost(plan: Plan) -> str:
     square = square_flop(plan.spec)
+    skips = (
+        f" ({show_count(square)}FLOP without skipping)" if plan.flop < square else ""
+    )
     return (
-        f"{show_count(plan.flop)}FLOP ({show_count(square)}FLOP without skipping), "
+        f"{show_count(plan.flop)}FLOP{skips}, "
         f"{show_bytes(plan.temp_bytes)} of temporaries (modelled)"
     )
 

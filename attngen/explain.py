@@ -63,17 +63,30 @@ def _alternatives(plan: Plan, describe: object) -> list[str]:
     if legal:
         lines += ["", f"{'also legal':<48}{'temporary':>11}{'estimate':>11}"]
         for a in legal:
-            name = describe(a.choice)  # type: ignore[operator]
+            given = {n: v for n, v in a.choice.items() if _told(n, plan)}
+            name = _short(describe(given))  # type: ignore[operator]
             figures = (
                 f"{show_bytes(a.temp_bytes or 0):>11}{show_time(a.time_s or 0):>11}"
             )
-            lines.append(f"  {_short(name):<46}{figures}   {a.reason}")
+            if len(name) > NAME:
+                lines.append(f"  {name}")
+                name = ""
+            lines.append(f"  {name:<{NAME}}{figures}   {a.reason}")
     if refused:
         lines += ["", "not legal"]
         lines += [
             f"  {a.choice['algorithm']!s:<9} {a.reason}" for a in _one_each(refused)
         ]
     return lines
+
+
+NAME = 46  # columns of a plan's name
+ALWAYS = ("algorithm", "q_chunk", "k_chunk", "head_chunk", "batch_chunk", "loop")
+
+
+def _told(name: str, plan: Plan) -> bool:
+    """Whether a choice is said of each alternative: not where all have the one fixed."""
+    return name in ALWAYS or name not in plan.fixed
 
 
 def _short(name: str) -> str:

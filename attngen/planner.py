@@ -272,6 +272,9 @@ def _has(
 
 def _nothing_legal(fix: Mapping[str, Option], refused: list[Alternative]) -> PlanError:
     reasons = list(dict.fromkeys(a.reason for a in refused))
+    reasons.sort(
+        key=lambda r: not any(name in r for name in fix)
+    )  # about what is fixed
     return PlanError(
         "No legal plan has the fixed choices.",
         got=", ".join(f"{n}={v!r}" for n, v in fix.items()),

@@ -67,7 +67,8 @@ class Plan:
         tiles: of one head: full, on an edge, empty.
         index_dtype: of positions, int64 where a mask or score can leave int32.
         drops_keys: whether a score can be −inf, which leaves its key out.
-        temp_bytes, time_s, flop: modelled, not measured.
+        temp_bytes, time_s: modelled, not measured.
+        flop: of the two products of what is visited, each counted once.
         moved_bytes: of q, k, v and the outputs, read and written as slices.
         fixed: the choices that the user made.
         alternatives: what else was considered, each with the reason against it.

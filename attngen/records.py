@@ -327,10 +327,11 @@ class Record:
         ranked = self.ranked()
         for c in ranked[:SHOWN]:
             took = timing.spread(c.samples_s)
+            spread = f"{took.relative:.0%}" if len(c.samples_s) > 1 else "–"
             known = "?" if c.temp_bytes is None else show_bytes(c.temp_bytes)
             lines.append(
                 f"{self.standings[c.identity]:>5.2f}×{show_time(took.median):>11}"
-                f"{took.relative:>8.0%}{len(c.samples_s):>8}{known:>12}  {_words(c)}"
+                f"{spread:>8}{len(c.samples_s):>8}{known:>12}  {_words(c)}"
             )
         if len(ranked) > SHOWN:
             lines.append(f"       and {len(ranked) - SHOWN} that are slower")

@@ -11,7 +11,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           out     [8, 512, 12, 64]  float32
 plan      running · 512 queries × 512 keys · 1 kv head a step · fori
           tiles of a head: 1; 1 full, 0 on an edge, 0 empty and never visited
-cost      6.44 GFLOP (6.44 GFLOP without skipping), 2.6 MiB of temporaries (modelled)
+cost      6.44 GFLOP, 2.6 MiB of temporaries (modelled)
 needs     jax >= 0.10; nothing of attngen
 spec      {"batch": 8, "q_heads": 12, "kv_heads": 12, "q_len": 512, "kv_len": 512,
           "qk_dim": 64, "v_dim": 64, "kv_lengths": true, "memory_budget": "32MiB"}
@@ -131,4 +131,4 @@ def _exp2(x):
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-_exp2.defjvps(lambda dx, power, x: dx * power / LOG2E)
+_exp2.defjvps(lambda dx, power, x: dx * power / LOG2E)  # d 2**x = log(2) * 2**x

@@ -10,7 +10,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           out     [1, 512, 2, 40]  float32
 plan      dense
           tiles of a head: 1; 0 full, 1 on an edge, 0 empty and never visited
-cost      143 MFLOP (143 MFLOP without skipping), 2.9 MiB of temporaries (modelled)
+cost      143 MFLOP, 2.9 MiB of temporaries (modelled)
 needs     jax >= 0.10; nothing of attngen
 spec      {"q_heads": 2, "kv_heads": 2, "q_len": 512, "kv_len": 512, "qk_dim": 96,
           "v_dim": 40, "mask": {"expr": ["or", ["eq", ["mod", ["add", ["add",

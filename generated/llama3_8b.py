@@ -75,7 +75,7 @@ def attention(q, k, v):
         def interior(c, carry):
             return _add(carry, *tile(c * K_CHUNK, K_CHUNK, 0))
 
-        def step(k_start, low, carry):
+        def down(k_start, low, carry):
             """One step down the diagonal: K_STEP keys, and all queries that see any."""
             s, vc = tile(k_start, K_STEP, low)
             k_index = k_start + jnp.arange(K_STEP)
@@ -92,11 +92,12 @@ def attention(q, k, v):
         carry = lax.fori_loop(0, full_last, interior, carry)
         done = []
         for low in range(0, Q_CHUNK, K_STEP):
-            carry = step(full_last * K_CHUNK + low, low, carry)
+            carry = down(full_last * K_CHUNK + low, low, carry)
             # the first of these queries saw their last key: they are done
             done.append([each[:, :K_STEP] for each in carry])
             carry = [each[:, K_STEP:] for each in carry]
-        m, total, acc = (jnp.concatenate(each, 1) for each in zip(*done))
+        done = zip(*done, strict=True)
+        m, total, acc = (jnp.concatenate(each, 1) for each in done)
         total = jnp.where(total == 0, 1, total)  # a row that saw no key is 0
         out = acc / total[..., None]
         out = out.transpose(1, 0, 2)
@@ -142,4 +143,4 @@ def _exp2(x):
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-_exp2.defjvps(lambda dx, power, x: dx * power / LOG2E)
+_exp2.defjvps(lambda dx, power, x: dx * power / LOG2E)  # d 2**x = log(2) * 2**x

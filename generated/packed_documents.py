@@ -155,4 +155,4 @@ def _exp2(x):
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-_exp2.defjvps(lambda dx, power, x: dx * power / LOG2E)
+_exp2.defjvps(lambda dx, power, x: dx * power / LOG2E)  # d 2**x = log(2) * 2**x

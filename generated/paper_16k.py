@@ -9,7 +9,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           out     [1, 16384, 1, 64]  float32
 plan      running · 2048 queries × 256 keys · 1 kv head a step · fori
           tiles of a head: 512; 512 full, 0 on an edge, 0 empty and never visited
-cost      68.7 GFLOP (68.7 GFLOP without skipping), 3.8 MiB of temporaries (modelled)
+cost      68.7 GFLOP, 3.8 MiB of temporaries (modelled)
 needs     jax >= 0.10; nothing of attngen
 spec      {"q_heads": 1, "kv_heads": 1, "q_len": 16384, "kv_len": 16384, "qk_dim": 64,
           "v_dim": 64, "dtype": "bfloat16", "out_dtype": "float32", "memory_budget":
@@ -113,4 +113,4 @@ def _exp2(x):
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-_exp2.defjvps(lambda dx, power, x: dx * power / LOG2E)
+_exp2.defjvps(lambda dx, power, x: dx * power / LOG2E)  # d 2**x = log(2) * 2**x

@@ -9,7 +9,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           out     [1, 4096, 8, 40]  float16
 plan      running · 4096 queries × 77 keys · 1 kv head a step · fori
           tiles of a head: 1; 1 full, 0 on an edge, 0 empty and never visited
-cost      404 MFLOP (404 MFLOP without skipping), 2.1 MiB of temporaries (modelled)
+cost      404 MFLOP, 2.1 MiB of temporaries (modelled)
 needs     jax >= 0.10; nothing of attngen
 spec      {"q_heads": 8, "kv_heads": 8, "q_len": 4096, "kv_len": 77, "qk_dim": 40,
           "v_dim": 40, "dtype": "float16", "memory_budget": "16MiB"}
@@ -110,4 +110,4 @@ def _exp2(x):
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-_exp2.defjvps(lambda dx, power, x: dx * power / LOG2E)
+_exp2.defjvps(lambda dx, power, x: dx * power / LOG2E)  # d 2**x = log(2) * 2**x

@@ -13,7 +13,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1.0
           out     [1, 512, 16, 64]  float32
 plan      running · 512 queries × 512 keys · 2 kv heads a step · fori
           tiles of a head: 1; 1 full, 0 on an edge, 0 empty and never visited
-cost      1.07 GFLOP (1.07 GFLOP without skipping), 3.7 MiB of temporaries (modelled)
+cost      1.07 GFLOP, 3.7 MiB of temporaries (modelled)
 needs     jax >= 0.10; nothing of attngen
 spec      {"q_heads": 16, "kv_heads": 16, "q_len": 512, "kv_len": 512, "qk_dim": 64,
           "v_dim": 64, "scale": 1.0, "score": ["relative_buckets"], "memory_budget":
@@ -142,4 +142,4 @@ def _exp2(x):
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-_exp2.defjvps(lambda dx, power, x: dx * power / LOG2E)
+_exp2.defjvps(lambda dx, power, x: dx * power / LOG2E)  # d 2**x = log(2) * 2**x

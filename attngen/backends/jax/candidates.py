@@ -245,7 +245,7 @@ def _bad_loop(spec: AttentionSpec, choice: Choice) -> str | None:
             return "steps = map needs more than one step"
     parts = choice.get("parts", 2)
     if kind == "split_kv" and (not _integer(parts) or not 2 <= int(parts) <= chunks):
-        return f"parts must be an integer from 2 to the key chunks, {chunks}"
+        return "parts must be an integer from 2 to the number of key chunks"
     if kind == "split_kv" and int(parts) > UNROLLED:
         return f"parts can't exceed {UNROLLED}"
     return None

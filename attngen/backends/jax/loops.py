@@ -51,6 +51,7 @@ def chunked(plan: Plan, at: Tile) -> dict[str, Any]:
         "levels": _level_lines(levels, at),
         "steps": steps,
         "count": "steps" if len(steps) > 30 else steps,
+        "bare_count": "steps" if len(steps) > 30 else _bare(steps),
         "looped": bool(levels),
         "carried": ", ".join(f"{o}_all" for o in spec.outputs),
         "q_start": starts.q != "0",
@@ -76,6 +77,13 @@ def chunked(plan: Plan, at: Tile) -> dict[str, Any]:
         **_memory(plan, at, part, starts),
         **_triangle(plan, at, loops),
     }
+
+
+def _bare(text: str) -> str:
+    """A text without parentheses around all of it."""
+    inner = text[1:-1]
+    whole = text.startswith("(") and text.endswith(")") and "(" not in inner
+    return inner if whole else text
 
 
 def _value_dim(spec: AttentionSpec) -> str:
