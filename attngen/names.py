@@ -17,7 +17,7 @@ _JAX = """
     B T S H G R D QK_DIM V_DIM SCALE LOG2E Q_OFFSET K_OFFSET
     B_CHUNK G_CHUNK Q_CHUNK K_CHUNK Q_CHUNKS K_CHUNKS K_STEP UNROLL PARTS
     queries tile masked interior interiors edge step steps carried carry c i g
-    keys low down part parts done each ones together summaries
+    keys low down first_c rest part parts done each ones together summaries
     q_start k_start at q_here k_here v_here rows kc vc
     b_index h_index q_index k_index q_pos k_pos kv_length q_length
     kv_count q_count offset q_lo q_hi first last full_first full_last

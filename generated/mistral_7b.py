@@ -111,9 +111,10 @@ def attention(q, k, v):
         acc = jnp.zeros((G_CHUNK, R, Q_CHUNK, D), jnp.float32)
         carry = m, total, acc
         carry = lax.fori_loop(first, full_first, edge, carry)
-        steps = (full_last - full_first) // UNROLL
+        steps = jnp.maximum((full_last - full_first) // UNROLL, 0)
         carry = lax.fori_loop(0, steps, interiors, carry)
-        carry = lax.fori_loop(full_first + steps * UNROLL, full_last, interior, carry)
+        rest = full_first + steps * UNROLL
+        carry = lax.fori_loop(rest, full_last, interior, carry)
         carry = lax.fori_loop(full_last, last, edge, carry)
         m, total, acc = carry
         total = jnp.where(total == 0, 1, total)  # a row that saw no key is 0

@@ -103,7 +103,7 @@ def attention(q, k, v):
         total = jnp.zeros((Q_CHUNK,), jnp.float32)
         acc = jnp.zeros((Q_CHUNK, D), jnp.float32)
         carry = m, total, acc
-        steps = full_last // UNROLL
+        steps = jnp.maximum(full_last // UNROLL, 0)
         carry = lax.fori_loop(0, steps, interiors, carry)
         carry = lax.fori_loop(steps * UNROLL, full_last, interior, carry)
         carry = lax.fori_loop(full_last, last, edge, carry)

@@ -274,3 +274,63 @@ def test_the_text_of_an_unusual_plan_is_emitted_again_from_its_header(tmp_path):
     assert api.emit(attngen.plan(PLAIN, fix=plan.choice, target="cpu")).text.count(
         "_combine"
     )
+
+
+BEFORE_THE_KEYS = {
+    "more queries": (
+        AttentionSpec(
+            q_heads=1, q_len=64, kv_len=32, qk_dim=4, mask=masks.causal(),
+            q_offset="bottom_right", outputs=("out", "lse"),
+        ),
+        {"q_chunk": 4, "k_chunk": 4},
+    ),
+    "keys that begin later": (
+        AttentionSpec(
+            q_heads=1, q_len=5, kv_len=65, qk_dim=4, mask=masks.causal(),
+            q_offset=0, kv_offset=4, outputs=("out", "lse"),
+        ),
+        {"q_chunk": 2, "k_chunk": 1},
+    ),
+    "an edge alone": (
+        AttentionSpec(
+            q_heads=1, q_len=8, kv_len=32, qk_dim=4, q_offset=-7,
+            mask=attngen.mask(lambda b, h, q, k: (k <= q) & ((q + k) % 2 == 0)),
+        ),
+        {"q_chunk": 1, "k_chunk": 1},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BEFORE_THE_KEYS)
+@pytest.mark.parametrize(
+    "fix",
+    [
+        {"algorithm": "running", "unroll": 4},
+        {"algorithm": "running", "unroll": 8},
+        {"algorithm": "split_kv", "parts": 2},
+        {"algorithm": "split_kv", "parts": 8},
+        {"algorithm": "summaries"},
+    ],
+    ids=str,
+)
+def test_queries_before_every_key_see_none(name, fix):
+    """A limit before the first key: the number of chunks to visit is below zero."""
+    spec, chunks = BEFORE_THE_KEYS[name]
+    if fix.get("unroll") and name == "an edge alone":
+        pytest.skip("there is no tile without a mask")
+    judge(spec, **chunks, **fix)
+
+
+def test_lengths_of_zero_and_offsets_below_it_see_none():
+    spec = AttentionSpec(
+        q_heads=1, q_len=4, kv_len=64, qk_dim=4, mask=masks.causal(), kv_lengths=True,
+        q_offset="operand",
+    )  # fmt: skip
+    arrays = attngen.inputs.arrays(spec, nan=False)
+    arrays["kv_lengths"][:] = 64
+    for fix in ({"algorithm": "split_kv", "parts": 8}, {"unroll": 4}):
+        function, _ = kernel(spec, q_chunk=1, k_chunk=2, **fix)
+        for offset in (-9, -63, -5):
+            given = arrays | {"q_offset": arrays["q_offset"] * 0 + offset}
+            made = {n: jax.numpy.asarray(x, spec.dtype_of(n)) for n, x in given.items()}
+            assert (abs(function(**made)) == 0).all()

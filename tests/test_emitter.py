@@ -98,6 +98,14 @@ def texts():
         for unroll in (1, 2, 4):
             name = f"diagonal_{head_chunk}_{unroll}"
             made[name] = text(CAUSAL, fix | {"unroll": unroll})
+    later = dataclasses.replace(
+        PLAIN, mask=~masks.causal(), layout="bhtd", precision="highest"
+    )
+    for name in ("running", "split_kv", "summaries"):
+        fix = {"algorithm": name, "q_chunk": 1, "k_chunk": 12, "steps": "map"}
+        made[f"later_{name}"] = text(later, fix | {"denominator": "ones"})
+    alone = dataclasses.replace(PLAIN, outputs=("lse",))
+    made["lse_alone"] = text(alone, {"algorithm": "dense"})
     made["wide_dense"] = text(WIDE, {"algorithm": "dense"})
     return made
 

@@ -145,6 +145,7 @@ def _split(plan: Plan, loops: list[Loop]) -> dict[str, Any] | None:
     lines, chunk = _grouped(
         loops[index], "PARTS", "together", "parts", "parts[0]", whole
     )
+    chunk = chunk.removesuffix(" + i")
     return {"kind": kinds[index], "index": index, "lines": lines, "chunk": chunk}
 
 
@@ -163,12 +164,17 @@ def _grouped(
     chunk = f"{size} * c + i" if first == "0" else f"{first} + {size} * c + i"
     lines = []
     steps = f"{count} // {size}"
+    if _constant(loop) is None and not whole:  # a limit may lie before the first key
+        steps = f"jnp.maximum({steps}, 0)"
     if not whole:
         lines.append(f"steps = {steps}")
         steps = "steps"
     lines.append(f"{state} = lax.fori_loop(0, {steps}, {group}, {state})")
     if not whole:
-        rest = f"steps * {size}" if first == "0" else f"{first} + steps * {size}"
+        rest = f"steps * {size}"
+        if first != "0":
+            lines.append(f"rest = {first} + {rest}")
+            rest = "rest"
         lines.append(f"{one} = lax.fori_loop({rest}, {last}, {kind}, {one})")
     return lines, chunk
 
