@@ -11,7 +11,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           out     [1, 1, 32, 128]  bfloat16
 plan      running · 1 queries × 1024 keys · 1 kv head a step · fori by 2
           tiles of a head: 32; 32 full, 0 on an edge, 0 empty and never visited
-cost      537 MFLOP, 2.2 MiB of temporaries (modelled)
+cost      537 MFLOP, 2.3 MiB of temporaries (modelled)
 needs     jax >= 0.10; nothing of attngen
 spec      {"q_heads": 32, "kv_heads": 8, "q_len": 1, "kv_len": 32768, "qk_dim": 128,
           "v_dim": 128, "dtype": "bfloat16", "q_offset": "bottom_right", "mask":

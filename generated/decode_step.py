@@ -15,7 +15,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           lse     [4, 16, 1]  float32
 plan      running · 1 queries × 512 keys · 1 kv head a step · fori by 2
           tiles of a head: 8; 8 full, 0 on an edge, 0 empty and never visited
-cost      134 MFLOP, 1.1 MiB of temporaries (modelled)
+cost      134 MFLOP, 1.2 MiB of temporaries (modelled)
 needs     jax >= 0.10; nothing of attngen
 spec      {"batch": 4, "q_heads": 16, "kv_heads": 2, "q_len": 1, "kv_len": 4096,
           "qk_dim": 128, "v_dim": 128, "q_offset": "operand", "mask": "causal",

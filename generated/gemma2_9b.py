@@ -11,7 +11,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 0.0625
           out     [1, 8192, 16, 256]  bfloat16
 plan      running · 512 queries × 512 keys · 1 kv head a step · fori by 2
           tiles of a head: 256; 84 full, 24 on an edge, 148 empty and never visited
-cost      464 GFLOP (1.1 TFLOP without skipping), 13.4 MiB of temporaries (modelled)
+cost      464 GFLOP (1.1 TFLOP without skipping), 14.0 MiB of temporaries (modelled)
 needs     jax >= 0.10; nothing of attngen
 spec      {"q_heads": 16, "kv_heads": 8, "q_len": 8192, "kv_len": 8192, "qk_dim": 256,
           "v_dim": 256, "dtype": "bfloat16", "scale": 0.0625, "mask": {"and": ["causal",

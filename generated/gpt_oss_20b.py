@@ -13,7 +13,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
 plan      running · 64 queries × 64 keys · 8 kv heads a step · fori by 2
           tiles of a head: 16384; 127 full, 254 on an edge, 16003 empty and never
           visited
-cost      25.6 GFLOP (1.1 TFLOP without skipping), 7.7 MiB of temporaries (modelled)
+cost      25.6 GFLOP (1.1 TFLOP without skipping), 8.0 MiB of temporaries (modelled)
 needs     jax >= 0.10; nothing of attngen
 spec      {"q_heads": 64, "kv_heads": 8, "q_len": 8192, "kv_len": 8192, "qk_dim": 64,
           "v_dim": 64, "dtype": "bfloat16", "mask": {"and": ["causal",

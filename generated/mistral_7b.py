@@ -10,7 +10,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           out     [1, 16384, 32, 128]  bfloat16
 plan      running · 256 queries × 256 keys · 4 kv heads a step · fori by 2
           tiles of a head: 4096; 840 full, 112 on an edge, 3144 empty and never visited
-cost      1.02 TFLOP (4.4 TFLOP without skipping), 25.8 MiB of temporaries (modelled)
+cost      1.02 TFLOP (4.4 TFLOP without skipping), 27.1 MiB of temporaries (modelled)
 needs     jax >= 0.10; nothing of attngen
 spec      {"q_heads": 32, "kv_heads": 8, "q_len": 16384, "kv_len": 16384, "qk_dim": 128,
           "v_dim": 128, "dtype": "bfloat16", "mask": {"and": ["causal",

@@ -130,6 +130,10 @@ class Tile(NamedTuple):
     fixed: bool  # XLA knows the bounds of key loops: all queries are in one chunk
     parts: int  # chains of steps that are independent of each other
     twice_made: bool  # scores are made for their maximum, and made again
+    scaled: bool  # scores are scaled, not queries
+    strip: int  # scores of the longest static step down a diagonal
+    triangle: int  # scores of all of these steps
+    ones: bool  # a column of ones among values sums what scores are raised to
 
 
 def tile(spec: AttentionSpec, choice: Choice, know: Facts) -> Tile:
@@ -144,16 +148,22 @@ def tile(spec: AttentionSpec, choice: Choice, know: Facts) -> Tile:
     moved = g > 1 and not know.bhtd
     late = all_heads and _late(choice, chunks, tail)
     out = BYTES[spec.out_dtype_name] * (row // size) * spec.v_dim
-    columns = spec.v_dim + (choice.get("denominator") == "ones")
+    ones = choice.get("denominator") == "ones"
+    columns = spec.v_dim + ones
+    chained = chunks == 1 and choice["exp"] != "polynomial"
+    stacked = choice["algorithm"] == "summaries" and not chained
+    width = int(choice.get("diagonal", 0))
+    summed = know.out or ones
+    sliced = key // size * BYTES[str(choice["product_dtype"])]
     return Tile(
         scores=row * k,
         seen=row * k // size,
         row=row,
         rows=row * spec.qk_dim,
-        acc=row * columns if know.out else 0,
+        acc=row * columns if summed else 0,
         key=key,
-        keys=key * spec.qk_dim,
-        values=key * columns if know.out else 0,
+        keys=sliced * spec.qk_dim,
+        values=sliced * columns if summed else 0,
         pairs=q * k,
         hoisted=_hoisted(spec, know, row * k, q * k)
         if looped and q == spec.q_len
@@ -179,11 +189,15 @@ def tile(spec: AttentionSpec, choice: Choice, know: Facts) -> Tile:
         twice=moved and all_heads and (cast or late),
         poly=choice["exp"] == "polynomial",
         apart=not _spans(know.letters, b, g * r),
-        fused=row >= FUSED_BYTES and size == 4 and k > 1,
+        fused=row >= FUSED_BYTES and size == 4 and k > 1 and not stacked,
         looped=looped,
         fixed=know.movable and q == spec.q_len,
         parts=int(choice.get("parts", 1)),
         twice_made=choice.get("qk") == "twice",
+        scaled=choice.get("scale", "queries") != "queries",
+        strip=row * width,
+        triangle=row * width * (q // width + 1) // 2 if width else 0,
+        ones=ones,
     )
 
 
@@ -208,7 +222,9 @@ def _late(choice: Choice, chunks: int, tail: int) -> bool:
     """Whether an unrolled loop of one round has steps beside it: slices are dynamic."""
     unroll = int(choice.get("unroll", 1))
     rounds = (chunks - tail) // unroll
-    return choice["loop"] != "unrolled" and rounds == 1 < unroll < chunks
+    if choice["loop"] == "unrolled":
+        return bool(choice["guard"]) and chunks > 1
+    return rounds == 1 < unroll < chunks
 
 
 def _spans(letters: frozenset[str], batches: int, heads: int) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from attngen.backends.jax.buffers import Tile, facts
+from attngen.backends.jax.buffers import LENT_BYTES, Tile, facts
 from attngen.dtypes import BYTES
 from attngen.plans import Choice
 from attngen.spec import AttentionSpec
 
 SMALL_BYTES = 768
+STACK_BYTES = 2**13
 STEP_BYTES = 512  # of a step: eight buffers of less than 64 bytes take 64 each
 
 
@@ -20,8 +21,11 @@ def _small(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
 
 
 def _unguarded(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
-    """XLA converts all of q, k and v outside the loops unless barriers keep it from that."""
-    if at.dense or choice["guard"] or spec.dtype == spec.stats_dtype:
+    """XLA converts all of q, k and v outside the loops unless barriers keep it from that.
+
+    float16 it converts slice by slice.
+    """
+    if choice["guard"] or spec.dtype != "bfloat16":
         return 0
     queries = spec.q_heads * spec.q_len * spec.qk_dim
     keys = spec.kv_heads * spec.kv_len * (spec.qk_dim + spec.v_dim)
@@ -29,77 +33,80 @@ def _unguarded(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
 
 
 def _narrow(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
-    """Products in a narrower dtype than the statistics': scores and rows once more."""
+    """Products in a narrower dtype than the statistics': scores and rows in it, too."""
     if choice["product_dtype"] == spec.stats_dtype:
         return 0
-    if at.parts > 1:
-        return at.scores + at.rows
     steps = at.unroll + at.outside if at.unroll else at.chunks
-    more = 0 if at.unroll else at.rows + at.scores // 4
-    return (at.scores + at.rows) * steps + more
+    sliced = at.keys + at.values
+    if at.unroll:
+        sliced = sliced if at.moved and at.all_heads else 0
+    else:
+        sliced *= steps
+    return (at.scores * steps + at.rows) // 2 + sliced
 
 
 def _scaled(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
     """Scores that are scaled are another buffer, where no mask makes one anyway."""
-    if choice.get("scale", "queries") == "queries":
+    if not at.scaled or facts(spec).edges or at.unroll or at.parts > 1:
         return 0
-    if facts(spec).edges and at.unroll <= 1:
-        return 0
-    if at.parts > 1 and at.grouped and at.poly:  # each of two or three buffers anyway
-        return 0
-    return at.scores * (at.unroll + at.outside if at.unroll else at.chunks)
-
-
-def _diagonal(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
-    """Static steps down the diagonal: their scores, made and masked early (a bound)."""
-    width = int(choice.get("diagonal", 0))
-    if not width:
-        return 0
-    steps = int(choice["q_chunk"]) // width
-    triangle = at.row * width * (steps + 1) // 2
-    if at.fixed:  # the only tiles
-        return 3 * triangle // 2 + 5 * at.acc
-    return 9 * triangle // 4 + at.acc // 2
+    if at.grouped:  # raised in a buffer of their own anyway
+        return 0 if at.poly else at.scores
+    return at.scores * max(1, at.chunks - at.tail)
 
 
 def _summaries(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
     """All chunks' statistics, as they are initialised and as they are filled.
 
-    And once more where the last chunk of keys, or of queries, overlaps.
+    And once more where a loop fills many of them, unless their number is a power of two.
     """
     if choice["algorithm"] != "summaries":
         return 0
-    overlaps = at.tail or spec.q_len % int(choice["q_chunk"])
-    overlaps = overlaps or (choice["steps"] == "map" and _ordered(spec, choice))
+    copied = at.chunks > 24 and at.chunks & (at.chunks - 1)
+    copied = copied and at.looped and choice["loop"] == "fori"
     kept = at.chunks * (at.acc + 2 * at.row)
-    return (3 if overlaps else 2) * kept * 65 // 64 + 2 * at.acc
+    more = at.acc if "out" in spec.outputs else 2 * at.chunks * at.row
+    return (3 if copied else 2) * kept * 33 // 32 + more
 
 
 def _transposed(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
-    """All of k and v, transposed; and slices that XLA transposes back."""
+    """All of k and v, transposed; and slices that are transposed back."""
     if choice.get("slices", "nd") == "nd":
         return 0
     keys = spec.batch * spec.kv_heads * spec.kv_len * (spec.qk_dim + spec.v_dim)
-    return BYTES[spec.dtype] * keys + at.keys + (at.scores if at.cast else 0)
+    back = 4 if not at.unroll else 1 if at.parts > 1 else 0
+    return BYTES[spec.dtype] * keys + back * at.keys
 
 
 def _stacked(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
-    """Outputs as they are stacked by steps, where they aren't in order yet."""
+    """Outputs as they are stacked by steps, where they aren't in order yet.
+
+    The output itself is empty until then: the largest buffer that fits lies there,
+    but for some bytes beside it.
+    """
     if choice.get("steps", "fori") == "fori":
         return 0
     rows = spec.batch * spec.q_heads * spec.q_len
-    lse = BYTES[spec.stats_dtype] if "lse" in spec.outputs else 0
+    lse = BYTES[spec.stats_dtype] * rows if "lse" in spec.outputs else 0
     if "out" not in spec.outputs or _ordered(spec, choice):
-        return rows * lse
-    return rows * (BYTES[spec.out_dtype_name] * spec.v_dim + lse)
+        return lse
+    out = BYTES[spec.out_dtype_name] * spec.v_dim * rows
+    if at.unroll > 1 and at.parts == 1:
+        return out + lse
+    buffers = (at.scores, at.acc, at.keys) if out >= LENT_BYTES else ()
+    lent = max([n for n in buffers if n <= out], default=0)
+    if choice.get("slices", "nd") != "nd":  # all of k, or of v
+        sizes = [spec.kv_len * d * spec.kv_heads for d in (spec.qk_dim, spec.v_dim)]
+        whole = [n * spec.batch * BYTES[spec.dtype] for n in sizes]
+        lent = max([n for n in (*whole, lent) if n <= out], default=0)
+    return out + lse - max(0, lent - STACK_BYTES)
 
 
 def _ordered(spec: AttentionSpec, choice: Choice) -> bool:
     """Whether steps over batches, heads, queries in this order lie as the output does.
 
-    With barriers XLA copies even these.
+    With barriers XLA copies even these where there is one head.
     """
-    if choice["guard"]:
+    if spec.q_heads == 1 and (choice["guard"] or choice.get("qk") == "twice"):
         return False
     some_heads = choice["head_chunk"] != spec.kv_heads
     some_queries = choice["q_chunk"] != spec.q_len
@@ -111,18 +118,13 @@ def _ordered(spec: AttentionSpec, choice: Choice) -> bool:
     return not some_heads or spec.q_len == 1
 
 
-def _made_twice(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
-    """Scores, slices and queries behind the barrier between a tile and the same again."""
-    if not at.twice_made or at.parts > 1:
-        return 0
-    return at.scores + at.rows + max(1, at.unroll) * at.keys
-
-
 def _ones(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
     """Slices of values as they were before they had a column of ones."""
-    if choice.get("denominator", "sum") == "sum":
+    if not at.ones or not at.moved or not at.all_heads or at.parts > 1:
         return 0
-    return at.values * (1 + 2 * at.outside if at.unroll else at.chunks)
+    if at.unroll:
+        return at.values * (2 * at.outside + (at.chunks == 1))
+    return at.values * at.chunks
 
 
 def _one_round(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
@@ -137,10 +139,8 @@ EXTRAS = (
     _unguarded,
     _narrow,
     _scaled,
-    _diagonal,
     _summaries,
     _transposed,
     _stacked,
-    _made_twice,
     _ones,
 )
