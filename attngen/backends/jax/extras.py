@@ -50,7 +50,7 @@ def _scaled(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
     if not at.scaled or facts(spec).edges or at.unroll or at.parts > 1:
         return 0
     if at.grouped:  # raised in a buffer of their own anyway
-        return 0 if at.poly else at.scores
+        return at.scores if at.dense or not (at.poly or at.chunks == 1) else 0
     return at.scores * max(1, at.chunks - at.tail)
 
 

@@ -54,12 +54,17 @@ def _rows(at: Tile, know: Facts) -> int:
 def _scores(at: Tile, know: Facts) -> int:
     """Slices of keys and values, and the first product."""
     unroll, scores, keys, values = at.unroll, at.scores, at.keys, at.values
-    ahead = values if know.interior else 0  # else values are blanked later
+    whole = at.chunks == 1 and know.bounded  # one step, of one kind or the other
+    ahead = values if know.interior and not whole else 0  # or they are blanked later
     worst = unroll * (keys + ahead) + scores + min(2 * scores, keys // 8)
-    if at.twice_made:  # keys as they are sliced for the maximum, and again
-        worst += unroll * keys if at.chunks > 1 and (at.cast or not at.all_heads) else 0
+    if at.twice_made and at.chunks > 1:  # keys are sliced for the maximum, and again
+        worst += unroll * keys if at.cast or not at.all_heads else 0
     worst += 2 * at.rows if at.lone else 0
-    if at.grouped and (at.poly or unroll > 1 or (know.bhtd and at.batched)):
+    if (
+        at.grouped
+        and not whole
+        and (at.poly or unroll > 1 or (know.bhtd and at.batched))
+    ):
         worst = max(worst, unroll * (keys + values) + scores + min(scores, keys // 4))
     if unroll > 1:
         made = keys + unroll * values if know.interior else unroll * keys + at.acc
@@ -71,7 +76,8 @@ def _softmax(at: Tile, know: Facts, interior: bool) -> int:
     """Scores, what they are raised to, and where they are masked."""
     unroll, scores = at.unroll, at.scores
     worst = 0
-    raised = 2 if at.poly else 1
+    once = at.ones and know.interior and not (at.scaled or know.score_ops)
+    raised = 2 if at.poly and not once else 1  # a sum reads it, too
     lies = scores if at.many and not at.outside and scores <= at.lent else 0
     if interior and at.grouped:
         more = unroll > 1 and at.scaled and not at.poly

@@ -26,6 +26,7 @@ GAPS = 1.021
 LOOP_GAPS = (20, 12)  # one part in so many, of several steps at once: of few, of eight
 LIBRARY_GAPS = 32
 SLACK, SLACK_BYTES = 1 / 5, 2**16  # of a small program, at most
+SMALL = 5 * 2**18  # of less in all, more is left to chance
 
 
 def temp_bytes(spec: AttentionSpec, choice: Choice, tiles: Tiles | None = None) -> int:
@@ -60,7 +61,8 @@ def temp_bytes(spec: AttentionSpec, choice: Choice, tiles: Tiles | None = None) 
         if at.twice_made:
             library = max(library, _greatest(at, know))
         library += library // LIBRARY_GAPS
-    return int(worst * GAPS + slack) + library + more
+    total = int(worst * GAPS + slack) + library + more
+    return total + max(0, min(total // 12, (SMALL - total) // 20))
 
 
 def _greatest(at: Tile, know: Facts) -> int:

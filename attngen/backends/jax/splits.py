@@ -35,7 +35,7 @@ def parts(at: Tile, know: Facts) -> tuple[tuple[int, ...], int]:
         2 * at.rows + acc,
         kept + sliced + scores + min(scores, at.keys // 4),
         main,
-        kept + chains * acc + 2 * scores + at.values,
+        kept + (chains - (at.width == 1)) * acc + 2 * scores + at.values,
         kept + acc + _edge(at, know, chains) + at.keys - lent,
         combined + (max(at.rows, acc) if at.width > 1 else 0) - lent,
     )
@@ -47,7 +47,8 @@ def _kept(at: Tile, know: Facts, chains: int, rounds: int) -> int:
     idle = at.fixed and know.interior and chains == 1  # all but one stay at nothing
     kept = at.rows + (1 if idle else at.parts) * (at.acc + 2 * at.row)
     if at.tail:
-        kept += (2 + at.scaled) * at.scores + at.seen
+        masked = at.many or not at.poly  # in another buffer
+        kept += (1 + masked + at.scaled) * at.scores + at.seen * masked
         kept += at.keys + (1 + at.ones) * at.values
     if at.outside > at.tail and rounds:
         kept += at.keys + (at.scores if at.poly else 0)
@@ -60,7 +61,8 @@ def _slices(at: Tile, know: Facts, chains: int, rounds: int) -> tuple[int, int]:
     keys, values = chains * at.keys, chains * at.values
     sliced, ready = keys + (values if know.interior else 0), values
     if rounds == 1 and not know.bounded:  # a loop of one round is none
-        sliced = keys + values
+        if know.interior or (at.moved and at.all_heads):
+            sliced = keys + values
         ready += keys if at.cast and know.interior else 0
         if at.moved and at.all_heads:  # sliced, and transposed
             sliced += keys + at.tail * at.keys
@@ -78,7 +80,9 @@ def _raised(at: Tile, know: Facts, chains: int, rounds: int) -> int:
     if at.grouped and at.poly and (at.scaled or not at.ones):
         scores = (2 * chains + (chains < 16)) * at.scores
     elif at.grouped:
-        more = 1 + chains // 12 * 4 + at.ones + at.twice_made
+        more = 1 + at.ones + at.twice_made
+        if chains > 12 and at.scores <= at.acc:
+            more += 4
         scores = (chains + more) * at.scores
     elif know.edges and not know.interior:
         scores *= 2 if at.twice_made or (rounds == 1 and at.apart) else 1
@@ -88,7 +92,7 @@ def _raised(at: Tile, know: Facts, chains: int, rounds: int) -> int:
     elif at.scaled:
         scores *= 2
     masks = know.masked and know.interior and not at.grouped
-    return scores + (4 * at.seen if masks else 0)
+    return scores + (min(4, chains) * at.seen if masks else 0)
 
 
 def _edge(at: Tile, know: Facts, chains: int) -> int:
