@@ -9,7 +9,7 @@ from attngen.dtypes import BYTES
 from attngen.expr import Expr, variables, walk
 from attngen.intervals import examine
 from attngen.plans import Choice
-from attngen.regions import analyse
+from attngen.regions import Span, analyse, key_limits
 from attngen.spec import AttentionSpec
 
 FUSED_BYTES = 2**14  # of an element of each row: from here on the library chains rows
@@ -24,7 +24,7 @@ class Facts(NamedTuple):
     masked: bool  # by a mask or by lengths: scores are replaced
     interior: bool  # there can be steps that evaluate no mask
     static_edge: bool  # the mask is of keys alone: its edge is a step outside the loop
-    two_edges: bool  # a window: edges on both sides
+    window: int  # keys that a query sees where there are edges on both sides; else 0
     bounded: bool  # queries or lengths say which key chunks are visited, or masked
     movable: bool  # bounds of key loops depend on nothing but the queries' position
     letters: frozenset[str]  # axes that the mask, or else the last score, spans
@@ -48,7 +48,7 @@ def facts(spec: AttentionSpec) -> Facts:
         masked=masked,
         interior=span.any_full and not drops,
         static_edge=spec.mask is not None and not lengths and _of_keys(spec.mask.expr),
-        two_edges=span.full_low is not None and span.full_high is not None,
+        window=_window(spec, span),
         bounded=bool(lengths or span.limits),
         movable=masked and not lengths and spec.static_q_offset is not None,
         letters=_letters(spec),
@@ -62,6 +62,13 @@ def facts(spec: AttentionSpec) -> Facts:
         out="out" in spec.outputs,
         single=len(spec.outputs) == 1,
     )
+
+
+def _window(spec: AttentionSpec, span: Span) -> int:
+    if span.full_low is None or span.full_high is None:
+        return 0
+    low, high, *_ = key_limits(spec, span, spec.q_len // 2, 1)
+    return high - low
 
 
 def _placed(node: Expr) -> bool:

@@ -8,7 +8,7 @@ from attngen.plans import Choice
 from attngen.spec import AttentionSpec
 
 SMALL_BYTES = 768
-STACK_BYTES = 2**13
+STACK_BYTES = 2**15
 STEP_BYTES = 512  # of a step: eight buffers of less than 64 bytes take 64 each
 
 

@@ -34,7 +34,8 @@ def _early(at: Tile, know: Facts) -> int:
         early += at.tail * (at.keys + at.values)
     else:
         early += (at.outside if at.lone else at.rest) * at.keys
-    if at.fixed and know.two_edges and at.chunks > 2:  # one edge's loop has one round
+    if at.fixed and at.chunks > 2 and at.width >= know.window > 0:
+        # one edge's loop has one round
         early += 2 * at.scores + at.seen
     if at.tail and know.gathers:
         early += at.scores + 4 * at.pairs
@@ -54,17 +55,12 @@ def _rows(at: Tile, know: Facts) -> int:
 def _scores(at: Tile, know: Facts) -> int:
     """Slices of keys and values, and the first product."""
     unroll, scores, keys, values = at.unroll, at.scores, at.keys, at.values
-    whole = at.chunks == 1 and know.bounded  # one step, of one kind or the other
-    ahead = values if know.interior and not whole else 0  # or they are blanked later
+    ahead = values if know.interior else 0  # else values are blanked later
     worst = unroll * (keys + ahead) + scores + min(2 * scores, keys // 8)
-    if at.twice_made and at.chunks > 1:  # keys are sliced for the maximum, and again
+    if at.twice_made:  # keys are sliced for the maximum, and again
         worst += unroll * keys if at.cast or not at.all_heads else 0
     worst += 2 * at.rows if at.lone else 0
-    if (
-        at.grouped
-        and not whole
-        and (at.poly or unroll > 1 or (know.bhtd and at.batched))
-    ):
+    if at.grouped and (at.poly or unroll > 1 or (know.bhtd and at.batched)):
         worst = max(worst, unroll * (keys + values) + scores + min(scores, keys // 4))
     if unroll > 1:
         made = keys + unroll * values if know.interior else unroll * keys + at.acc
@@ -78,7 +74,9 @@ def _softmax(at: Tile, know: Facts, interior: bool) -> int:
     worst = 0
     once = at.ones and know.interior and not (at.scaled or know.score_ops)
     raised = 2 if at.poly and not once else 1  # a sum reads it, too
-    lies = scores if at.many and not at.outside and scores <= at.lent else 0
+    lies = 0  # in the output
+    if at.many and not at.outside and not at.twice_made and scores <= at.lent:
+        lies = scores
     if interior and at.grouped:
         more = unroll > 1 and at.scaled and not at.poly
         few = at.poly and unroll > 2 and not at.scaled and not at.twice_made
@@ -96,6 +94,8 @@ def _softmax(at: Tile, know: Facts, interior: bool) -> int:
             masked += raised * scores
         if at.grouped:  # masked, and raised
             masked = max(masked, at.values + (raised + 1) * scores)
+        elif at.twice_made:
+            masked += scores if at.scaled or not at.apart else 0
         worst = max(worst, masked - lies)
     return worst
 
@@ -106,17 +106,19 @@ def _weighted(at: Tile, know: Facts) -> int:
         return 0  # no product: multiplied and added in one go
     unroll, scores, values = at.unroll, at.scores, at.values
     worst = unroll * at.acc + scores + values
-    if not at.poly or at.outside:
+    if at.outside or not (at.poly or at.grouped):
         worst += (unroll - 1) * min(at.acc, scores + values)
     if at.outside and at.many and unroll > 1:
         worst += 0 if at.looped and not _chained(at, know) else at.rows
     if at.acc <= at.lent:
-        worst -= at.acc
+        worst -= 0 if at.twice_made else at.acc
     elif scores <= at.lent:
         worst -= scores
     if unroll > 1:
         sliced = unroll * values if know.interior else values
-        sums = unroll - 1 if know.edges or at.outside or not at.poly else 1
+        few = not (know.edges or at.outside or not at.poly)
+        few = few or (at.grouped and (at.poly or scores < at.acc))
+        sums = 1 if few else unroll - 1
         worst = max(worst, sums * at.acc + unroll * scores + sliced)
     return worst
 

@@ -58,7 +58,8 @@ def temp_bytes(spec: AttentionSpec, choice: Choice, tiles: Tiles | None = None) 
     if at.parts == 1:
         if at.grouped and at.unroll > 1:
             worst += worst // LOOP_GAPS[at.unroll > 4]
-        if at.twice_made:
+        chained = interior and not (at.chunks == 1 and know.bounded)
+        if at.twice_made and (chained or not know.masked):
             library = max(library, _greatest(at, know))
         library += library // LIBRARY_GAPS
     total = int(worst * GAPS + slack) + library + more

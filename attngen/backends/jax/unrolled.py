@@ -144,9 +144,13 @@ def _single_edge(at: Tile, know: Facts) -> Moments:
     converted += at.hoisted
     masked = scores + (scores if at.apart or at.grouped else 0)
     masked += at.seen if at.apart or not at.grouped else 0
-    raised = (3 if at.poly else 2) * scores + at.values if at.grouped else 0
+    raised = (3 if at.poly else 2) * scores if at.grouped else 0
+    if know.bhtd:  # values are sliced later
+        raised = max(raised, at.values + 2 * scores + 4 * at.seen)
+    elif at.grouped:
+        raised += at.values
     return (
-        at.rows + scores + keys + converted,
+        at.rows + scores * (1 + at.twice_made) + keys + converted,
         scores + at.acc + at.values + converted,
         masked + converted,
         raised + converted,
