@@ -42,7 +42,8 @@ def _narrow(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
         sliced = sliced if at.moved and at.all_heads else 0
     else:
         sliced *= steps
-    return (at.scores * steps + at.rows) // 2 + sliced
+    again = at.scores // 4 if at.twice_made else 0
+    return (at.scores * steps + at.rows) // 2 + sliced + again
 
 
 def _scaled(spec: AttentionSpec, choice: Choice, at: Tile) -> int:

@@ -68,11 +68,10 @@ def temp_bytes(spec: AttentionSpec, choice: Choice, tiles: Tiles | None = None) 
 
 def _greatest(at: Tile, know: Facts) -> int:
     """What the library makes of scores as it finds their maximum, which isn't kept."""
-    operations = know.score_ops if at.fused else min(1, know.score_ops)
     scaled = at.scaled * (2 if at.fused else 1)
-    keys = at.keys if know.edges and not at.unroll else 0
+    keys = at.keys if know.edges else 0
     whole = at.scores // 4 if at.chunks > 1 and not at.unroll else 0
-    return at.scores * (1 + operations + scaled) + 4 * at.row + keys + whole
+    return at.scores * (1 + know.score_ops + scaled) + 4 * at.row + keys + whole
 
 
 def _interior(at: Tile, know: Facts, tiles: Tiles | None) -> bool:

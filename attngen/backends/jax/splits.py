@@ -37,7 +37,7 @@ def parts(at: Tile, know: Facts) -> tuple[tuple[int, ...], int]:
         main,
         kept + (chains - (at.width == 1)) * acc + 2 * scores + at.values,
         kept + acc + _edge(at, know, chains) + at.keys - lent,
-        combined + (max(at.rows, acc) if at.width > 1 else 0) - lent,
+        combined + (max(at.rows, acc) if at.width > 1 or at.rest else 0) - lent,
     )
     return moments, _combined(at, know)
 
@@ -85,7 +85,8 @@ def _raised(at: Tile, know: Facts, chains: int, rounds: int) -> int:
             more += 4
         scores = (chains + more) * at.scores
     elif know.edges and not know.interior:
-        scores *= 2 if at.twice_made or (rounds == 1 and at.apart) else 1
+        apart = at.apart and (at.scaled or rounds == 1)
+        scores *= 2 if at.twice_made or apart else 1
         scores += 2 * at.scores if at.twice_made else 0
     elif at.twice_made:
         scores += scores + at.scores if rounds == 1 else (1 + at.scaled) * at.scores
@@ -115,6 +116,7 @@ def _combined(at: Tile, know: Facts) -> int:
     """What the library holds as it weighs all parts, adds, and divides them."""
     if at.ones:
         return at.parts * (at.acc + 6 * at.row)
-    more = 2 if know.bhtd or not at.many or not at.looped else 1
+    own = not (at.grouped or at.moved)  # one head: its output is divided there, too
+    more = 2 if know.bhtd or own or not at.looped else 1
     held = (at.parts + more) * at.acc + 4 * at.parts * at.row
     return held + (3 * at.acc // 2 if at.cast and at.grouped else 0)

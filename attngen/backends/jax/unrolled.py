@@ -39,6 +39,8 @@ def steps(at: Tile, know: Facts) -> tuple[Moments, int]:
         blanked = at.values * (1 if at.batched else steps)
         masked = (steps + at.tail) * scores + at.keys + blanked
         masked += at.seen * (1 if at.batched else 2 * steps)
+        if at.twice_made and at.scaled and not at.batched:
+            masked += steps * scores
         if at.moved and at.all_heads:
             moments.append(rows + steps * (scores + at.values) + at.keys)
         if at.apart:
@@ -145,7 +147,7 @@ def _single_edge(at: Tile, know: Facts) -> Moments:
     masked = scores + (scores if at.apart or at.grouped else 0)
     masked += at.seen if at.apart or not at.grouped else 0
     raised = (3 if at.poly else 2) * scores if at.grouped else 0
-    if know.bhtd:  # values are sliced later
+    if know.bhtd and at.poly:  # values are sliced later
         raised = max(raised, at.values + 2 * scores + 4 * at.seen)
     elif at.grouped:
         raised += at.values
