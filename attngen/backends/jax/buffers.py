@@ -229,9 +229,9 @@ def _late(choice: Choice, chunks: int, tail: int) -> bool:
     """Whether an unrolled loop of one round has steps beside it: slices are dynamic."""
     unroll = int(choice.get("unroll", 1))
     rounds = (chunks - tail) // unroll
-    if choice["loop"] == "unrolled":
-        return bool(choice["guard"]) and chunks > 1
-    return rounds == 1 < unroll < chunks
+    if choice["guard"]:  # which keeps slices where they are, too
+        return chunks > 1
+    return choice["loop"] != "unrolled" and rounds == 1 < unroll < chunks
 
 
 def _spans(letters: frozenset[str], batches: int, heads: int) -> bool:
