@@ -25,6 +25,7 @@ from attngen.spec import AttentionSpec
 GAPS = 1.021
 LOOP_GAPS = (20, 12)  # one part in so many, of several steps at once: of few, of eight
 LIBRARY_GAPS = 32
+SCORE_GAPS = (4, 8)  # of a diagonal's steps, of parts: a share of the buffers
 SLACK, SLACK_BYTES = 1 / 5, 2**16  # of a small program, at most
 SMALL = 5 * 2**18  # of less in all, more is left to chance
 
@@ -55,6 +56,8 @@ def temp_bytes(spec: AttentionSpec, choice: Choice, tiles: Tiles | None = None) 
     more = sum([extra(spec, choice, at) for extra in EXTRAS])
     worst = max(moments)
     slack = min(worst * SLACK, SLACK_BYTES)
+    if know.score_ops and (at.strip or (at.parts > 1 and not at.poly)):
+        worst += worst // SCORE_GAPS[at.parts > 1]
     if at.parts == 1:
         if at.grouped and at.unroll > 1:
             worst += worst // LOOP_GAPS[at.unroll > 4]
