@@ -7,13 +7,14 @@ Results go to stdout, everything else to stderr. Exit code 0: done; 1: the check
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from attngen.cli_bench import bench
-from attngen.cli_output import print_json, progressing, shown, status, table
+from attngen.cli_output import print_json, progressing, shown, status, table, wrapped
 from attngen.cli_spec import plan_options, read_fix, read_spec
 from attngen.cli_tune import tune
 from attngen.cli_wisdom import wisdom
@@ -37,7 +38,9 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _warn
+                return super().invoke(ctx)
         except AttngenError as error:
             _fail(error, as_json=ctx.meta["attngen.json"])
 
@@ -49,10 +52,18 @@ def _fail(error: AttngenError, *, as_json: bool) -> NoReturn:
         from rich.console import Console
 
         console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        console.print(str(error), markup=False)
+        name = type(error).__name__
+        first, *others = wrapped(f"{name}: {error}")
+        console.print(f"[bold red]{name}[/]", end="")
+        console.print("\n".join([first[len(name) :], *others]), markup=False)
     failed = isinstance(error, ValidationError | TimingError)
     sys.exit(CHECK_FAILED if failed else WRONG_REQUEST)
+
+
+def _warn(message: Warning | str, *where: Any, **more: Any) -> None:
+    """A warning without the line of code that it comes from."""
+    for line in wrapped(f"attngen: warning: {message}"):
+        click.echo(line, err=True)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,32 @@ def print_json(value: Any, *, err: bool = False) -> None:
     except UnicodeEncodeError:  # a file's name that isn't UTF-8: escaped
         text = json.dumps(value, indent=2)
     click.echo(text, err=err)
+
+
+WIDTH = 100
+
+
+def wrapped(text: str) -> list[str]:
+    """The lines of a message, those that are too long broken where there are spaces.
+
+    What follows stands below what it goes on: after the label of `  got      …`.
+    """
+    lines = []
+    for line in text.splitlines():
+        found = _LABEL.match(line)
+        label = found[0] if found else ""
+        below = " " * (len(label) or 2)
+        made = textwrap.wrap(
+            line[len(label) :],
+            WIDTH - len(below),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        lines += [label + x for x in made[:1] or [""]] + [below + x for x in made[1:]]
+    return lines
+
+
+_LABEL = re.compile(r" +(?:got|needed|hint) +| +")
 
 
 def shown(name: str) -> str:
@@ -127,7 +154,7 @@ def progress(text: str) -> None:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Rows under a head, to stdout, in at most 100 columns."""
+    """Rows under a head, to stdout, in at most WIDTH columns."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -137,5 +164,5 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         made.add_row(*row)
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console.width = 100
+        console.width = WIDTH
     console.print(made)

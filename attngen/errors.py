@@ -37,7 +37,7 @@ class AttngenError(Exception):
         for label in ("got", "needed", "hint"):
             value = getattr(self, label)
             if value is not None:
-                lines.append(f"  {label:<8} {value}")
+                lines.append(f"  {label:<8} {_seen(value)}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, object]:
@@ -45,8 +45,13 @@ class AttngenError(Exception):
         text: dict[str, object] = {"error": type(self).__name__, "what": self.what}
         for label in ("got", "needed", "hint"):
             value = getattr(self, label)
-            text[label] = None if value is None else str(value)
+            text[label] = None if value is None else _seen(value)
         return text
+
+
+def _seen(value: object) -> str:
+    """A value as text, one of no characters in quotes."""
+    return str(value) or "''"
 
 
 class SpecError(AttngenError, ValueError):

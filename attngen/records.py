@@ -166,19 +166,21 @@ def _same(one: Option, other: Option) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """A search that ran to its end.
+    """A search that wasn't interrupted.
 
     Args:
         effort: "measure" or "patient".
         fix: the choices that were the user's.
         budget: bytes; None: what the device's memory leaves.
         noise: how much the machine changed from round to round, as a share.
+        stopped: it ended for want of time, and had less than its effort takes by itself.
     """
 
     effort: Literal["measure", "patient"]
     fix: Choices
     budget: int | None
     noise: float
+    stopped: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +188,7 @@ class Record:
     """All that was timed of one key.
 
     Args:
-        finished: the searches that ran to their ends; none where all were interrupted.
+        finished: the searches that weren't interrupted.
         candidates: every plan that was tried, those that failed too.
     """
 
@@ -196,18 +198,25 @@ class Record:
 
     @property
     def effort(self) -> str:
-        """The greatest that was finished; "unfinished" where only an interrupted search was."""
-        done = [f.effort for f in self.finished]
+        """The greatest of a search that was done.
+
+        "unfinished" where each was interrupted, or stopped for want of time.
+        """
+        done = [f.effort for f in self.finished if not f.stopped]
         timed = any(c.samples_s for c in self.candidates)
         none = "unfinished" if timed else "estimate"
         return max(done, key=EFFORTS.index, default=none)
 
     def searched(self, effort: str, fix: Mapping[str, Option]) -> tuple[Finished, ...]:
-        """The searches of at least that effort that weren't narrower than fix."""
+        """The searches of at least that effort that weren't narrower than fix.
+
+        One that was stopped is of no effort: what it timed is used, and is no end of it.
+        """
+        efforts = [EFFORTS[0] if f.stopped else f.effort for f in self.finished]
         return tuple(
             f
-            for f in self.finished
-            if EFFORTS.index(f.effort) >= EFFORTS.index(effort)
+            for f, done in zip(self.finished, efforts, strict=True)
+            if EFFORTS.index(done) >= EFFORTS.index(effort)
             and all(n in fix and _same(fix[n], v) for n, v in f.fix.items())
         )
 
@@ -270,10 +279,11 @@ class Record:
         made = {
             canonical(c.choice) for c in candidates.values() if c.digest is not None
         }
-        finished = {
-            canonical([f.effort, f.fix, f.budget]): f
-            for f in (*self.finished, *other.finished)
-        }
+        finished: dict[str, Finished] = {}
+        for f in (*self.finished, *other.finished):
+            of = canonical([f.effort, f.fix, f.budget])
+            if not f.stopped or finished.get(of, f).stopped:
+                finished[of] = f
         return Record(
             key=self.key,
             finished=tuple(finished.values()),
@@ -344,6 +354,8 @@ class Record:
         if len(others) > SHOWN:
             lines.append(f"       and {len(others) - SHOWN} that weren't timed")
         for f in self.finished:
+            if f.stopped:
+                lines.append(f"stopped: {f.effort} had less time than it takes")
             if f.noise >= timing.NOISY:
                 lines.append(
                     f"noisy: in {f.effort}, neighbouring rounds differed by {f.noise:.0%}"

@@ -103,7 +103,13 @@ def tune(
             f"this machine is noisy: neighbouring rounds differ by {noise:.0%}; differences "
             "below that may be chance"
         )
-    done = Finished(effort=effort, fix=dict(fix), budget=budget, noise=noise)  # type: ignore[arg-type]
+    done = Finished(
+        effort=effort,  # type: ignore[arg-type]
+        fix=dict(fix),
+        budget=budget,
+        noise=noise,
+        stopped=search.stopped and seconds < SECONDS[effort],
+    )
     found = search.record.merged(replace(search.record, finished=(done,)))
     save(found)
     return found
@@ -129,6 +135,7 @@ class _Search:
         self.begin = self.saved = timing.clock()
         self.pause = SAVE_S
         self.seconds = seconds
+        self.stopped = False  # by the allowance, before it was done
         self.calls: dict[str, Call] = {}
         self.yardsticks: list[float] = []
 
@@ -160,6 +167,7 @@ class _Search:
         for index, plan in enumerate(plans, 1):
             if self.calls and self._left() < stop:
                 self.say(f"time for {index - 1} of {len(plans)} plans")
+                self.stopped = True
                 break
             words = self.describe(plan.choice)
             self.say(f"{index} of {len(plans)}: {words}")
@@ -192,7 +200,10 @@ class _Search:
 
     def climb(self, near: Near, noise: float) -> float:
         """Try the neighbours of the fastest while that finds a faster one; the noise."""
-        while self._left() > CLIMB * self.seconds:
+        while True:
+            if self._left() <= CLIMB * self.seconds:
+                self.stopped = True
+                break
             leader = self._racing(self.record)[0]
             untried = neighbours(leader.choice, near(leader.choice), self.tried)
             if not untried:
@@ -232,7 +243,10 @@ class _Search:
                     got="; ".join(str(c.failed) for c in self.record.candidates[:3]),
                     needed="memory for inputs and outputs, and for one call",
                 )
-            if over or self._clear(found):
+            if self._clear(found):
+                break
+            if over:
+                self.stopped = True
                 break
         timing.check_noise(self.yardsticks)
         return timing.noise(self.yardsticks)

@@ -151,7 +151,8 @@ def why(key: Key) -> str:
         record = find(key)
         assert record is not None
         if record.effort == "unfinished":
-            return "There is a record of it, of a search that was interrupted."
+            why = "had too little time" if record.finished else "was interrupted"
+            return f"There is a record of it, of a search that {why}."
         if not record.finished:
             return "There is a record of it, an estimate: nothing was timed."
         return f"There is a record of it, of effort {record.effort}."

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from attngen import cli_output
-from attngen.cli_output import Display, progressing
+from attngen.cli_output import Display, progressing, wrapped
 
 TUNING = [
     "1 of 3: dense",
@@ -116,3 +116,17 @@ def test_a_terminal_is_recognised(terminal, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert "1 of 3: dense" in err
+
+
+def test_messages_are_broken_below_what_they_go_on():
+    text = (
+        "It is wrong.\n  needed   "
+        + "one of these, " * 10
+        + "or\n  got      "
+        + "x" * 200
+    )
+    first, one, two, got = wrapped(text)
+    assert first == "It is wrong."
+    assert len(one) <= 100
+    assert two.startswith(" " * 11 + "of these, one")
+    assert got == "  got      " + "x" * 200

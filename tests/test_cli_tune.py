@@ -241,6 +241,20 @@ def test_the_commands_name_a_damaged_file(folder):
     refused("WisdomError", "wisdom", "merge", folder / "missing.json")
 
 
+def test_a_damaged_file_is_a_plain_warning_where_wisdom_is_not_asked_for(
+    folder, certified
+):
+    folder.mkdir()
+    (folder / "x.json").write_text("[")
+    err = run("build", *SMALL)[1]
+    assert (
+        f"attngen: warning: Wisdom isn't used: {folder / 'x.json'} is damaged."
+        in " ".join(err.split())
+    )
+    assert "Warning:" not in err
+    assert "warnings.warn" not in err
+
+
 def test_an_interrupt_says_what_is_kept_and_prints_it(monkeypatch, record):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

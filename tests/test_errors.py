@@ -28,6 +28,12 @@ def test_what_is_not_known_is_not_said():
     assert str(SpecError("No.", got=0)) == "No.\n  got      0"
 
 
+def test_what_has_no_characters_is_seen():
+    error = SpecError("It can't be that.", got="")
+    assert str(error).endswith("got      ''")
+    assert error.to_dict()["got"] == "''"
+
+
 def test_an_error_is_plain_values():
     error = SpecError("No.", got=(1, 2), needed="that")
     assert error.to_dict() == {

@@ -88,6 +88,16 @@ def test_a_finished_search_is_of_an_effort_and_no_narrower():
     assert record(finished=()).effort == "estimate"
 
 
+def test_a_search_that_was_stopped_is_used_and_is_of_no_effort():
+    stopped = dataclasses.replace(DONE, stopped=True)
+    cut = record((1000, [3.0]), finished=(stopped,))
+    assert cut.effort == "unfinished"
+    assert cut.searched("estimate", {}) == (stopped,)
+    assert not cut.searched("measure", {})
+    assert cut.merged(RECORD).finished == RECORD.merged(cut).finished == (DONE,)
+    assert Record.from_json(cut.to_json()) == cut
+
+
 def test_merging_keeps_each_sample_once():
     assert RECORD.merged(RECORD) == RECORD
     more = record((1000, [3.0, 3.1, 2.9]))

@@ -172,8 +172,24 @@ def test_the_allowance_ends_it(monkeypatch):
     found = run(seconds=10)
     assert len(run.asked) == 3  # until half of it is spent
     assert run.machine.now < 16
-    assert found.finished
+    assert found.finished[0].stopped
+    assert found.effort == "unfinished"
+    assert "stopped: measure had less time than it takes" in str(found)
     assert any("time for 3 of 8" in line for line in run.said)
+
+
+def test_an_effort_that_has_the_time_it_takes_is_done_when_that_is_over(monkeypatch):
+    run = Run(monkeypatch, lambda i: 1.0)
+    run.prepare_s = 20.0
+    found = run(seconds=tuner.SECONDS["measure"])
+    assert any("time for 2 of 8" in line for line in run.said)
+    assert found.effort == "measure"
+
+
+def test_a_search_that_ends_by_itself_is_not_stopped(monkeypatch):
+    found = Run(monkeypatch, lambda i: 0.1 + 0.1 * i)(seconds=50)
+    assert not found.finished[0].stopped
+    assert found.effort == "measure"
 
 
 def test_an_allowance_of_nearly_nothing_times_one_plan(monkeypatch):
