@@ -241,6 +241,7 @@ def test_the_commands_name_a_damaged_file(folder):
     refused("WisdomError", "wisdom", "merge", folder / "missing.json")
 
 
+@pytest.mark.filterwarnings("default")
 def test_a_damaged_file_is_a_plain_warning_where_wisdom_is_not_asked_for(
     folder, certified
 ):
