@@ -104,11 +104,22 @@ class Certificate:
         scratch_bytes: the part of temp_bytes that the compiler's own figure leaves out (see
             backends/jax/scratch.py).
         argument_bytes, output_bytes: of inputs and outputs.
-        spill_bytes: of registers that didn't suffice.
+        spill_bytes: of a thread's registers that didn't suffice and went to memory.
         estimated_cycles: the compiler's own estimate, weighted by the plan.
         compile_s: how long the compiler took.
         compiler: its name and version.
         digest: SHA-256 of the source that was compiled; None for a user's function.
+        registers, warps, shared_bytes: of a GPU's kernel: a thread's registers, a block's
+            warps and shared memory, which can be more than the target has.
+        scalar_spills: scalar registers that AMD's compiler keeps in vector registers.
+        blocks_per_multiprocessor: that run at once; 0 if not even one can.
+        occupancy: warps of them, of the most that a multiprocessor holds.
+        matrix_instruction: the main loop's, as the target's assembly spells it.
+        mix: instructions of a warp in one turn of the main loop, by opcode.
+        tiles_per_turn: tiles of keys that such a turn does.
+        pipe_cycles: of a tile, that each pipe of a multiprocessor is busy.
+        bound_cycles, bound_pipe: the most of them, and whose it is.
+        flops_per_cycle: useful ones, of a multiprocessor that reaches the bound.
     """
 
     target: str
@@ -122,6 +133,19 @@ class Certificate:
     compile_s: float | None = None
     digest: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    registers: int | None = None
+    warps: int | None = None
+    shared_bytes: int | None = None
+    scalar_spills: int | None = None
+    blocks_per_multiprocessor: int | None = None
+    occupancy: float | None = None
+    matrix_instruction: str | None = None
+    mix: dict[str, int] | None = None
+    tiles_per_turn: int | None = None
+    pipe_cycles: dict[str, float] | None = None
+    bound_cycles: float | None = None
+    bound_pipe: str | None = None
+    flops_per_cycle: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -136,4 +160,27 @@ class Certificate:
     def __str__(self) -> str:
         known = "unknown" if self.temp_bytes is None else show_bytes(self.temp_bytes)
         exact = "" if self.temp_bytes is None else f" ({self.temp_bytes} bytes)"
-        return f"{self.target}: {known} of temporaries{exact}, says {self.compiler}"
+        first = f"{self.target}: {known} of temporaries{exact}, says {self.compiler}"
+        return "\n".join([first, *self._kernel()])
+
+    def _kernel(self) -> list[str]:
+        """A GPU's kernel in a line, and its main loop in another."""
+        if self.registers is None:
+            return []
+        parts = [f"{self.registers} registers"]
+        if self.spill_bytes is not None:
+            parts.append(f"{show_bytes(self.spill_bytes)} spilled")
+        if self.shared_bytes is not None:
+            parts.append(f"{show_bytes(self.shared_bytes)} shared")
+        if self.blocks_per_multiprocessor is not None:
+            parts.append(
+                f"{self.blocks_per_multiprocessor} × {self.warps} warps at once"
+            )
+        lines = ["  " + ", ".join(parts)]
+        if self.bound_cycles is not None:
+            lines.append(
+                f"  {self.matrix_instruction or 'no matrix instruction'}; a tile takes "
+                f"{self.bound_cycles:.0f} cycles or more ({self.bound_pipe}): "
+                f"{self.flops_per_cycle or 0:.0f} FLOP a cycle"
+            )
+        return lines

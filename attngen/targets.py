@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from attngen.errors import NotBuiltError, TargetError
+from attngen import gpus
+from attngen.errors import BackendError, NotBuiltError, TargetError
+from attngen.gpus import Gpu
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,8 @@ class Target:
     """A device and its limits.
 
     model is what the device calls itself, "unknown" where it doesn't; memory_bytes is None
-    where it can't be told; cores are those that this process may use.
+    where it can't be told; cores are those that this process may use, or a GPU's
+    multiprocessors; gpu is None where the device is none.
     """
 
     name: str
@@ -25,6 +29,7 @@ class Target:
     cores: int
     backends: tuple[str, ...]
     certifier: str
+    gpu: Gpu | None = None
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -62,13 +67,32 @@ def _processor() -> str:
     return platform.processor() or platform.machine() or "unknown"
 
 
-BUILT = {"cpu": _cpu}
-PLANNED = (
-    *(f"tpu-{g}" for g in ("v2", "v3", "v4", "v5e", "v5p", "v6e", "v7x")),
-    *("a100", "rtx3090", "rtx4090", "l4", "h100", "h200", "b200", "rtx5090"),
-    *("mi300x", "mi355x"),
-    *(f"cuda-sm{n}" for n in (80, 86, 89, 90, 100, 120)),
-)
+def _gpu(name: str) -> Target:
+    model = gpus.REPRESENTATIVES.get(name, name)
+    gpu = gpus.GPUS[model]
+    maker = "NVIDIA" if gpu.backend == "cuda" else "AMD"
+    what = f"{maker} {model.upper()}, {gpu.architecture}"
+    return Target(
+        name=name,
+        architecture=gpu.architecture,
+        description=what
+        if model == name
+        else f"{gpu.architecture}, as {maker} {model.upper()}",
+        model=model,
+        memory_bytes=gpu.memory_bytes,
+        cores=gpu.multiprocessors,
+        backends=("triton",),
+        certifier="Triton's compiler",
+        gpu=gpu,
+    )
+
+
+BUILT: dict[str, Callable[[], Target]] = {"cpu": _cpu} | {
+    name: functools.partial(_gpu, name) for name in (*gpus.GPUS, *gpus.REPRESENTATIVES)
+}
+PLANNED = tuple(f"tpu-{g}" for g in ("v2", "v3", "v4", "v5e", "v5p", "v6e", "v7x"))
+# of attngen's own backends; another says itself which targets it takes
+OWN_BACKENDS = ("jax", "triton")
 
 
 def names() -> tuple[str, ...]:
@@ -90,9 +114,33 @@ def get(name: str | None = None) -> Target:
         raise NotBuiltError(
             f"Target {name!r} isn't built yet.",
             got=name,
-            needed=" or ".join(BUILT),
+            needed="one of " + ", ".join(BUILT),
             hint="the emitted JAX file runs there; its bytes and its speed are unknown here",
         )
     raise TargetError(
         f"There is no target {name!r}.", got=name, needed="one of " + ", ".join(BUILT)
+    )
+
+
+def check(target: Target, backend: str) -> None:
+    """Refuse a target for which one of attngen's backends isn't built.
+
+    Raises:
+        NotBuiltError: JAX on a GPU: the contract has it, this version doesn't.
+        BackendError: Triton where there is no GPU.
+    """
+    if backend not in OWN_BACKENDS or backend in target.backends:
+        return
+    if target.gpu is None:
+        raise BackendError(
+            f"The {backend} backend doesn't make kernels for {target.name}.",
+            got=f"target {target.name}, backend {backend}",
+            needed="a GPU as the target, say target='h100', or backend="
+            + " or ".join(repr(b) for b in target.backends),
+        )
+    raise NotBuiltError(
+        f"The {backend} backend isn't built yet for {target.name}.",
+        got=f"target {target.name}, backend {backend}",
+        needed="backend=" + " or ".join(repr(b) for b in target.backends),
+        hint="the emitted JAX file runs there; its bytes and its speed are unknown here",
     )

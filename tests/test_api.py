@@ -87,8 +87,7 @@ def test_a_choice_that_cannot_be_fixed_is_refused(fix):
     ("kind", "where"),
     [
         (TargetError, {"target": "abacus"}),
-        (NotBuiltError, {"target": "h100"}),
-        (NotBuiltError, {"target": "cuda-sm90"}),
+        (NotBuiltError, {"target": "tpu-v3"}),
         (BackendError, {"backend": "abacus"}),
     ],
 )

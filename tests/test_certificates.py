@@ -134,7 +134,7 @@ def test_attention_within_a_users_function_is_certified():
         (CallError, lambda: attngen.certify(jnp.sin, {"x": "y"})),
         (TargetError, lambda: attngen.certify(jnp.sin, shape(3), target="abacus")),
         (NotBuiltError, lambda: attngen.certify(jnp.sin, shape(3), target="tpu-v5e")),
-        (NotBuiltError, lambda: attngen.certify(attngen.plan(SPEC), target="h100")),
+        (NotBuiltError, lambda: attngen.certify(attngen.plan(SPEC), target="tpu-v3")),
     ],
 )
 def test_what_cannot_be_certified_is_refused(kind, ask):
