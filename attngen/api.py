@@ -39,7 +39,7 @@ def plan(
     Args:
         spec: what to compute.
         target: where; None: this machine's processor.
-        backend: "jax" (None).
+        backend: "jax" or "triton"; None: "jax" for this processor, "triton" for GPUs.
         fix: choices that the caller makes, e.g. {"q_chunk": 1024, "k_chunk": 4096};
             legality is still checked.
 
@@ -49,7 +49,7 @@ def plan(
         PlanError: a fixed choice is unknown, or leaves nothing legal.
         BudgetError: nothing fits the budget; the error names the least that would.
     """
-    where, by = targets.get(target), backends.get(backend)
+    where, by = building.where(target, backend)
     return planner.rank(spec, where, by, fix, most=1)[0]
 
 
@@ -94,7 +94,7 @@ def build(
         TimingError, WisdomError: as `tune`. With "estimate", damaged wisdom is a warning.
     """
     building.check_effort(effort)
-    by, device = backends.get(backend), targets.get(target)
+    device, by = building.where(target, backend)
     by.refuse(spec)
     fixed = check_fix(fix)
     known = recalling.recall(spec, device, by, effort, fixed)
@@ -108,7 +108,7 @@ def build(
         ranked = planner.rank(spec, device, by, fixed, smallest=building.TRIES)
         chosen, source, certificate = building.first_certified(ranked, by)
     function = by.load(stored(source))
-    report = building.passed(chosen, by, function)
+    report = building.passed(chosen, by, source, function)
     return building.kernel(chosen, source, function, report, certificate)
 
 
@@ -126,12 +126,13 @@ def validate(kernel: Kernel | Source | str | Path, *, seed: int = 0) -> Report:
 
     if isinstance(kernel, Kernel):
         by = backends.get(kernel.plan.backend)
-        return building.validate(kernel.plan, by, kernel.function, seed)
+        path = stored(kernel.source)
+        return building.validate(kernel.plan, by, path, kernel.function, seed)
     path = stored(kernel) if isinstance(kernel, Source) else Path(kernel)
     made = plan_of(path)
     by = backends.get(made.backend)
     edited = emit(made).text != files.read(path)
-    return building.validate(made, by, by.load(path), seed, rebuild=not edited)
+    return building.validate(made, by, path, by.load(path), seed, rebuild=not edited)
 
 
 def plan_of(path: Path) -> Plan:
@@ -212,7 +213,7 @@ def tune(
         WisdomError: the wisdom file is damaged, or can't be written.
     """
     building.check_effort(effort)
-    by, device = backends.get(backend), targets.get(target)
+    device, by = building.where(target, backend)
     fixed = check_fix(fix)
     return tuning.tune(spec, device, by, effort, fixed, seconds, on_progress)
 

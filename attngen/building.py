@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from attngen.emitter import Source
     from attngen.kernel import Kernel
     from attngen.reports import Certificate, Report
+    from attngen.targets import Target
 
 Fix = Mapping[str, Option]
 
@@ -34,6 +35,19 @@ def check_effort(effort: str) -> None:
             got=f"effort={effort!r}",
             needed="one of " + ", ".join(EFFORTS),
         )
+
+
+def where(target: str | None, backend: str | None) -> tuple[Target, Backend]:
+    """A target and its backend: the one that is named, or the target's own.
+
+    Raises:
+        TargetError, BackendError: there is no such target or backend, or not together.
+        NotBuiltError: the contract has it, this version doesn't.
+    """
+    device = targets.get(target)
+    by = backends.get(device.backends[0] if backend is None else backend)
+    targets.check(device, by.name)
+    return device, by
 
 
 # Plan → source → certificate → function → report.
@@ -58,21 +72,45 @@ def first_certified(
 
     Raises:
         BudgetError: none was.
+        PlanError: none compiles without spills, within the shared memory.
         CompileError: the compiler refused one that came before, or crashed at it.
     """
     tried = _tried(ranked)
     groups = [tried[:1]] + [tried[i : i + GROUP] for i in range(1, len(tried), GROUP)]
     least: tuple[Plan, int] | None = None
+    reasons: list[str] = []
     for candidate, source, certificate in _certified(groups, by):
-        if within(certificate, candidate.spec):
+        if reason := unfit(certificate, candidate):
+            reasons.append(reason)
+        elif within(certificate, candidate.spec):
             return candidate, source, certificate
-        need = certificate.temp_bytes
-        assert need is not None
-        if least is None or need < least[1]:
-            least = (candidate, need)
-    assert least is not None
+        else:
+            need = certificate.temp_bytes
+            assert need is not None
+            if least is None or need < least[1]:
+                least = (candidate, need)
+    if least is None:
+        raise PlanError(
+            f"No plan compiles for {tried[0].target} as it should.",
+            got="; ".join(dict.fromkeys(reasons)),
+            needed="a kernel that neither spills nor exceeds shared memory",
+            hint="fix smaller chunks or more warps",
+        )
     spec = least[0].spec
     raise planner.no_fit(spec, targets.get(least[0].target), by, certified=least)
+
+
+def unfit(certificate: Certificate, plan: Plan) -> str | None:
+    """Why a compiled kernel isn't to be used on its target, whatever the budget; or None."""
+    gpu = targets.get(plan.target).gpu
+    if gpu is None:
+        return None
+    size = f"{plan.q_chunk} × {plan.k_chunk}"
+    if certificate.spill_bytes:
+        return f"{size} spills {certificate.spill_bytes} bytes of registers"
+    if (certificate.shared_bytes or 0) > gpu.shared_bytes:
+        return f"{size} takes {certificate.shared_bytes} bytes of shared memory"
+    return None
 
 
 GROUP = 2
@@ -111,12 +149,17 @@ def _tried(ranked: tuple[Plan, ...]) -> list[Plan]:
     """The fastest few, then ever smaller ones: each with a quarter less memory."""
     tried = list(ranked[: TRIES // 2])
     for candidate in ranked[TRIES // 2 :]:
-        if candidate.temp_bytes <= 0.75 * min(p.temp_bytes for p in tried):
+        if _size(candidate) <= 0.75 * min(map(_size, tried)):
             tried.append(candidate)
         if len(tried) == TRIES:
             break
-    smallest = min(ranked, key=lambda p: p.temp_bytes)
+    smallest = min(ranked, key=_size)
     return tried if smallest in tried else [*tried, smallest]
+
+
+def _size(plan: Plan) -> int:
+    """What has to fit: temporaries; where there are none, the tile."""
+    return plan.temp_bytes or plan.q_chunk * plan.k_chunk
 
 
 def certify(chosen: Plan, source: Source, target: str) -> Certificate:
@@ -175,38 +218,54 @@ def stored(source: Source) -> Path:
 def validate(
     chosen: Plan,
     by: Backend,
+    path: Path,
     function: Any,
     seed: int = 0,
     rebuild: bool = True,
     seconds: float | None = None,
 ) -> Report:
-    """A function judged by the reference; see `validator.validate`."""
+    """A function judged by the reference; see `validator.validate`.
+
+    Args:
+        path: the file that it was loaded from.
+        rebuild: whether the plan makes the same file, so that another size can be made.
+    """
     from attngen import validator
 
-    def small(spec: AttentionSpec, choice: Fix) -> Any:
+    judged = by.trial(path, function)
+
+    def remade(spec: AttentionSpec, choice: Fix) -> Any:
+        if by.any_size:
+            return judged
         target = targets.get(chosen.target)
         return by.load(stored(emit(planner.rank(spec, target, by, choice)[0])))
 
     return validator.validate(
         chosen.spec,
         chosen,
-        function,
+        judged,
         to_array=by.array,
-        rebuild=small if rebuild else None,
+        rebuild=remade if rebuild or by.any_size else None,
+        small=(lambda: by.small(chosen)) if by.any_size else None,
+        time_s=by.trial_s(chosen),
         seed=seed,
         seconds=seconds,
     )
 
 
 def passed(
-    chosen: Plan, by: Backend, function: Any, seconds: float | None = None
+    chosen: Plan,
+    by: Backend,
+    source: Source,
+    function: Any,
+    seconds: float | None = None,
 ) -> Report:
     """The report of a kernel that attngen made; seconds as for `validator.validate`.
 
     Raises:
         ValidationError: its numbers are further from the reference than the rule allows.
     """
-    report = validate(chosen, by, function, seconds=seconds)
+    report = validate(chosen, by, stored(source), function, seconds=seconds)
     if not report.passed:
         raise ValidationError(
             "The emitted kernel doesn't compute its spec.",
@@ -227,4 +286,5 @@ def kernel(
 ) -> Kernel:
     from attngen.kernel import Kernel
 
-    return Kernel(chosen.spec, chosen, source, report, certificate, function)
+    any_size = backends.get(chosen.backend).any_size
+    return Kernel(chosen.spec, chosen, source, report, certificate, function, any_size)

@@ -139,14 +139,22 @@ def _certificate(value: Any, target: str, digest: str | None) -> Certificate:
 
 
 def run(
-    module: str, function: str, job: Mapping[str, Any], *, timeout_s: float = TIMEOUT_S
+    module: str,
+    function: str,
+    job: Mapping[str, Any],
+    *,
+    timeout_s: float = TIMEOUT_S,
+    environment: Mapping[str, str] | None = None,
 ) -> Any:
     """Call a module's function with a job in a process of its own.
+
+    Args:
+        environment: more variables for that process.
 
     Raises:
         CompileError: it raised, crashed, ran out of memory or of time; the three differ.
     """
-    answers, ended = _run(module, function, [job], timeout_s)
+    answers, ended = _run(module, function, [job], timeout_s, environment)
     if ended is not None:
         raise ended
     return _value(answers[0])
@@ -163,7 +171,11 @@ def _value(answer: Mapping[str, Any]) -> Any:
 
 
 def _run(
-    module: str, function: str, jobs: Sequence[Mapping[str, Any]], timeout_s: float
+    module: str,
+    function: str,
+    jobs: Sequence[Mapping[str, Any]],
+    timeout_s: float,
+    environment: Mapping[str, str] | None = None,
 ) -> tuple[list[dict[str, Any]], CompileError | None]:
     """The answers to some jobs from one process; how it ended, if before the last."""
     with tempfile.TemporaryDirectory(prefix="attngen-") as name:
@@ -180,7 +192,7 @@ def _run(
             process = subprocess.Popen(
                 command,
                 cwd=folder,
-                env=_environment(),
+                env=_environment() | dict(environment or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

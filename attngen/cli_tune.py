@@ -41,7 +41,7 @@ def tune(
 
     Ctrl-C ends it, and loses nothing that was timed: tuning again goes on from there.
     """
-    from attngen import api, backends, recalling, targets
+    from attngen import api, building, recalling
     from attngen import wisdom as known
 
     spec, fixed = read_spec(given), read_fix(fix)
@@ -59,7 +59,7 @@ def tune(
             )
     except KeyboardInterrupt:
         interrupted = True
-    device, by = targets.get(target), backends.get(backend)
+    device, by = building.where(target, backend)
     if interrupted:
         key = recalling.key_of(spec, device, by)
         record = known.find(key) or Record(key=key)

@@ -19,10 +19,10 @@ device_option = click.option(
 
 
 def _key(given: dict[str, Any], target: str | None, backend: str | None) -> Key:
-    from attngen import backends, recalling, targets
+    from attngen import building, recalling
 
     spec = read_spec(given)
-    return recalling.key_of(spec, targets.get(target), backends.get(backend))
+    return recalling.key_of(spec, *building.where(target, backend))
 
 
 def _only(
@@ -113,9 +113,9 @@ def show(
 @place_options
 def why(target: str | None, backend: str | None, as_json: bool, **given: Any) -> None:
     """Say whether `build` uses a record of a spec, or what differs from the nearest."""
-    from attngen import backends, recalling, targets
+    from attngen import building, recalling
 
-    asked = read_spec(given), targets.get(target), backends.get(backend)
+    asked = read_spec(given), *building.where(target, backend)
     said = recalling.why(*asked)
     if as_json:
         used = recalling.recall(*asked, "estimate", {}) is not None

@@ -23,6 +23,9 @@ class Kernel:
     Call it as `kernel(q, k, v, name=operand, …)`; shapes and dtypes are checked against
     the spec. Returns the spec's outputs in their order, one alone not in a tuple.
 
+    any_size: the function takes any batch and lengths, and checks its arguments itself
+    (Triton's kernels do).
+
     report and certificate are None where it was built inside a trace, which neither
     validates nor compiles anything.
 
@@ -37,6 +40,7 @@ class Kernel:
     report: Report | None
     certificate: Certificate | None
     function: Callable[..., Any] = field(repr=False)
+    any_size: bool = field(default=False, repr=False)
     _expected: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = field(
         init=False, repr=False
     )
@@ -50,6 +54,8 @@ class Kernel:
         object.__setattr__(self, "_expected", expected)
 
     def __call__(self, q: Any, k: Any, v: Any, **operands: Any) -> Any:
+        if self.any_size:
+            return self.function(q, k, v, **operands)
         given = {"q": q, "k": k, "v": v, **operands}
         expected = self._expected
         if len(given) != len(expected):

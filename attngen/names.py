@@ -24,7 +24,14 @@ _JAX = """
     seen there m m_safe m_sink p acc total rescale
     out lse out_all lse_all
 """
-RESERVED = frozenset((*_OWN.split(), *_JAX.split(), *dir(builtins)))
+# of the Triton templates
+_TRITON = """
+    torch triton tl math os forward strides
+    Q_BLOCK K_BLOCK SCALE_LOG2 LN2
+    NUM_WARPS NUM_STAGES INTERPRETED RUNTIME CONSTEXPRS ALIGN
+"""
+_TAKEN = (*_OWN.split(), *_JAX.split(), *_TRITON.split())
+RESERVED = frozenset((*_TAKEN, *dir(builtins)))
 # steps of long expressions, slices of operands
 _PATTERN = re.compile(r"(part|index|indices|limit|score\d*)(_\d+)+|.*_at_.*|_.*")
 

@@ -293,6 +293,29 @@ def count_tiles(
     return Tiles(full, edge, q_chunks * k_chunks - full - edge)
 
 
+def hull_is_seen(spec: AttentionSpec) -> bool:
+    """Whether each key between a chunk's low and high is seen by one of its queries.
+
+    So it is where the mask is a conjunction of limits that are constant, or move with the
+    query one by one (causal, a window): an upper and a lower one then always meet.
+    """
+    if spec.q_lengths:
+        return False  # limits are of all queries, also of those that aren't there
+    return spec.mask is None or _moves_by_one(spec.mask.expr)
+
+
+def _moves_by_one(node: Expr) -> bool:
+    if node.op == "and":
+        return all(_moves_by_one(a) for a in node.args)
+    if node.op not in ("lt", "le", "gt", "ge"):
+        return False
+    left, right = (affine(a) for a in node.args)
+    if left is None or right is None:
+        return False
+    a, b = left[0] - right[0], left[1] - right[1]
+    return abs(b) == 1 and a in (0, -b)
+
+
 def rises(spec: AttentionSpec, q_chunk: int, k_chunk: int) -> bool:
     """Whether each query sees one key more than the one before, from a chunk's start on.
 

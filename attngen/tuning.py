@@ -221,7 +221,7 @@ class _Preparer:
         self.fitted = True
         function = self.by.load(stored(source))
         if not known.samples_s:  # what was timed once was validated
-            passed(plan, self.by, function, LONG_S)
+            passed(plan, self.by, source, function, LONG_S)
         arrays, block = self.arrays, self.by.block
 
         def call() -> Any:

@@ -28,6 +28,7 @@ ELEMENTS = (
 SECONDS = 30.0  # see `validate`
 
 Function = Callable[..., Any]
+Small = tuple[AttentionSpec, dict[str, Any]]
 
 
 def validate(
@@ -37,6 +38,8 @@ def validate(
     *,
     to_array: Callable[[Array, str], Any],
     rebuild: Callable[[AttentionSpec, Mapping[str, Any]], Function] | None = None,
+    small: Callable[[], Small | None] | None = None,
+    time_s: float | None = None,
     seed: int = 0,
     seconds: float | None = None,
 ) -> Report:
@@ -48,24 +51,29 @@ def validate(
         rebuild: makes the function of another spec with other choices; None where the
             function can't be made anew (a file that was edited). With it, a spec too
             large to be judged whole is judged at a smaller size too, all rows of it.
+        small: makes a smaller spec and its choices, for `rebuild`; None: `shrink`.
+        time_s: about how long a call takes; None: as the plan is modelled.
         seed: of the random inputs.
-        seconds: modelled; a slower function is run at full size only where it must be.
+        seconds: of time_s; a slower function is run at full size only where it must be.
             None: SECONDS.
     """
     limit = SECONDS if seconds is None else seconds
+    call_s = plan.time_s if time_s is None else time_s
+    smaller = None
+    if rebuild is not None:
+        smaller = shrink(spec, plan) if small is None else small()
     checks: list[OutputCheck] = []
     cases: list[str] = []
     whole = False
-    if plan.time_s <= limit or rebuild is None or shrink(spec, plan) is None:
+    if call_s <= limit or smaller is None:
         rows = sample_rows(spec, plan.q_chunk)
         whole = len(rows) == spec.q_len
         count = "all rows" if whole else f"{len(rows)} of {spec.q_len} rows"
         cases.append(f"full size, {count}")
         checks += _judge("full size", spec, function, rows, to_array, seed)
-    small = None if whole or rebuild is None else shrink(spec, plan)
-    if small is not None:
+    if smaller is not None and not whole:
         assert rebuild is not None
-        small_spec, choice = small
+        small_spec, choice = smaller
         rows = sample_rows(small_spec, int(choice["q_chunk"]))
         cases.append(
             f"small: {small_spec.q_len} queries × {small_spec.kv_len} keys in chunks of "
@@ -175,9 +183,7 @@ def sample_rows(spec: AttentionSpec, q_chunk: int) -> Array:
     return np.unique(np.concatenate([ends, more]))
 
 
-def shrink(
-    spec: AttentionSpec, plan: Plan
-) -> tuple[AttentionSpec, dict[str, Any]] | None:
+def shrink(spec: AttentionSpec, plan: Plan) -> Small | None:
     """A smaller spec and choices that keep the plan's loops, with every kind of tile.
 
     None where the spec can't be made smaller (an operand that is read at a fixed index

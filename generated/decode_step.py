@@ -1,4 +1,4 @@
-"""Attention in chunks of 1 queries and 512 keys, with a running softmax.
+"""Attention in chunks of 1 queries and 256 keys, with a running softmax.
 
 made by   attngen 0.1.0 for cpu; `attngen emit --check` compares this file
           with what would be emitted now. It is yours: attngen claims no rights in it.
@@ -13,15 +13,15 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           q_offset [4]  int32
           out     [4, 1, 16, 128]  float32
           lse     [4, 16, 1]  float32
-plan      running · 1 queries × 512 keys · 1 kv head a step · fori by 2
-          tiles of a head: 8; 8 full, 0 on an edge, 0 empty and never visited
-cost      134 MFLOP, 1.2 MiB of temporaries (modelled)
+plan      running · 1 queries × 256 keys · 1 kv head a step · fori by 2
+          tiles of a head: 16; 16 full, 0 on an edge, 0 empty and never visited
+cost      134 MFLOP, 682.6 KiB of temporaries (modelled)
 needs     jax >= 0.10; nothing of attngen
 spec      {"batch": 4, "q_heads": 16, "kv_heads": 2, "q_len": 1, "kv_len": 4096,
           "qk_dim": 128, "v_dim": 128, "q_offset": "operand", "mask": "causal",
           "kv_lengths": true, "outputs": ["out", "lse"], "memory_budget": "8MiB"}
 choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 1,
-          "k_chunk": 512, "head_chunk": 1, "batch_chunk": 1, "loop": "fori", "exp":
+          "k_chunk": 256, "head_chunk": 1, "batch_chunk": 1, "loop": "fori", "exp":
           "polynomial", "product_dtype": "float32", "guard": false, "scale": "queries",
           "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "unroll":
           2, "diagonal": 0}
@@ -35,7 +35,7 @@ B, T, S = 4, 1, 4096  # batch, queries, keys
 H, G = 16, 2  # query heads, kv heads
 R = H // G  # query heads that share a kv head
 D = 128  # head dim
-Q_CHUNK, K_CHUNK = 1, 512  # of a tile
+Q_CHUNK, K_CHUNK = 1, 256  # of a tile
 UNROLL = 2  # tiles of a step, without a mask
 LOG2E = 1.4426950408889634  # exp(s) is 2**(s * LOG2E)
 SCALE = 0.08838834764831845 * LOG2E

@@ -25,6 +25,7 @@ class Backend(Protocol):
     name: str
     requires: tuple[str, ...]  # what an emitted file imports, as pip takes it
     templates: Path  # the folder of its templates
+    any_size: bool  # whether an emitted file takes any batch and lengths
     compiler: str  # the module that certifies in a child process; "" where none does
 
     def refuse(self, spec: AttentionSpec) -> None:
@@ -58,6 +59,16 @@ class Backend(Protocol):
     def load(self, path: Path) -> Callable[..., Any]:
         """The function of an emitted file, ready to be called with arrays."""
 
+    def trial(self, path: Path, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What validation calls: the function as it was loaded, or the file interpreted
+        where the device isn't here."""
+
+    def trial_s(self, plan: Plan) -> float:
+        """About how long that takes at the plan's own size, in seconds."""
+
+    def small(self, plan: Plan) -> tuple[AttentionSpec, dict[str, Any]] | None:
+        """A smaller spec that the plan's file computes as it is; asked if `any_size`."""
+
     def array(self, values: Any, dtype: str) -> Any:
         """A NumPy array as the backend's, in one of the language's dtypes."""
 
@@ -65,7 +76,7 @@ class Backend(Protocol):
         """What a function returned, when all of it has been computed."""
 
 
-_PACKAGES = {"jax": "attngen.backends.jax"}
+_PACKAGES = {"jax": "attngen.backends.jax", "triton": "attngen.backends.triton"}
 
 
 def register(name: str, package: str) -> None:

@@ -31,6 +31,7 @@ class NumpyBackend:
     """See `attngen.backends.Backend`."""
 
     name = "numpy"
+    any_size = False
     requires = ("numpy",)
     templates = Path(__file__).parent / "templates"
     compiler = "toy_backend.compiler"
@@ -83,6 +84,12 @@ class NumpyBackend:
 
     def load(self, path: Path) -> Callable[..., Any]:
         return runpy.run_path(str(path))["attention"]
+
+    def trial(self, path, function):
+        return function
+
+    def trial_s(self, plan):
+        return plan.time_s
 
     def array(self, values: Any, dtype: str) -> Any:
         return np.asarray(values, numpy_dtype(dtype))

@@ -19,6 +19,7 @@ class JaxBackend:
     """See `backends.Backend`."""
 
     name = "jax"
+    any_size = False
     requires = ("jax >= 0.10",)
     compiler = "attngen.backends.jax.compiler"
 
@@ -54,6 +55,12 @@ class JaxBackend:
         from attngen.backends.jax.loader import load
 
         return load(path)
+
+    def trial(self, path: Path, function: Callable[..., Any]) -> Callable[..., Any]:
+        return function
+
+    def trial_s(self, plan: Plan) -> float:
+        return plan.time_s
 
     def array(self, values: Any, dtype: str) -> Any:
         import jax.numpy as jnp

@@ -92,8 +92,23 @@ def _time_s(
     steps = tiles.visited * _tile_s(spec, choice, tile)
     masked = min(tile.keys, int(option(choice, "diagonal")) or tile.keys)
     edges = tiles.edge * tile.rows * masked * MASK_S
+    if spec.kv_lengths:
+        seen, masked_share = _lengths(spec, tile, int(choice["batch_chunk"]))
+        steps *= seen
+        edges += tiles.visited * masked_share * tile.rows * tile.keys * MASK_S
     once = temporaries * FAULT_S + _moved_s(spec, choice)
     return float(groups * (steps * visited / max(1, tiles.visited) + edges) + once)
+
+
+def _lengths(spec: AttentionSpec, tile: Shape, batches: int) -> tuple[float, float]:
+    """The shares of a chunk's tiles that are visited, and that are masked.
+
+    Lengths are taken to lie anywhere. Batches that are computed together go on to the
+    longest, and are masked from the shortest on.
+    """
+    half = tile.keys / spec.kv_len / 2  # of a tile
+    visited = min(1.0, batches / (batches + 1) + half)
+    return visited, visited - max(0.0, 1 / (batches + 1) - half)
 
 
 def _tile_s(spec: AttentionSpec, choice: Choice, tile: Shape) -> float:

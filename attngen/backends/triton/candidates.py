@@ -1,0 +1,166 @@
+"""What Triton kernels can be emitted: the choices, and which are legal for a target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from attngen.dtypes import BYTES
+from attngen.errors import NotBuiltError
+from attngen.plans import Choice, Option
+from attngen.regions import analyse
+from attngen.spec import AttentionSpec
+from attngen.targets import Target
+
+BLOCKS = (16, 32, 64, 128, 256)  # of queries and of keys; a matrix product takes 16
+WARPS = (1, 2, 4, 8, 16)
+STAGES = (1, 2, 3, 4, 5)
+DTYPES = ("float16", "bfloat16", "float32")
+
+# field → (the values that are built, what to do instead)
+_BUILT: dict[str, tuple[tuple[object, ...], str]] = {
+    "derivatives": (
+        (None,),
+        "dataclasses.replace(spec, derivatives=None) computes forward",
+    ),
+    "dropout": ((0.0,), "dataclasses.replace(spec, dropout=0.0)"),
+    "storage": (("dense",), 'pad into storage="dense" with kv_lengths=True'),
+    "kv_dtype": ((None,), "convert k and v to spec.dtype first"),
+    "dtype": (DTYPES, "the jax backend computes in float64"),
+}
+
+
+def refuse(spec: AttentionSpec) -> None:
+    """Raise NotBuiltError for what the contract has and this backend doesn't do."""
+    for field, (built, hint) in _BUILT.items():
+        value = getattr(spec, field)
+        if value not in built and not (field == "kv_dtype" and value == spec.dtype):
+            raise NotBuiltError(
+                f"{field}={value!r} isn't built yet for Triton.",
+                got=f"{field}={value!r}",
+                needed=f"{field}={' or '.join(repr(b) for b in built)}",
+                hint=hint,
+            )
+    if spec.out_dtype_name == "float64":
+        raise NotBuiltError(
+            "out_dtype='float64' isn't built for Triton.",
+            got="out_dtype='float64'",
+            needed="out_dtype=None, or one of " + ", ".join(DTYPES),
+        )
+
+
+def pieces(dim: int, choice: Option) -> tuple[tuple[int, int], ...]:
+    """A head dim as blocks that a matrix product takes: (start, width) of each.
+
+    "padded" is one block of the next power of two; "split" are several, each a power of
+    two, that hold fewer columns of padding: 80 is 64 + 16, 96 is 64 + 32.
+    """
+    if choice == "padded":
+        return ((0, power_above(dim)),)
+    made, start = [], 0
+    while start < dim:
+        rest = dim - start
+        width = power_above(rest)
+        # two blocks rather than one that is mostly padding
+        if width > 16 and rest <= 3 * width // 4:
+            width //= 2
+        made.append((start, width))
+        start += width
+    return tuple(made)
+
+
+def power_above(n: int) -> int:
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def space(
+    spec: AttentionSpec, target: Target, *, whole: bool = False
+) -> Mapping[str, Mapping[str, Sequence[Option]]]:
+    dims = {spec.qk_dim, spec.v_dim}
+    odd = any(len(pieces(d, "split")) > 1 for d in dims)
+    widest = 256 if whole else 128
+    return {
+        "running": {
+            "q_chunk": _blocks(spec.q_len, widest),
+            "k_chunk": _blocks(spec.kv_len, widest),
+            "num_warps": WARPS if whole else (4, 8),
+            "num_stages": STAGES if whole else (1, 2, 3, 4),
+            "order": ("forward", "reverse") if whole else (_order(spec),),
+            "head_dim": ("split", "padded") if odd else ("padded",),
+        }
+    }
+
+
+def _blocks(length: int, widest: int) -> tuple[int, ...]:
+    return tuple(n for n in BLOCKS if n <= min(power_above(length), widest))
+
+
+def _order(spec: AttentionSpec) -> str:
+    """Programs with the most tiles first, so that the last to end are short ones."""
+    span = analyse(spec)
+    return "reverse" if span.high is not None and span.low is None else "forward"
+
+
+VALUES: dict[str, tuple[Option, ...]] = {
+    "q_chunk": BLOCKS,
+    "k_chunk": BLOCKS,
+    "num_warps": WARPS,
+    "num_stages": STAGES,
+    "order": ("forward", "reverse"),
+    "head_dim": ("split", "padded"),
+}
+
+
+def illegal(spec: AttentionSpec, target: Target, choice: Choice) -> str | None:
+    """The reason why a candidate can't be emitted, or can't run on the target, or None."""
+    for name, values in VALUES.items():
+        value = choice[name]
+        if isinstance(value, bool) or value not in values:
+            return f"{name} is one of {', '.join(map(str, values))}"
+    gpu = target.gpu
+    if gpu is None:
+        return f"Triton makes kernels for GPUs; {target.name} is none"
+    threads = int(choice["num_warps"]) * gpu.warp_size
+    if threads > 1024:
+        return f"{choice['num_warps']} warps are {threads} threads; a block has 1024"
+    shared = shared_bytes(spec, choice)
+    if shared > gpu.shared_bytes:
+        return (
+            f"tiles need {shared} bytes of shared memory; "
+            f"{target.name} has {gpu.shared_bytes} a block"
+        )
+    need = registers(spec, choice, gpu.warp_size)
+    if need > gpu.max_registers:
+        return f"tiles need {need} registers a thread; {target.name} has {gpu.max_registers}"
+    return None
+
+
+def shared_bytes(spec: AttentionSpec, choice: Choice) -> int:
+    """Modelled: tiles of keys and values for each stage, and the queries."""
+    size = BYTES[spec.dtype]
+    qk = sum(width for _, width in pieces(spec.qk_dim, choice["head_dim"]))
+    v = sum(width for _, width in pieces(spec.v_dim, choice["head_dim"]))
+    stages = max(1, int(choice["num_stages"]) - 1)
+    return size * stages * int(choice["k_chunk"]) * (qk + v)
+
+
+def registers(spec: AttentionSpec, choice: Choice, warp_size: int) -> int:
+    """Modelled, of a thread: weighted sums, scores, weights, queries, and addresses."""
+    qk = sum(width for _, width in pieces(spec.qk_dim, choice["head_dim"]))
+    v = sum(width for _, width in pieces(spec.v_dim, choice["head_dim"]))
+    size, k = BYTES[spec.dtype], int(choice["k_chunk"])
+    threads = int(choice["num_warps"]) * warp_size
+    tile = int(choice["q_chunk"]) * (4 * (v + k) + size * (k + qk)) // 4
+    return tile // threads + 44
+
+
+def describe(choice: Choice) -> str:
+    parts = [
+        f"{choice['q_chunk']} queries × {choice['k_chunk']} keys",
+        f"{choice['num_warps']} warps",
+        f"{choice['num_stages']} stage{'s' * (choice['num_stages'] != 1)}",
+    ]
+    if choice["order"] == "reverse":
+        parts.append("last queries first")
+    if choice["head_dim"] == "split":
+        parts.append("head dim in pieces")
+    return f"{choice['algorithm']} · {' · '.join(parts)}"

@@ -1,0 +1,259 @@
+"""What the Triton template receives: a plan, spelled as names, pointers and statements."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from attngen.backends.triton.bounds import bounds
+from attngen.backends.triton.candidates import pieces
+from attngen.backends.triton.tile_code import Writer
+from attngen.expr import walk
+from attngen.intervals import Interval, domain, interval, proven
+from attngen.plans import Plan
+from attngen.spec import AttentionSpec
+from attngen.spec_checks import position_variables
+
+LONGEST = 2**24  # tokens: for which indices are proven, whatever the spec's own lengths
+_SIZES = {"b": "B", "h": "H", "q": "T", "k": "S"}
+
+
+def context(plan: Plan) -> dict[str, Any]:
+    """Everything the template names. See templates/README.md."""
+    spec = plan.spec
+    limited = _limited(spec)
+    env = domain(spec) if limited else _wide(spec)
+    index_dtype = "int64" if _leaves_int32(spec, env) else plan.index_dtype
+    helpers: set[str] = set()
+    writer = Writer(plan, env, index_dtype, helpers)
+    where = bounds(plan, env, helpers)
+    interior = writer.write(edge=False)
+    edge = writer.write(edge=True)
+    out, lse = "out" in spec.outputs, "lse" in spec.outputs
+    folded = not spec.score and spec.scale_value > 0
+    return {
+        **_constants(plan, folded),
+        **_arguments(plan, out, lse),
+        **_dims(plan, out),
+        "layout": "[b, t, h, d]" if spec.layout == "bthd" else "[b, h, t, d]",
+        "unpack_q": "B, T, H, _" if spec.layout == "bthd" else "B, H, T, _",
+        "unpack_k": "_, S, G, _" if spec.layout == "bthd" else "_, G, S, _",
+        "outputs": list(spec.outputs),
+        "out": out,
+        "lse": lse,
+        "interior": interior,
+        "edge": edge,
+        "rows_code": writer.rows,
+        "bounds": where,
+        "begins": "" if where.first == "0" else "first, ",
+        "end": "kv_end" if spec.kv_lengths else "kv_len",
+        "wide": ".to(tl.int64)" if index_dtype == "int64" else "",
+        "reverse": plan.option("order") == "reverse",
+        "folded": folded,
+        "factor": "SCALE_LOG2" if folded else "LOG2E",
+        "drops_keys": plan.drops_keys,
+        "precision": ', input_precision="ieee"' if spec.dtype == "float32" else "",
+        "precise_tanh": spec.dtype == "float32",
+        "sink": spec.sink,
+        "kv_lengths": spec.kv_lengths,
+        "q_lengths": spec.q_lengths,
+        "q_offset": _offset(spec)
+        if _reads("offset", [*where.lines, *writer.rows])
+        else "",
+        "scalar_offset": spec.q_offset == "operand",
+        "same_length": spec.q_offset is None and _relates(spec),
+        "longest": (spec.q_len, spec.kv_len) if limited else None,
+        "helpers": helpers,
+        "op_name": _op_name(plan),
+    }
+
+
+def _wide(spec: AttentionSpec) -> dict[str, Interval]:
+    """Where variables can lie for any lengths up to LONGEST."""
+    env = domain(spec)
+    low, high = env["q"]
+    if spec.q_offset == "bottom_right":
+        low, high = -LONGEST, LONGEST
+    return env | {
+        "b": (0, LONGEST),
+        "h": (0, LONGEST),
+        "q": (low, high + LONGEST),
+        "k": (spec.kv_offset, spec.kv_offset + LONGEST),
+        "q_index": (0, LONGEST),
+        "k_index": (0, LONGEST),
+    }
+
+
+def _limited(spec: AttentionSpec) -> bool:
+    """Whether a read is inside its operand only for the spec's own lengths.
+
+    Reads of floats outside are NaN; integers and truth values have nothing of the kind.
+    """
+    env = _wide(spec)
+    return any(
+        node.op == "load" and node.kind != "float" and not proven(node, env)
+        for root in spec.expressions
+        for node in walk(root)
+    )
+
+
+def _leaves_int32(spec: AttentionSpec, env: Mapping[str, Interval]) -> bool:
+    for root in spec.expressions:
+        for node in walk(root):
+            if node.kind == "int":
+                low, high = interval(node, env)
+                if high > 2**31 - 1 or low < -(2**31):
+                    return True
+    return False
+
+
+def _reads(name: str, lines: list[str]) -> bool:
+    return any(re.search(rf"\b{name}\b", line) for line in lines)
+
+
+def _relates(spec: AttentionSpec) -> bool:
+    return any({"q", "k"} <= position_variables(e) for e in spec.expressions)
+
+
+def _offset(spec: AttentionSpec) -> str:
+    """Where the position of query 0 comes from; "" where it is 0."""
+    if spec.q_offset == "bottom_right":
+        return "lengths" if spec.kv_lengths else "bottom_right"
+    if spec.q_offset == "operand":
+        return "operand"
+    return "constant" if spec.q_offset else ""
+
+
+def _constants(plan: Plan, folded: bool) -> dict[str, Any]:
+    spec = plan.spec
+    scale = spec.scale_value
+    lines: list[tuple[str, str, str]] = [
+        ("Q_BLOCK", str(plan.q_chunk), "queries of a tile"),
+        ("K_BLOCK", str(plan.k_chunk), "keys of a tile"),
+        ("R", str(spec.repeats), "query heads that share a kv head"),
+        ("QK_DIM", str(spec.qk_dim), ""),
+    ]
+    if "out" in spec.outputs:
+        lines.append(("V_DIM", str(spec.v_dim), ""))
+    if folded:
+        value = repr(scale * 1.4426950408889634)
+        lines.append(
+            (
+                "SCALE_LOG2",
+                value,
+                f"{scale!r}, times log2(e): exp(s) is 2**(s * log2(e))",
+            )
+        )
+    else:
+        lines.append(("SCALE", repr(scale), ""))
+    if not folded or spec.sink:
+        lines.append(("LOG2E", "1.4426950408889634", "exp(s) is 2**(s * LOG2E)"))
+    if "lse" in spec.outputs:
+        lines.append(("LN2", "0.6931471805599453", ""))
+    if _offset(spec) == "constant" and spec.expressions:
+        lines.append(("Q_OFFSET", str(spec.q_offset), "position of query 0"))
+    if spec.kv_offset:
+        lines.append(("K_OFFSET", str(spec.kv_offset), "position of key 0"))
+    return {
+        "constants": lines,
+        "num_warps": plan.option("num_warps"),
+        "num_stages": plan.option("num_stages"),
+    }
+
+
+def _arguments(plan: Plan, out: bool, lse: bool) -> dict[str, Any]:
+    """Of attention(), of the kernel, and of its launch."""
+    spec = plan.spec
+    operands = [o.name for o in spec.operands]
+    axes = ("b", "t", "h", "d") if spec.layout == "bthd" else ("b", "h", "t", "d")
+    tensors = ["q", "k", *(["v", "out"] if out else [])]
+    strides = [f"{x}_stride_{a}" for x in tensors for a in axes]
+    more = {
+        o.name: [f"{o.name}_stride_{i}" for i in range(len(o.axes))]
+        for o in spec.operands
+    }
+    strides += [name for names in more.values() for name in names]
+    pointers = [*tensors, *(["lse"] if lse else []), *operands]
+    sizes = ["q_len", "kv_len", "heads"]
+    runtime = [*sizes, *(s for s in strides if not s.endswith("_d"))]
+    shape = "(B, T, H, {})" if spec.layout == "bthd" else "(B, H, T, {})"
+    kv_shape = "(B, S, G, {})" if spec.layout == "bthd" else "(B, G, S, {})"
+    checks = [
+        ("q", shape.format(spec.qk_dim), _torch(spec.dtype)),
+        ("k", kv_shape.format(spec.qk_dim), _torch(spec.dtype)),
+        ("v", kv_shape.format(spec.v_dim), _torch(spec.dtype)),
+    ]
+    checks += [(o.name, _shape(o.axes), _torch(o.dtype)) for o in spec.operands]
+    shown = [(n, s, t.removeprefix("torch.")) for n, s, t in checks]
+    if out:
+        shown.append(("out", shape.format(spec.v_dim), spec.out_dtype_name))
+    if lse:
+        shown.append(("lse", "(B, H, T)", "float32: log of the sum of exp(s)"))
+    launched = [
+        *(f"{x}," for x in pointers),
+        "T,",
+        f"k.shape[{axes.index('t')}],",
+        "H,",
+        *(f"*{x}.stride()," for x in (*tensors, *operands)),
+    ]
+    return {
+        "tensors": tensors,
+        "operands": operands,
+        "named": [f"{n}={n}" for n in operands],
+        "arguments": ["q", "k", "v", *operands],
+        "parameters": [f"{x}_ptr" for x in pointers] + sizes + strides,
+        "runtime_lines": textwrap.wrap(", ".join(f'"{n}"' for n in runtime) + ",", 84),
+        "launch_arguments": launched,
+        "checks": checks,
+        "shapes": shown,
+        "out_shape": shape.format(spec.v_dim),
+        "out_dtype": _torch(spec.out_dtype_name),
+    }
+
+
+def _torch(dtype: str) -> str:
+    return f"torch.{dtype}"
+
+
+def _shape(axes: tuple[Any, ...]) -> str:
+    items = [str(_SIZES.get(a, a)) for a in axes]
+    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
+
+
+def _dims(plan: Plan, out: bool) -> dict[str, Any]:
+    """The pieces of both head dims; those of v share the names of q's where they agree."""
+    spec, choice = plan.spec, plan.option("head_dim")
+    qk = _pieces("d", "QK_DIM", spec.qk_dim, choice)
+    v = qk if spec.v_dim == spec.qk_dim else _pieces("e", "V_DIM", spec.v_dim, choice)
+    dims = qk if v is qk or not out else qk + v
+    return {"qk_pieces": qk, "v_pieces": v, "dims": dims}
+
+
+def _pieces(letter: str, constant: str, dim: int, choice: Any) -> list[dict[str, Any]]:
+    made = pieces(dim, choice)
+    several = len(made) > 1
+    listed = []
+    for i, (start, width) in enumerate(made):
+        name = f"{letter}_{i}" if several else letter
+        padded = start + width > dim
+        listed.append(
+            {
+                "name": name,
+                "suffix": f"_{i}" if several else "",
+                "start": start,
+                "width": width,
+                "dim": constant,
+                "there": f"{name}_there" if padded else "",
+            }
+        )
+    return listed
+
+
+def _op_name(plan: Plan) -> str:
+    """A name for torch's registry that two different files don't share."""
+    data = json.dumps([plan.spec.to_dict(), plan.choice, plan.target], sort_keys=True)
+    return f"attention_{hashlib.sha256(data.encode()).hexdigest()[:12]}"

@@ -1,0 +1,65 @@
+"""The child's side of an interpreted call: arrays in files, Triton on the CPU.
+
+Triton 3.9's interpreter multiplies the raw 16-bit integers of bfloat16 (and NumPy has no
+such numbers), so products of bfloat16 are made of float32 here; the emitted file stays as
+it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def call(job: dict[str, Any]) -> list[str]:
+    """Call an emitted file's attention with the arrays of a folder; write its outputs.
+
+    Args:
+        job: source: the emitted file; folder: where <name>.npy lie, bfloat16 as their bits;
+            dtypes: of each array by name.
+
+    Returns:
+        The dtypes of the outputs, which were written as out_<i>.npy.
+    """
+    from attngen.backends.triton.loader import import_file, numbers, tensor
+
+    _multiply_bfloat16()
+    folder = Path(job["folder"])
+    given = {n: np.load(folder / f"{n}.npy") for n in job["dtypes"]}
+    tensors = {n: tensor(given[n], dtype) for n, dtype in job["dtypes"].items()}
+    module = import_file(Path(job["source"]))
+    with np.errstate(all="ignore"):
+        returned = module.attention(**tensors)
+    outputs = returned if isinstance(returned, tuple) else (returned,)
+    for i, x in enumerate(outputs):
+        np.save(folder / f"out_{i}.npy", plain(numbers(x)))
+    return [str(numbers(x).dtype) for x in outputs]
+
+
+def plain(values: Any) -> Any:
+    """What a .npy file can hold: bfloat16 as its bits."""
+    return values.view(np.int16) if str(values.dtype) == "bfloat16" else values
+
+
+def _multiply_bfloat16() -> None:
+    """Make the interpreter multiply bfloat16 as numbers, accumulated in float32."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(
+        self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any
+    ) -> Any:
+        a, b = (_widened(x, tl) for x in (a, b))
+        return plain(self, a, b, d, precision, imprecise)
+
+    def _widened(x: Any, tl: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        bits = x.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot

@@ -1,0 +1,124 @@
+"""Emitted file → its function: on a GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+from attngen.errors import FAULTS, BackendError, FileError
+
+
+def import_file(path: Path) -> ModuleType:
+    """The module of an emitted file. Triton reads a kernel's source from the file itself.
+
+    Raises:
+        BackendError: torch or Triton isn't installed.
+        FileError: the file can't be run, or defines no `attention`.
+    """
+    for name in ("torch", "triton"):
+        if importlib.util.find_spec(name) is None:
+            raise BackendError(
+                f"{name} isn't installed.",
+                got="a kernel in Triton",
+                needed="torch and triton",
+                hint="pip install 'attngen[triton]'",
+            )
+    digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
+    name = f"attngen_emitted_{digest[:16]}"
+    specification = importlib.util.spec_from_file_location(name, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module
+    try:
+        specification.loader.exec_module(module)
+    except FAULTS as error:
+        raise FileError(
+            f"{path} can't be imported.",
+            got=f"{type(error).__name__}: {error}",
+            needed="a module that runs",
+        ) from error
+    if not callable(getattr(module, "attention", None)):
+        raise FileError(
+            f"{path} defines no function attention.",
+            got=repr(getattr(module, "attention", None)),
+            needed="def attention(q, k, v, …)",
+        )
+    return module
+
+
+def has_gpu() -> bool:
+    """Whether torch sees a GPU here."""
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+@dataclass(frozen=True)
+class Absent:
+    """The function of a kernel whose device isn't here: it says so when it is called."""
+
+    path: Path
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        raise BackendError(
+            "This kernel can't be called here.",
+            got="no GPU that torch sees",
+            needed="a GPU, and a build of torch for it",
+            hint="kernel.source.write(path) keeps the file; attngen.validate(kernel) runs "
+            "it in Triton's interpreter",
+        )
+
+
+def load(path: Path) -> Callable[..., Any]:
+    """The function of an emitted file; where there is no GPU, one that says so."""
+    if not has_gpu():
+        return Absent(path)
+    return import_file(path).attention  # type: ignore[no-any-return]
+
+
+def array(values: Any, dtype: str) -> Any:
+    """A NumPy array as a tensor on the GPU; as it is where there is none."""
+    if not has_gpu():
+        return values
+    return tensor(values, dtype).cuda()
+
+
+def tensor(values: Any, dtype: str) -> Any:
+    """A NumPy array as a tensor; bfloat16 through its bits, which NumPy has no name for."""
+    import numpy as np
+    import torch
+
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(values).view(np.int16)
+        return torch.from_numpy(bits.copy()).view(torch.bfloat16)
+    return torch.from_numpy(np.array(values))
+
+
+def numbers(x: Any) -> Any:
+    """A tensor as a NumPy array."""
+    import ml_dtypes
+    import torch
+
+    x = x.detach().cpu()
+    if x.dtype == torch.bfloat16:
+        return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return x.numpy()
+
+
+def block(value: Any) -> Any:
+    """What was returned, when the GPU has computed all of it."""
+    if has_gpu():
+        import torch
+
+        torch.cuda.synchronize()
+    return value

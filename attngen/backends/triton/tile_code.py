@@ -1,0 +1,256 @@
+"""The statements inside a tile: positions, operands, scores and the mask.
+
+A tile is [q, k]: a program computes one chunk of queries of one head of one batch, so b and
+h are scalars. Queries are a column, keys a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from attngen import expr
+from attngen.backends.triton.printer import TritonPrinter
+from attngen.expr import Expr
+from attngen.intervals import Interval, proven
+from attngen.operands import Operand
+from attngen.plans import Plan
+
+WIDTH = 88
+_NAMES = {"b": "b_index", "h": "h_index", "q": "q_pos", "k": "k_pos", "s": "s"}
+_OTHER = {"bool": "False", "int": "0", "float": "0.0"}
+
+
+@dataclass
+class TileCode:
+    """Statements of a tile of one kind.
+
+    rows: before the loops: what depends on batch, head and query alone.
+    keys: in the tile: positions of keys, and operands that the scores read.
+    score: the scores, in order.
+    mask: what the mask reads, and the mask as `seen`.
+    """
+
+    rows: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    score: list[str] = field(default_factory=list)
+    mask: list[str] = field(default_factory=list)
+
+
+class Writer:
+    """Writes the code of interior tiles and of edge tiles, which share their rows.
+
+    Args:
+        env: what variables can be, whatever the lengths are at run time.
+        index_dtype: of positions.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        env: Mapping[str, Interval],
+        index_dtype: str,
+        helpers: set[str],
+    ) -> None:
+        self.plan, self.spec, self.env = plan, plan.spec, env
+        self.index_dtype, self.helpers = index_dtype, helpers
+        self.rows: list[str] = []
+        self.rows_defined: set[str] = set()
+        self.row_indices = 0
+        self.names = dict(_NAMES)
+        if self.spec.static_q_offset == 0 and self.spec.q_offset != "bottom_right":
+            self.names["q"] = "q_index"
+        if self.spec.kv_offset == 0:
+            self.names["k"] = "k_index"
+
+    def write(self, *, edge: bool) -> TileCode:
+        self.edge, self.width = edge, WIDTH - 8
+        self.code = TileCode(rows=self.rows)
+        self.defined: set[str] = set()
+        self.gathered: dict[Expr, str] = {}
+        self.gathers = self.indices = 0
+        if edge:
+            self._define("k_index", self.code.keys)
+        for i, score in enumerate(self.spec.score):
+            self._needs(score.expr, self.code.keys)
+            printer = self._printer(f"score{i}")
+            self.code.score += printer.lines("s", score.expr, width=self.width)
+            if "s" not in expr.variables(score.expr):  # perhaps not of both axes
+                self.code.score.append(
+                    "s = tl.zeros((Q_BLOCK, K_BLOCK), tl.float32) + s"
+                )
+            for node in [n for n in self.gathered if "s" in expr.variables(n)]:
+                del self.gathered[node]  # the next score has another s
+        if edge:
+            self._mask()
+        return self.code
+
+    def _mask(self) -> None:
+        lines = self.code.mask
+        end = "kv_end" if self.spec.kv_lengths else "kv_len"
+        terms: list[list[str]] = []
+        if self.spec.mask is not None:
+            self._needs(self.spec.mask.expr, lines)
+            printer = self._printer("part")
+            terms.append(printer.lines("seen", self.spec.mask.expr, width=self.width))
+        terms.append([f"seen = k_index < {end}"])
+        if self.spec.q_lengths:
+            self._define("q_index", self.rows)
+            terms.append(["seen = q_index < q_length"])
+        for i, term in enumerate(terms):
+            if i:
+                term[-1] = term[-1].replace("seen = ", "seen &= ", 1)
+            lines += term
+
+    def _printer(self, prefix: str) -> TritonPrinter:
+        return TritonPrinter(
+            "tl",
+            self.names,
+            self._load,
+            int_dtype=self.index_dtype,
+            prefix=prefix,
+            env=self.env,
+            helpers=self.helpers,
+        )
+
+    # What an expression needs defined first.
+
+    def _needs(self, root: Expr, lines: list[str]) -> None:
+        """Define the positions and operands that an expression reads, innermost first."""
+        for a in root.args:
+            if not (root.op == "load" and a.op == "var"):  # an index, not a position
+                self._needs(a, lines)
+        if root.op == "var":
+            self._variable(str(root.value), lines)
+        elif root.op == "load":
+            self._read(root, lines)
+
+    def _variable(self, name: str, lines: list[str]) -> None:
+        if name == "q":
+            self._define("q_index", self.rows)
+            if self.names["q"] == "q_pos":
+                self._define("q_pos", self.rows)
+        elif name == "k":
+            self._define("k_index", lines)
+            if self.names["k"] == "k_pos":
+                self._define("k_pos", lines)
+
+    def _define(self, name: str, lines: list[str]) -> None:
+        known = self.rows_defined if lines is self.rows else self.defined
+        if name in known:
+            return
+        known.add(name)
+        text = {
+            "q_index": "q_start + rows[:, None]",
+            "q_pos": "q_index + offset",
+            "k_index": "c * K_BLOCK + cols[None, :]",
+            "k_pos": "k_index + K_OFFSET",
+        }[name]
+        lines.append(f"{name} = {text}")
+
+    def _read(self, node: Expr, lines: list[str]) -> None:
+        """Define the values of an operand, each where the tile needs it."""
+        assert isinstance(node.value, Operand)
+        reads = expr.variables(node)
+        if "k" not in reads and "s" not in reads:
+            lines = self.rows
+        if "s" in reads:
+            lines = self.code.score
+        name = self._name(node)
+        known = self.rows_defined if lines is self.rows else self.defined
+        if name in known:
+            return
+        known.add(name)
+        steps, conditions = [], []
+        unsure = not proven(node, self.env)
+        for i, (axis, index) in enumerate(zip(node.value.axes, node.args, strict=True)):
+            text = self._index(index, lines)
+            if isinstance(axis, int) and unsure and index.op != "const":
+                conditions.append(f"({text} >= 0) & ({text} < {axis})")
+            if (
+                index.op == "var"
+                and index.value in ("q", "k")
+                and isinstance(axis, str)
+            ):
+                if f"{index.value}_index" == "q_index":
+                    conditions.append("(q_index < q_len)")
+                elif self.edge:
+                    conditions.append("(k_index < kv_len)")
+            wide = text if text.isdigit() or text in ("b_index", "h_index") else None
+            wide = wide or f"{text}.to(tl.int64)"
+            steps.append(f"{wide} * {node.value.name}_stride_{i}")
+        lines += self._statement(name, node, steps, conditions, unsure)
+
+    def _statement(
+        self,
+        name: str,
+        node: Expr,
+        steps: list[str],
+        conditions: list[str],
+        unsure: bool,
+    ) -> list[str]:
+        assert isinstance(node.value, Operand)
+        operand = node.value.name
+        pointer = f"{operand}_ptr + {' + '.join(steps)}"
+        keywords = []
+        if conditions:
+            mask = " & ".join(conditions)
+            if len(conditions) == 1 and mask.startswith("(") and mask.count("(") == 1:
+                mask = mask[1:-1]
+            inside = any("." not in c and "_index" not in c for c in conditions)
+            other = 'float("nan")' if unsure and inside else _OTHER[node.kind]
+            keywords = [f"mask={mask}", f"other={other}"]
+        cast = self._cast(node)
+        line = f"{name} = tl.load({', '.join([pointer, *keywords])}){cast}"
+        if len(line) <= self.width:
+            return [line]
+        lines = [f"{name} = {operand}_ptr"]
+        for step in steps:
+            if len(lines[-1]) + len(step) + 3 <= self.width and len(lines) == 1:
+                lines[-1] += f" + {step}"
+            else:
+                lines.append(f"{name} += {step}")
+        line = f"{name} = tl.load({', '.join([name, *keywords])}){cast}"
+        if len(line) <= self.width:
+            return [*lines, line]
+        there = f"{name}_there"
+        lines.append(f"{there} = {keywords[0][5:]}")
+        return [*lines, f"{name} = tl.load({name}, mask={there}, {keywords[1]}){cast}"]
+
+    def _cast(self, node: Expr) -> str:
+        assert isinstance(node.value, Operand)
+        wanted = {"float": "float32", "int": self.index_dtype}.get(node.kind)
+        return "" if wanted in (None, node.value.dtype) else f".to(tl.{wanted})"
+
+    def _index(self, index: Expr, lines: list[str]) -> str:
+        """The text of an index: a constant, a variable, or a step of its own."""
+        if index.op == "const":
+            return str(index.value)
+        if index.op == "var":
+            if index.value in ("q", "k"):
+                name = f"{index.value}_index"
+                self._define(name, self.rows if index.value == "q" else lines)
+            return f"{index.value}_index"
+        # before the loops under another name: what a loop assigns anew it carries
+        if lines is self.rows:
+            self.row_indices += 1
+            step = f"row_index_{self.row_indices}"
+        else:
+            self.indices += 1
+            step = f"index_{self.indices}"
+        lines += self._printer(step).lines(step, index, width=self.width)
+        return step
+
+    def _name(self, node: Expr) -> str:
+        """A name for the values of a read: of its indices where these are variables."""
+        assert isinstance(node.value, Operand)
+        if all(i.op in ("var", "const") for i in node.args):
+            index = "".join(str(i.value) for i in node.args)
+            return f"{node.value.name}_at_{index}"
+        if node not in self.gathered:
+            self.gathered[node] = f"{node.value.name}_at_i{self.gathers}"
+            self.gathers += 1
+        return self.gathered[node]
+
+    def _load(self, node: Expr) -> str:
+        return self._name(node)

@@ -1,0 +1,77 @@
+"""The function that validation calls: on the GPU, or in Triton's interpreter.
+
+A process either interprets or compiles, and a kernel that crashes must not take the caller
+along, so interpreted calls have a process of their own.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attngen import certifier
+from attngen.backends.triton import loader
+from attngen.errors import CompileError, ValidationError
+
+TIMEOUT_S = 900.0
+
+
+def trial(path: Path, function: Callable[..., Any]) -> Callable[..., Any]:
+    """An emitted file's function, from arrays (see `Backend.array`) to NumPy arrays."""
+    if not loader.has_gpu():
+        return Interpreted(path)
+
+    def call(**given: Any) -> tuple[Any, ...]:
+        returned = function(**given)
+        outputs = returned if isinstance(returned, tuple) else (returned,)
+        return tuple(loader.numbers(x) for x in outputs)
+
+    return call
+
+
+@dataclass(frozen=True)
+class Interpreted:
+    """An emitted function in Triton's interpreter, on NumPy arrays.
+
+    Raises:
+        ValidationError: it raised, or didn't end in time.
+    """
+
+    path: Path
+
+    def __call__(self, **given: Any) -> tuple[Any, ...]:
+        import ml_dtypes
+        import numpy as np
+
+        from attngen.backends.triton.interpreter import plain
+
+        with tempfile.TemporaryDirectory(prefix="attngen-") as folder:
+            for name, x in given.items():
+                np.save(Path(folder) / f"{name}.npy", plain(x))
+            job = {
+                "source": str(self.path),
+                "folder": folder,
+                "dtypes": {name: str(x.dtype) for name, x in given.items()},
+            }
+            try:
+                dtypes = certifier.run(
+                    "attngen.backends.triton.interpreter",
+                    "call",
+                    job,
+                    timeout_s=TIMEOUT_S,
+                    environment={"TRITON_INTERPRET": "1"},
+                )
+            except CompileError as error:
+                raise ValidationError(
+                    "The kernel failed in Triton's interpreter.",
+                    got=error.got,
+                    needed="its outputs",
+                ) from error
+            made = [np.load(Path(folder) / f"out_{i}.npy") for i in range(len(dtypes))]
+        return tuple(
+            x.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else x
+            for x, dtype in zip(made, dtypes, strict=True)
+        )

@@ -1,0 +1,84 @@
+"""Triton's interpreter as a process that stays: to judge many kernels without a GPU.
+
+attngen itself starts a process for each call; that costs seconds, most of it imports.
+"""
+
+import atexit
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+import attngen
+from attngen import api, backends, validator
+from attngen.backends.triton.interpreter import plain
+
+_SERVER = """
+import json, sys, traceback
+from attngen.backends.triton import interpreter
+for line in sys.stdin:
+    try:
+        answer = {"dtypes": interpreter.call(json.loads(line))}
+    except Exception as error:
+        traceback.print_exc()
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class Failed(Exception):
+    """The emitted function raised an error in the interpreter."""
+
+
+@functools.cache
+def _server():
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SERVER],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    atexit.register(process.kill)
+    return process
+
+
+def call(path, **given):
+    """An emitted file's function of NumPy arrays, in the interpreter."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, x in given.items():
+            np.save(Path(folder) / f"{name}.npy", plain(x))
+        dtypes = {name: str(x.dtype) for name, x in given.items()}
+        job = {"source": str(path), "folder": folder, "dtypes": dtypes}
+        server = _server()
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        answer = json.loads(server.stdout.readline())
+        if "error" in answer:
+            raise Failed(answer["error"])
+        made = []
+        for i, dtype in enumerate(answer["dtypes"]):
+            x = np.load(Path(folder) / f"out_{i}.npy")
+            made.append(x.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else x)
+    return tuple(made)
+
+
+def judge(spec, target="h100", **fix):
+    """Assert that the kernel emitted for a spec computes it; the report."""
+    plan = attngen.plan(spec, target=target, backend="triton", fix=fix)
+    path = api.stored(attngen.emit(plan))
+    report = validator.validate(
+        spec,
+        plan,
+        functools.partial(call, path),
+        to_array=backends.get("triton").array,
+        time_s=0,
+    )
+    assert report.passed, f"{report}\n{plan.choice}\n{spec.to_json()}"
+    return report

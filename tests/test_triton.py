@@ -1,0 +1,246 @@
+"""Triton kernels compute their spec, in the interpreter; and what their files refuse."""
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton", reason="needs attngen[triton]")
+
+import interpreted
+from test_conformance import SPECS
+
+import attngen
+from attngen import AttentionSpec, api, inputs, masks, reference, scores
+from attngen.backends.triton.candidates import pieces
+from attngen.errors import NotBuiltError, PlanError
+from attngen.names import is_free
+
+LIKE = AttentionSpec(
+    batch=2, q_heads=2, kv_heads=1, q_len=70, qk_dim=32, outputs=("out", "lse")
+)
+
+
+def small_blocks(spec):
+    """Blocks so small that few tokens make every kind of tile."""
+    return {"q_chunk": 16 if spec.q_len <= 16 else 32, "k_chunk": 16}
+
+
+def source_of(spec, **fix):
+    return attngen.emit(attngen.plan(spec, target="h100", backend="triton", fix=fix))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("name", SPECS)
+def test_every_spec(name, dtype):
+    spec = dataclasses.replace(SPECS[name], dtype=dtype)
+    interpreted.judge(spec, **small_blocks(spec))
+
+
+@pytest.mark.parametrize("name", ["causal window", "alibi", "sink", "odd dims"])
+def test_bfloat16(name):
+    spec = dataclasses.replace(SPECS[name], dtype="bfloat16")
+    interpreted.judge(spec, **small_blocks(spec))
+
+
+@pytest.mark.parametrize("dim", [40, 72, 80, 96, 192])
+@pytest.mark.parametrize("head_dim", ["split", "padded"])
+def test_every_head_dim(dim, head_dim):
+    spec = dataclasses.replace(LIKE, qk_dim=dim, v_dim=dim // 2, mask=masks.causal())
+    if head_dim == "split" and len(pieces(dim, "split")) == 1:
+        pytest.skip("one piece")
+    interpreted.judge(spec, q_chunk=16, k_chunk=32, head_dim=head_dim, num_warps=4)
+
+
+def test_pieces_cover_a_head_dim_with_little_padding():
+    for dim in range(1, 600):
+        for how in ("split", "padded"):
+            made = pieces(dim, how)
+            ends = [start + width for start, width in made]
+            assert [start for start, _ in made] == [0, *ends[:-1]]
+            assert ends[-1] >= dim > made[-1][0]
+            assert all(width >= 16 and width & (width - 1) == 0 for _, width in made)
+        assert sum(w for _, w in pieces(dim, "split")) <= max(16, dim * 4 / 3 + 16)
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+@pytest.mark.parametrize(("q_chunk", "k_chunk"), [(16, 64), (64, 16), (128, 128)])
+def test_blocks_and_order(q_chunk, k_chunk, order):
+    spec = dataclasses.replace(
+        LIKE, mask=masks.causal() & masks.sliding_window(40), q_len=150, kv_len=150
+    )
+    interpreted.judge(spec, q_chunk=q_chunk, k_chunk=k_chunk, order=order)
+
+
+def test_negative_positions_floor():
+    """Triton's // and % truncate, the language's floor."""
+    mask = attngen.mask(
+        lambda b, h, q, k: ((q - k) // 3 % 2 == 0) | ((q - k) % -5 < -2)
+    )
+    score = attngen.score(lambda s, b, h, q, k: s - 0.1 * ((k - q) // 7))
+    interpreted.judge(
+        dataclasses.replace(LIKE, mask=mask, score=(score,)), q_chunk=32, k_chunk=32
+    )
+
+
+def test_positions_of_64_bits():
+    mask = attngen.mask(lambda b, h, q, k: (q * 2**33 + k) % 3 != 0)
+    spec = dataclasses.replace(LIKE, mask=mask)
+    assert "tl.int64" in source_of(spec).text
+    interpreted.judge(spec, q_chunk=32, k_chunk=32)
+
+
+def test_operands_may_have_ordinary_names():
+    for name in ("x", "name", "shape", "s_1", "program", "rows"):
+        if not is_free(name):
+            continue
+        operand = attngen.operand(name, axes="bhqk", dtype="float16")
+        score = attngen.score(lambda s, b, h, q, k, o=operand: s + o[b, h, q, k])
+        interpreted.judge(
+            dataclasses.replace(LIKE, score=(score,)), q_chunk=32, k_chunk=32
+        )
+
+
+def call(spec, arrays, path):
+    return interpreted.call(path, **arrays)
+
+
+def rows_of(spec, arrays):
+    given = dict(arrays)
+    q, k, v = (given.pop(n) for n in "qkv")
+    return reference.attention(spec, q, k, v, given)
+
+
+def test_one_file_takes_any_batch_heads_and_lengths():
+    spec = dataclasses.replace(LIKE, mask=masks.causal(), q_offset="bottom_right")
+    path = api.stored(source_of(spec, q_chunk=32, k_chunk=16))
+    for batch, heads, q_len, kv_len in [(1, 1, 5, 9), (3, 2, 33, 100), (2, 3, 64, 64)]:
+        other = dataclasses.replace(
+            spec, batch=batch, kv_heads=heads, q_heads=2 * heads, q_len=q_len,
+            kv_len=kv_len,
+        )  # fmt: skip
+        arrays = inputs.arrays(other)
+        out, lse = interpreted.call(path, **arrays)
+        want = rows_of(other, arrays)
+        rows = np.arange(q_len)
+        assert np.allclose(
+            reference.pick(other, "out", out, rows), want["out"], atol=1e-5
+        )
+        assert np.allclose(
+            reference.pick(other, "lse", lse, rows), want["lse"], atol=1e-5
+        )
+
+
+def test_a_nan_in_a_key_that_nobody_sees_does_not_matter():
+    for mask in (
+        masks.causal(),
+        attngen.mask(lambda b, h, q, k: (k <= q) & (k % 7 != 6)),
+    ):
+        spec = dataclasses.replace(LIKE, mask=mask, q_len=50, kv_len=90, q_offset=0)
+        path = api.stored(source_of(spec, q_chunk=32, k_chunk=16))
+        arrays = inputs.arrays(spec)
+        clean = interpreted.call(path, **arrays)
+        hidden = [
+            j for j in range(90) if j >= 50 or (mask != masks.causal() and j % 7 == 6)
+        ]
+        for name in ("k", "v"):
+            arrays[name] = arrays[name].copy()
+            arrays[name][:, hidden] = np.nan
+        for x, y in zip(clean, interpreted.call(path, **arrays), strict=True):
+            assert np.array_equal(x, y)
+
+
+def test_a_file_refuses_what_its_kernel_does_not_take():
+    spec = dataclasses.replace(
+        LIKE, mask=masks.causal(), score=(scores.alibi("slopes"),)
+    )
+    path = api.stored(source_of(spec, q_chunk=32, k_chunk=32))
+    good = inputs.arrays(spec)
+    bad = {
+        "four dimensions": {"q": good["q"][0]},
+        "float16": {"k": good["k"].astype(np.float16)},
+        "no offset is known": {"k": good["k"][:, :50], "v": good["v"][:, :50]},
+        "kv heads": {"q": good["q"][:, :, :1]},
+        "not torch.float32[2, 70, 1, 32]": {"v": good["v"][:, :, :, :16]},
+        "slopes": {"slopes": good["slopes"][:1]},
+    }
+    for words, change in bad.items():
+        with pytest.raises(interpreted.Failed, match=words.replace("[", r"\[")):
+            interpreted.call(path, **good | change)
+
+
+def test_without_a_gpu_a_call_says_so():
+    spec = dataclasses.replace(LIKE, mask=masks.causal())
+    code = (
+        "import sys, importlib.util, torch\n"
+        "made = importlib.util.spec_from_file_location('emitted', sys.argv[1])\n"
+        "module = importlib.util.module_from_spec(made)\n"
+        "made.loader.exec_module(module)\n"
+        "q, k = torch.zeros(2, 70, 2, 32), torch.zeros(2, 70, 1, 32)\n"
+        "module.attention(q, k, k)\n"
+    )
+    path = api.stored(source_of(spec))
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True
+    )
+    assert "needs a GPU" in ran.stderr.splitlines()[-1]
+
+
+def test_emitted_files_are_tidy(tmp_path):
+    for i, spec in enumerate(SPECS.values()):
+        source_of(spec, **small_blocks(spec)).write(tmp_path / f"file_{i}.py")
+    for command in (["check"], ["format", "--check"]):
+        ran = subprocess.run(
+            [Path(sys.executable).parent / "ruff", *command, "--isolated", "--no-cache",
+             tmp_path],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stdout
+
+
+def test_names_that_files_use_are_taken():
+    for name, spec in SPECS.items():
+        tree = ast.parse(source_of(spec, **small_blocks(spec)).text)
+        own = {o.name for o in spec.operands}
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.name in (
+                "attention",
+                "_attention",
+            ):
+                used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+                inner = {
+                    t.id
+                    for n in ast.walk(node)
+                    if isinstance(n, ast.comprehension)
+                    for t in ast.walk(n.target)
+                    if isinstance(t, ast.Name)
+                }
+                assert not {n for n in used - own - inner if is_free(n)}, name
+
+
+@pytest.mark.parametrize(
+    "change", [{"dtype": "float64"}, {"derivatives": "vjp"}, {"dropout": 0.1}]
+)
+def test_what_is_not_built_says_so(change):
+    with pytest.raises(NotBuiltError):
+        attngen.plan(
+            dataclasses.replace(LIKE, **change), target="h100", backend="triton"
+        )
+
+
+@pytest.mark.parametrize(
+    ("fix", "words"),
+    [
+        ({"q_chunk": 48}, "q_chunk is one of"),
+        ({"num_warps": 3}, "num_warps is one of"),
+        ({"q_chunk": 256, "num_warps": 1}, "registers a thread"),
+        ({"order": "sideways"}, "order is one of"),
+    ],
+)
+def test_illegal_choices_have_reasons(fix, words):
+    with pytest.raises(PlanError, match=words):
+        attngen.plan(LIKE, target="h100", backend="triton", fix=fix)
