@@ -37,7 +37,8 @@ class Gpu:
         matrix_fma_per_cycle: float16 or bfloat16 products, summed in float32.
         matrix_tf32_fma_per_cycle: tf32 (xf32 on AMD); None where there is none.
         matrix_float32_fma_per_cycle: whole float32; None: the FMA pipe multiplies them.
-        fma_per_cycle: float32 multiply-adds, adds and products; packed ones count once.
+        fma_per_cycle: float32 multiply-adds, adds and products; those that AMD
+            packs in pairs count once.
         alu_per_cycle: compares, minima, logic, integer adds, selections. None: the FMA
             pipe takes them.
         exp_per_cycle: exponentials, logarithms, reciprocals.

@@ -1,0 +1,281 @@
+"""Triton's compilers as the certifier, for GPUs that need not be here: in a child process.
+
+An emitted file defines the kernel `forward` and how it is launched:
+
+NUM_WARPS, NUM_STAGES   integers
+CONSTEXPRS              values of its constexpr parameters, where it has any
+Q_BLOCK, K_BLOCK, QK_DIM, V_DIM   of a tile, for the bounds of the pipes
+TEMP_BYTES              what the launcher allocates beside outputs; none: nothing
+
+A parameter `<name>_ptr` points to the tensor of that name, aligned as torch aligns tensors; a
+stride within a head that the kernel lets Triton specialise is 1; all others are int32 of
+which nothing is known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from attngen import targets
+from attngen.backends.triton import assembly
+from attngen.backends.triton.pipes import Tile, pipes
+from attngen.dtypes import BYTES
+from attngen.gpus import Gpu
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as it is by default, unsaid
+
+POINTERS = {
+    "float64": "*fp64", "float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16",
+    "float8_e4m3": "*fp8e4nv", "int64": "*i64", "int32": "*i32", "int8": "*i8",
+    "bool": "*i1",
+}  # fmt: skip
+Shape = tuple[str, Sequence[int], str]
+
+
+def certify(job: dict[str, Any]) -> dict[str, Any]:
+    """Compile a job's kernel for its target and report what came of it.
+
+    Args:
+        job: "target", "source" (a path), "shapes" of q, k, v and the operands; "out_dtype"
+            where it isn't q's; "q_block", "k_block", "qk_dim", "v_dim" where the module
+            doesn't say.
+    """
+    target = targets.get(job["target"])
+    gpu = target.gpu
+    if gpu is None:
+        raise ValueError(f"{target.name} is no GPU; Triton compiles for GPUs")
+    module = _module(Path(job["source"]))
+    shapes: list[Shape] = [(n, tuple(s), d) for n, s, d in job["shapes"]]
+    start = time.perf_counter()
+    signature, constants, attributes = arguments(
+        module.forward,
+        shapes,
+        gpu,
+        constants=getattr(module, "CONSTEXPRS", {}),
+        out_dtype=job.get("out_dtype") or getattr(module, "OUT_DTYPE", None),
+    )
+    warps = int(module.NUM_WARPS)
+    compiled = compile_kernel(
+        module.forward,
+        gpu,
+        signature,
+        constants,
+        attributes,
+        num_warps=warps,
+        num_stages=int(module.NUM_STAGES),
+    )
+    seconds = time.perf_counter() - start
+    temp = getattr(module, "TEMP_BYTES", 0)
+    tile = _tile(job, module, {n: d for n, _, d in shapes})
+    return {
+        "compiler": "ptxas, through Triton"
+        if gpu.backend == "cuda"
+        else "LLVM, Triton's",
+        "temp_bytes": int(
+            temp({n: s for n, s, _ in shapes}) if callable(temp) else temp
+        ),
+        "argument_bytes": sum(math.prod(s) * BYTES[d] for _, s, d in shapes),
+        "compile_s": round(seconds, 3),
+        "versions": {"triton": importlib.metadata.version("triton")},
+        **figures(compiled, gpu, warps, tile),
+    }
+
+
+def arguments(
+    kernel: Any,
+    shapes: Sequence[Shape],
+    gpu: Gpu,
+    *,
+    constants: Mapping[str, Any],
+    out_dtype: str | None = None,
+) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
+    """A kernel's signature, constants and what is known of its pointers."""
+    dtypes = {n: d for n, _, d in shapes}
+    dtypes |= {"out": out_dtype or dtypes["q"], "lse": "float32"}
+    sizes = {n: math.prod(s) * BYTES[d] for n, s, d in shapes}
+    signature: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for i, parameter in enumerate(kernel.params):
+        name = parameter.name
+        free = not parameter.do_not_specialize
+        if parameter.is_constexpr or name in constants:
+            signature[name], values[name] = "constexpr", constants[name]
+        elif name.endswith("_ptr"):
+            signature[name] = POINTERS[dtypes[name.removesuffix("_ptr")]]
+            attributes[i,] = [["tt.divisibility", 16]]
+            # as the launcher says of small tensors: AMD's buffer loads take 32-bit offsets
+            small = sizes.get(name.removesuffix("_ptr"), sizes["q"]) < 2**31
+            if gpu.backend == "hip" and small:
+                attributes[i,].append(["tt.pointer_range", 32])
+        elif name.endswith("_stride_d") and free:
+            signature[name], values[name] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+    return signature, values, attributes
+
+
+def compile_kernel(
+    kernel: Any,
+    gpu: Gpu,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    attributes: Mapping[tuple[int, ...], Any],
+    **options: Any,
+) -> Any:
+    """Triton's compiled kernel for a GPU's architecture."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(signature),
+        constexprs=dict(constants),
+        attrs=dict(attributes),
+    )
+    arch: str | int = gpu.architecture
+    if gpu.backend == "cuda":
+        arch = int(gpu.architecture.removeprefix("sm"))
+    where = GPUTarget(gpu.backend, arch, gpu.warp_size)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return triton.compile(source, target=where, options=options)
+
+
+def figures(compiled: Any, gpu: Gpu, warps: int, tile: Tile | None) -> dict[str, Any]:
+    """What assembly and metadata say of a compiled kernel."""
+    if gpu.backend == "cuda":
+        program, used = _nvidia(compiled.asm["cubin"])
+    else:
+        program, used = _amd(compiled.asm["amdgcn"])
+    shared = int(compiled.metadata.shared)
+    # warp specialisation adds warps
+    held = int(getattr(compiled.metadata, "num_warps", warps) or warps)
+    blocks = resident(
+        gpu,
+        registers=used["registers"],
+        warps=held,
+        shared_bytes=shared,
+        tensor_columns=int(getattr(compiled.metadata, "tmem_size", 0) or 0),
+    )
+    made = {
+        **used,
+        "warps": held,
+        "shared_bytes": shared,
+        "blocks_per_multiprocessor": blocks,
+        "occupancy": round(blocks * held / gpu.max_warps, 4),
+    }
+    loops = assembly.main_loops(program)
+    if not loops:
+        return made
+    inner = loops[0]
+    matrix = [x.opcode for x in inner if assembly.is_matrix(x.opcode)]
+    made["matrix_instruction"] = matrix[0] if matrix else None
+    made["mix"] = assembly.mix(inner)
+    if tile is not None:
+        found = asdict(pipes(inner, gpu, tile, warps))
+        made |= {"pipe_cycles": found.pop("cycles"), **found}
+    return made
+
+
+def resident(
+    gpu: Gpu,
+    *,
+    registers: int,
+    warps: int,
+    shared_bytes: int,
+    tensor_columns: int = 0,
+) -> int:
+    """Blocks that a multiprocessor runs at once; 0 where not even one can run."""
+    each = -(-max(registers, 1) // gpu.register_step) * gpu.register_step
+    of_partition = gpu.registers // gpu.partitions // (each * gpu.warp_size)
+    slots = min(of_partition * gpu.partitions, gpu.max_warps)
+    blocks = min(slots // warps, gpu.max_blocks)
+    if shared_bytes > gpu.shared_bytes:
+        return 0
+    if held := shared_bytes + gpu.reserved_bytes:
+        blocks = min(blocks, gpu.shared_per_multiprocessor // held)
+    if tensor_columns and gpu.tensor_columns:
+        blocks = min(blocks, gpu.tensor_columns // tensor_columns)
+    return blocks
+
+
+def _nvidia(cubin: bytes) -> tuple[assembly.Program, dict[str, Any]]:
+    """A stack alone is no spill: ptxas reserves some for calls that never come."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory(prefix="attngen-") as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _run(tools / "cuobjdump", "-res-usage", path)
+        program = assembly.parse_sass(_run(tools / "nvdisasm", "-c", path))
+    registers, stack = (
+        int(_found(rf"\b{name}:(\d+)", usage)) for name in ("REG", "STACK")
+    )
+    spills = any(x.opcode.startswith(("LDL", "STL")) for x in program.instructions)
+    return program, {"registers": registers, "spill_bytes": stack if spills else 0}
+
+
+def _run(*command: str | Path) -> str:
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode:
+        raise RuntimeError(f"{Path(command[0]).name} failed: {ran.stderr.strip()}")
+    return ran.stdout
+
+
+def _amd(text: str) -> tuple[assembly.Program, dict[str, Any]]:
+    """Scalar registers spill into vector registers' lanes, which costs no memory."""
+    scratch = int(_found(r"^; ScratchSize: (\d+)", text))
+    spilled = int(_found(r"\.vgpr_spill_count:\s+(\d+)", text))
+    return assembly.parse_amdgcn(text), {
+        "registers": int(_found(r"^; TotalNumVgprs: (\d+)", text)),
+        "spill_bytes": max(scratch, 4 * spilled),
+        "scalar_spills": int(_found(r"\.sgpr_spill_count:\s+(\d+)", text)),
+    }
+
+
+def _found(pattern: str, text: str) -> str:
+    found = re.search(pattern, text, re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"the compiler's output lacks {pattern}")
+    return found[1]
+
+
+def _tile(
+    job: Mapping[str, Any], module: Any, dtypes: Mapping[str, str]
+) -> Tile | None:
+    """The job's sizes of a tile, else the module's; None where one isn't said."""
+    found = {}
+    for name in ("q_block", "k_block", "qk_dim", "v_dim"):
+        value = job.get(name, getattr(module, name.upper(), None))
+        if value is None:
+            return None
+        found[name] = int(getattr(value, "value", value))
+    return Tile(**found, item_bytes=BYTES[dtypes["k"]])
+
+
+def _module(path: Path) -> Any:
+    """Triton reads a kernel's source from its file."""
+    name = f"attngen_certified_{path.stem}"
+    specification = importlib.util.spec_from_file_location(name, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module
+    specification.loader.exec_module(module)
+    return module

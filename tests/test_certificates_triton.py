@@ -1,0 +1,114 @@
+"""Certificates of Triton kernels, compiled for GPUs that aren't here; nothing runs."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from refusals import refused
+
+from attngen import certifier, gpus, targets
+from attngen.errors import CompileError
+from attngen.reports import Certificate
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton isn't installed"
+)
+COMPILER = "attngen.backends.triton.compiler"
+KERNEL = (Path(__file__).parent / "data" / "running.py").read_text()
+
+# target → how its matrix instruction begins
+DEFAULT = {"a100": "HMMA.16816.F32", "h100": "HGMMA.64x64x16", "mi300x": "v_mfma_f32_"}
+OTHERS = {
+    "rtx3090": "HMMA.16816.F32", "rtx4090": "HMMA.16816.F32", "l4": "HMMA.16816.F32",
+    "h200": "HGMMA.64x64x16", "b200": "UTCHMMA", "rtx5090": "HMMA.16816.F32",
+    "mi355x": "v_mfma_f32_",
+}  # fmt: skip
+TARGETS = [
+    *(pytest.param(*item) for item in DEFAULT.items()),
+    *(pytest.param(*item, marks=pytest.mark.slow) for item in OTHERS.items()),
+]
+
+
+def certified(target, dtype="float16", source=KERNEL, **edits):
+    for name, value in edits.items():
+        old = next(x for x in source.splitlines() if x.startswith(name))
+        source = source.replace(old, f"{name} = {value}", 1)
+    shapes = [(name, (1, 4096, 1, 64), dtype) for name in "qkv"]
+    return certifier.certify(COMPILER, target, shapes=shapes, source=source)
+
+
+@pytest.mark.parametrize(("target", "instruction"), TARGETS)
+def test_a_kernel_is_certified_for_a_gpu_that_is_not_here(target, instruction):
+    certificate, gpu = certified(target), targets.get(target).gpu
+    assert certificate.target == target
+    assert certificate.temp_bytes == certificate.spill_bytes == 0
+    assert certificate.argument_bytes == 3 * 4096 * 64 * 2
+    assert 32 < certificate.registers <= gpu.max_registers
+    assert 0 < certificate.shared_bytes <= gpu.shared_bytes
+    assert certificate.blocks_per_multiprocessor >= 1
+    warps = certificate.blocks_per_multiprocessor * certificate.warps
+    assert certificate.occupancy == pytest.approx(warps / gpu.max_warps, abs=1e-4)
+    assert certificate.matrix_instruction.startswith(instruction)
+    assert certificate.mix[certificate.matrix_instruction] >= 4
+    assert certificate.estimated_cycles is None
+
+    # the interior has no mask: neither selections nor compares of each score
+    scores = 64 * 64 // (4 * gpu.warp_size)
+    masking = ("FSEL", "SEL", "ISETP", "v_cndmask", "v_cmp")
+    assert sum(n for x, n in certificate.mix.items() if x.startswith(masking)) < scores
+
+    assert certificate.tiles_per_turn == 1
+    cycles = certificate.pipe_cycles
+    products = 64 * 64 * (64 + 64) / gpu.matrix_fma_per_cycle
+    assert cycles["matrix"] >= products * (1 - 1e-9)
+    if gpu.backend == "cuda":
+        assert cycles["matrix"] == pytest.approx(products)
+    exponentials = 64 * (64 + 1) / gpu.exp_per_cycle
+    assert exponentials <= cycles["exp"] <= 2.2 * exponentials
+    assert certificate.bound_cycles == max(cycles.values())
+    assert certificate.bound_cycles == cycles[certificate.bound_pipe]
+    flops = 4 * 64 * 64 * 64 / certificate.bound_cycles
+    assert certificate.flops_per_cycle == pytest.approx(flops, rel=1e-3)
+
+    assert Certificate.from_json(certificate.to_json()) == certificate
+    lines = str(certificate).splitlines()
+    assert len(lines) == 3
+    assert all(len(line) <= 100 for line in lines)
+
+
+def test_float32_products_are_the_fma_pipes_on_nvidia():
+    certificate = certified("a100", "float32", Q_BLOCK="tl.constexpr(32)")
+    gpu = gpus.GPUS["a100"]
+    assert certificate.matrix_instruction is None
+    assert "matrix" not in certificate.pipe_cycles
+    assert certificate.tiles_per_turn == 1
+    products = 32 * 64 * (64 + 64) / gpu.fma_per_cycle
+    assert products <= certificate.pipe_cycles["fma"] <= 1.3 * products
+    assert "no matrix instruction" in str(certificate)
+
+
+def test_more_shared_memory_than_there_is_is_told():
+    certificate = certified("a100", K_BLOCK="tl.constexpr(128)", NUM_STAGES=8)
+    assert certificate.shared_bytes > gpus.GPUS["a100"].shared_bytes
+    assert certificate.blocks_per_multiprocessor == 0
+    assert certificate.occupancy == 0
+
+
+def test_what_the_launcher_allocates_is_told():
+    more = "\nTEMP_BYTES = lambda shapes: 4 * shapes['q'][1]\n"
+    assert certified("a100", source=KERNEL + more).temp_bytes == 4 * 4096
+
+
+@pytest.mark.parametrize(
+    ("target", "source", "said"),
+    [
+        ("cpu", KERNEL, "is no GPU"),
+        ("a100", KERNEL.replace("lse_ptr", "bias_ptr"), "bias"),
+        ("a100", KERNEL.replace("tl.dot(q", "tl.dot(cols"), "CompilationError"),
+        ("a100", "NUM_WARPS = 4", "forward"),
+    ],
+)
+def test_what_does_not_compile_is_an_error(target, source, said):
+    with refused(CompileError) as caught:
+        certified(target, source=source)
+    assert said in caught.value.got
