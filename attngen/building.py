@@ -235,10 +235,11 @@ def validate(
     judged = by.trial(path, function)
 
     def remade(spec: AttentionSpec, choice: Fix) -> Any:
-        if by.any_size:
+        if by.any_size and spec.mask == chosen.spec.mask:
             return judged
         target = targets.get(chosen.target)
-        return by.load(stored(emit(planner.rank(spec, target, by, choice)[0])))
+        file = stored(emit(planner.rank(spec, target, by, choice)[0]))
+        return by.trial(file, by.load(file))
 
     return validator.validate(
         chosen.spec,
@@ -246,7 +247,7 @@ def validate(
         judged,
         to_array=by.array,
         rebuild=remade if rebuild or by.any_size else None,
-        small=(lambda: by.small(chosen)) if by.any_size else None,
+        small=(lambda: by.small(chosen, rebuild=rebuild)) if by.any_size else None,
         time_s=by.trial_s(chosen),
         seed=seed,
         seconds=seconds,

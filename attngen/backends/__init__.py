@@ -66,8 +66,14 @@ class Backend(Protocol):
     def trial_s(self, plan: Plan) -> float:
         """About how long that takes at the plan's own size, in seconds."""
 
-    def small(self, plan: Plan) -> tuple[AttentionSpec, dict[str, Any]] | None:
-        """A smaller spec that the plan's file computes as it is; asked if `any_size`."""
+    def small(
+        self, plan: Plan, *, rebuild: bool
+    ) -> tuple[AttentionSpec, dict[str, Any]] | None:
+        """A smaller spec to judge the plan's file by; asked if `any_size`.
+
+        Args:
+            rebuild: whether it may have another mask, for which a file is emitted anew.
+        """
 
     def array(self, values: Any, dtype: str) -> Any:
         """A NumPy array as the backend's, in one of the language's dtypes."""

@@ -66,8 +66,10 @@ class TritonBackend:
 
         return plan.time_s if has_gpu() else small.interpreted_s(plan.spec)
 
-    def small(self, plan: Plan) -> tuple[AttentionSpec, dict[str, Any]] | None:
-        return small.small(plan.spec, plan)
+    def small(
+        self, plan: Plan, *, rebuild: bool
+    ) -> tuple[AttentionSpec, dict[str, Any]] | None:
+        return small.small(plan, rebuild=rebuild)
 
     def array(self, values: Any, dtype: str) -> Any:
         from attngen.backends.triton.loader import array

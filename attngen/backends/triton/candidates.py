@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from attngen.dtypes import BYTES
 from attngen.errors import NotBuiltError
+from attngen.gpus import Gpu
 from attngen.plans import Choice, Option
 from attngen.regions import analyse
 from attngen.spec import AttentionSpec
@@ -82,7 +83,7 @@ def space(
         "running": {
             "q_chunk": _blocks(spec.q_len, widest),
             "k_chunk": _blocks(spec.kv_len, widest),
-            "num_warps": WARPS if whole else (4, 8),
+            "num_warps": WARPS if whole else (1, 2, 4, 8),
             "num_stages": STAGES if whole else (1, 2, 3, 4),
             "order": ("forward", "reverse") if whole else (_order(spec),),
             "head_dim": ("split", "padded") if odd else ("padded",),
@@ -128,7 +129,7 @@ def illegal(spec: AttentionSpec, target: Target, choice: Choice) -> str | None:
             f"tiles need {shared} bytes of shared memory; "
             f"{target.name} has {gpu.shared_bytes} a block"
         )
-    need = registers(spec, choice, gpu.warp_size)
+    need = registers(spec, choice, gpu)
     if need > gpu.max_registers:
         return f"tiles need {need} registers a thread; {target.name} has {gpu.max_registers}"
     return None
@@ -143,13 +144,17 @@ def shared_bytes(spec: AttentionSpec, choice: Choice) -> int:
     return size * stages * int(choice["k_chunk"]) * (qk + v)
 
 
-def registers(spec: AttentionSpec, choice: Choice, warp_size: int) -> int:
-    """Modelled, of a thread: weighted sums, scores, weights, queries, and addresses."""
+def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
+    """Modelled, of a thread: weighted sums, scores, weights, queries, and addresses.
+
+    Hopper's and Blackwell's products read the queries from shared memory.
+    """
     qk = sum(width for _, width in pieces(spec.qk_dim, choice["head_dim"]))
     v = sum(width for _, width in pieces(spec.v_dim, choice["head_dim"]))
     size, k = BYTES[spec.dtype], int(choice["k_chunk"])
-    threads = int(choice["num_warps"]) * warp_size
-    tile = int(choice["q_chunk"]) * (4 * (v + k) + size * (k + qk)) // 4
+    threads = int(choice["num_warps"]) * gpu.warp_size
+    narrow = k if gpu.architecture in ("sm90", "sm100") else k + qk
+    tile = int(choice["q_chunk"]) * (4 * (v + k) + size * narrow) // 4
     return tile // threads + 44
 
 

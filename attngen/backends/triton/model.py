@@ -17,7 +17,11 @@ from attngen.targets import Target
 
 OPERATIONS = 6.0  # of an element of the scores: scale, subtract, compare, add, convert
 MASKED = 6.0  # more of them where it is masked
-LOOP_CYCLES = 250.0  # of an iteration that no pipe accounts for: waiting, addresses
+SLOTS = 120.0  # instructions of a warp in an iteration that no pipe accounts for
+WAIT_CYCLES = 1500.0  # of an iteration of one program alone: for memory, for each other
+ISSUE = 4  # instructions that a multiprocessor issues in a cycle
+GROUP = 4  # warps that issue Hopper's and Blackwell's products together
+ROWS = 16  # queries that a warp multiplies at once: fewer leave it idle
 
 
 def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> Cost:
@@ -39,12 +43,17 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
         moved / gpu.shared_bytes_per_cycle,
     )
     warps = int(choice["num_warps"])
-    resident = _resident(spec, target, choice)
+    programs = spec.batch * spec.q_heads * -(-spec.q_len // q)
+    fitting = _resident(spec, target, choice)
+    resident = min(fitting, -(-programs // gpu.multiprocessors))
     hidden = min(1.0, resident * warps / 8)  # enough warps to fill waiting with work
     full = max(pipes) + (sum(pipes) - max(pipes)) * (1 - hidden / 2)
-    full += LOOP_CYCLES / resident / (1 if int(choice["num_stages"]) > 1 else 0.4)
+    full *= max(1.0, ROWS * warps / q)
+    if gpu.architecture in ("sm90", "sm100") and (warps < GROUP or q < ROWS * GROUP):
+        full += products / rate  # the older instructions, at half the rate
+    full += SLOTS * warps / ISSUE
+    full += WAIT_CYCLES / resident / min(3, int(choice["num_stages"]))
     edge = full + elements * MASKED / gpu.fma_per_cycle
-    programs = spec.batch * spec.q_heads * -(-spec.q_len // q)
     heads = spec.batch * spec.q_heads
     cycles = heads * (tiles.full * full + tiles.edge * edge)
     at_once = gpu.multiprocessors * resident
@@ -60,7 +69,7 @@ def _resident(spec: AttentionSpec, target: Target, choice: Choice) -> int:
     assert gpu is not None
     warps = int(choice["num_warps"])
     threads = warps * gpu.warp_size
-    by_registers = gpu.registers // (registers(spec, choice, gpu.warp_size) * threads)
+    by_registers = gpu.registers // (registers(spec, choice, gpu) * threads)
     by_shared = gpu.shared_per_multiprocessor // max(1, shared_bytes(spec, choice))
     by_warps = gpu.max_warps // warps
     return max(1, min(by_registers, by_shared, by_warps, gpu.max_blocks))

@@ -1,4 +1,4 @@
-"""A smaller spec for the same file: its lengths, batch and heads come at run time."""
+"""A smaller spec for the interpreter: the same file, but where its mask reaches far."""
 
 from __future__ import annotations
 
@@ -6,20 +6,28 @@ import dataclasses
 from typing import Any
 
 from attngen.errors import OperandError, SpecError
+from attngen.expr import COMPARISONS, Expr, const, substitute
 from attngen.plans import Plan
-from attngen.regions import largest_constant
+from attngen.regions import affine, largest_constant
 from attngen.spec import AttentionSpec
+from attngen.tracing import mask_of
+
+FAR = 600  # keys: beyond them the interpreter takes minutes
 
 
-def small(
-    spec: AttentionSpec, plan: Plan
-) -> tuple[AttentionSpec, dict[str, Any]] | None:
-    """A spec that the plan's file computes as it is, with every kind of tile.
+def small(plan: Plan, *, rebuild: bool) -> tuple[AttentionSpec, dict[str, Any]] | None:
+    """A smaller spec with every kind of tile, in the plan's own blocks.
 
     Two blocks of queries and three of keys, the last of each ragged, and as many more keys
-    as a constant of the mask reaches. None where the spec can't be made smaller (an
-    operand that is read at a fixed index beyond the smaller size, say).
+    as a constant of the mask reaches. The plan's file computes it as it is: lengths come
+    at run time. Where that would be many keys and the file can be made anew (rebuild),
+    limits of the mask are moved closer instead. None where the spec can't be made smaller
+    (an operand that is read at a fixed index beyond the smaller size, say).
     """
+    spec = plan.spec
+    if rebuild and largest_constant(spec) > FAR and spec.mask is not None:
+        near = mask_of(_nearer(spec.mask.expr, 2 * max(plan.q_chunk, plan.k_chunk)))
+        spec = dataclasses.replace(spec, mask=near)
     reach = largest_constant(spec)
     if isinstance(spec.q_offset, int):
         reach = max(reach, abs(spec.q_offset) + abs(spec.kv_offset))
@@ -27,9 +35,9 @@ def small(
     q_length = min(spec.q_len, plan.q_chunk + plan.q_chunk // 2 + 5)
     if spec.q_len == spec.kv_len:
         length = q_length = min(spec.q_len, max(length, q_length))
-    heads = min(spec.kv_heads, 2)
+    heads = min(spec.kv_heads, 2 if length <= FAR else 1)
     sizes: dict[str, Any] = {
-        "batch": min(spec.batch, 2),
+        "batch": min(spec.batch, 2 if length <= FAR else 1),
         "kv_heads": heads,
         "q_heads": heads * spec.repeats,
         "q_len": q_length,
@@ -40,6 +48,27 @@ def small(
     except (OperandError, SpecError):
         return None
     return made, plan.choice
+
+
+def _nearer(mask: Expr, most: int) -> Expr:
+    """The mask with the constants of its affine limits at about `most`, at most."""
+
+    def moved(node: Expr) -> Expr | None:
+        if (
+            node.op == "const"
+            and isinstance(node.value, int)
+            and abs(node.value) > most
+        ):
+            value = most + abs(node.value) % 16
+            return const(value if node.value > 0 else -value)
+        return None
+
+    def limit(node: Expr) -> Expr | None:
+        if node.op in COMPARISONS and all(affine(a) for a in node.args):
+            return substitute(node, moved)
+        return None
+
+    return substitute(mask, limit)
 
 
 def interpreted_s(spec: AttentionSpec) -> float:

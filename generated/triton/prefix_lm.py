@@ -1,0 +1,259 @@
+"""Attention in chunks of 128 queries and 128 keys, with a running softmax.
+
+made by   attngen 0.1.0 for rtx4090; `attngen emit --check` compares this file
+          with what would be emitted now. It is yours: attngen claims no rights in it.
+computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
+          key k is there for query q where (k <= q) | (k < 300)
+          q       [1, 2048, 8, 64]  float32
+          k       [1, 2048, 8, 64]  float32
+          v       [1, 2048, 8, 64]  float32
+          out     [1, 2048, 8, 64]  float32
+plan      running · 128 queries × 128 keys · 8 warps · 2 stages · last queries first
+          tiles of a head: 256; 123 full, 16 on an edge, 117 empty and never visited
+cost      4.66 GFLOP (8.59 GFLOP without skipping), 0 B of temporaries (modelled)
+needs     torch >= 2.6, triton >= 3.5; nothing of attngen
+spec      {"q_heads": 8, "kv_heads": 8, "q_len": 2048, "kv_len": 2048, "qk_dim": 64,
+          "v_dim": 64, "mask": {"or": ["causal", {"prefix": {"length": 300}}]}}
+choices   {"backend": "triton", "target": "rtx4090", "algorithm": "running", "q_chunk":
+          128, "k_chunk": 128, "num_warps": 8, "num_stages": 2, "order": "reverse",
+          "head_dim": "padded"}
+"""
+
+import math
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+Q_BLOCK = tl.constexpr(128)  # queries of a tile
+K_BLOCK = tl.constexpr(128)  # keys of a tile
+R = tl.constexpr(1)  # query heads that share a kv head
+QK_DIM = tl.constexpr(64)
+V_DIM = tl.constexpr(64)
+# 0.125, times log2(e): exp(s) is 2**(s * log2(e))
+SCALE_LOG2 = tl.constexpr(0.18033688011112042)
+NUM_WARPS, NUM_STAGES = 8, 2
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, slowly
+# what changes between calls without another compilation
+RUNTIME = [
+    "q_len", "kv_len", "heads", "q_stride_b", "q_stride_t", "q_stride_h", "k_stride_b",
+    "k_stride_t", "k_stride_h", "v_stride_b", "v_stride_t", "v_stride_h",
+    "out_stride_b", "out_stride_t", "out_stride_h",
+]  # fmt: skip
+CONSTEXPRS = {"ALIGN": 16}  # of tensors that lie densely
+
+
+def attention(q, k, v):
+    """Attention of torch tensors -> out.
+
+    Any batch, lengths and strides; the kernel is compiled once for all of them.
+
+    q       (B, T, H, 64) float32
+    k       (B, S, G, 64) float32
+    v       (B, S, G, 64) float32
+    out     (B, T, H, 64) float32
+    out is 0 where a query sees no key
+    """
+    _check(q, k, v)
+    return _attention(q, k, v)
+
+
+@torch.library.custom_op("attngen::attention_ab2cf5d25c4a", mutates_args=())
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+) -> torch.Tensor:
+    """Allocate the outputs and launch the kernel: one operation to torch.compile."""
+    B, T, H, _ = q.shape
+    out = _empty_out(q)
+    strides = [s for x in (q, k, v, out) for s in x.stride()[:3]]
+    with torch.cuda.device_of(q):
+        forward[(triton.cdiv(T, Q_BLOCK.value) * H * B,)](
+            q,
+            k,
+            v,
+            out,
+            T,
+            k.shape[1],
+            H,
+            *q.stride(),
+            *k.stride(),
+            *v.stride(),
+            *out.stride(),
+            ALIGN=math.gcd(16, *strides),
+            num_warps=NUM_WARPS,
+            num_stages=NUM_STAGES,
+        )
+    return out
+
+
+@_attention.register_fake
+def _fake(q, k, v):
+    return _empty_out(q)
+
+
+def _empty_out(q):
+    B, T, H, _ = q.shape
+    return q.new_empty((B, T, H, 64), dtype=torch.float32)
+
+
+def _check(q, k, v):
+    """Refuse what the kernel doesn't take, before it is launched."""
+    given = {"q": q, "k": k, "v": v}
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError("q, k and v have four dimensions: [b, t, h, d]")
+    B, T, H, _ = q.shape
+    _, S, G, _ = k.shape
+    if H != G * R.value:
+        raise ValueError(f"{H} query heads share {G} kv heads, not {R.value} each")
+    if T != S:
+        raise ValueError(f"{T} queries, {S} keys: no offset is known for them")
+    if max(T, S) > 2**24:  # for which indices are proven
+        raise ValueError(f"{T} queries, {S} keys: at most 2**24")
+    needed = {
+        "q": ((B, T, H, 64), torch.float32),
+        "k": ((B, S, G, 64), torch.float32),
+        "v": ((B, S, G, 64), torch.float32),
+    }
+    for name, (shape, dtype) in needed.items():
+        x = given[name]
+        if tuple(x.shape) != shape or x.dtype != dtype:
+            got = f"{x.dtype}{list(x.shape)}"
+            raise TypeError(f"{name} is {got}, not {dtype}{list(shape)}")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q on {q.device}")
+    if q.device.type != "cuda" and not INTERPRETED:
+        raise RuntimeError(f"q is on {q.device}; this kernel needs a GPU")
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def forward(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    q_len,
+    kv_len,
+    heads,
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    q_stride_d,
+    k_stride_b,
+    k_stride_t,
+    k_stride_h,
+    k_stride_d,
+    v_stride_b,
+    v_stride_t,
+    v_stride_h,
+    v_stride_d,
+    out_stride_b,
+    out_stride_t,
+    out_stride_h,
+    out_stride_d,
+    ALIGN: tl.constexpr,
+):
+    """Q_BLOCK queries of one head, over the key blocks that any of them sees."""
+    blocks = tl.cdiv(q_len, Q_BLOCK)
+    program = tl.program_id(0)
+    q_start = (blocks - 1 - program % blocks) * Q_BLOCK  # those that see most go first
+    h_index = (program // blocks % heads).to(tl.int64)
+    b_index = (program // blocks // heads).to(tl.int64)
+    g_index = h_index // R  # of the keys and values
+    rows = tl.arange(0, Q_BLOCK)
+    cols = tl.arange(0, K_BLOCK)
+    d = tl.arange(0, 64)
+    q_there = q_start + rows < q_len
+    q_index = q_start + rows[:, None]
+
+    # strides between tokens: ALIGN divides them, and saying so makes loads wide
+    q_step = q_stride_t // ALIGN * ALIGN
+    k_step = k_stride_t // ALIGN * ALIGN
+    v_step = v_stride_t // ALIGN * ALIGN
+    out_step = out_stride_t // ALIGN * ALIGN
+    q_head = _head(q_ptr, b_index, h_index, q_stride_b, q_stride_h, ALIGN)
+    k_head = _head(k_ptr, b_index, g_index, k_stride_b, k_stride_h, ALIGN)
+    v_head = _head(v_ptr, b_index, g_index, v_stride_b, v_stride_h, ALIGN)
+    q_head += q_start.to(tl.int64) * q_step
+    q = tl.load(
+        q_head + rows[:, None] * q_step + d[None, :] * q_stride_d,
+        mask=q_there[:, None],
+        other=0.0,
+    )
+    k_at = cols[None, :] * k_step + d[:, None] * k_stride_d
+    k_block = k_step.to(tl.int64) * K_BLOCK  # from one block to the next
+    v_at = cols[:, None] * v_step + d[None, :] * v_stride_d
+    v_block = v_step.to(tl.int64) * K_BLOCK
+
+    # Key blocks [0, last) hold what any query here sees, and
+    # [0, full_last) only what every one of them sees.
+    # q_lo and q_hi: positions, half-open
+    q_lo = q_start
+    q_hi = tl.minimum(q_start + Q_BLOCK, q_len)
+    high = tl.minimum(tl.maximum(q_hi, 300), kv_len)
+    last = tl.cdiv(high, K_BLOCK)
+    full_last = tl.minimum(tl.maximum(q_lo + 1, 300), kv_len) // K_BLOCK
+    full_last = tl.minimum(full_last, last)
+    m = tl.full((Q_BLOCK,), float("-inf"), tl.float32)  # in units of log 2
+    total = tl.zeros((Q_BLOCK,), tl.float32)
+    acc = tl.zeros((Q_BLOCK, 64), tl.float32)
+    for c in range(full_last):
+        k = tl.load(k_head + c * k_block + k_at)
+        s = tl.dot(q, k, input_precision="ieee")
+        m, total, p, rescale = _softmax(s, m, total, UNSEEN=False)
+        v = tl.load(v_head + c * v_block + v_at)
+        acc *= rescale[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    for c in range(full_last, last):
+        k_index = c * K_BLOCK + cols[None, :]
+        k = tl.load(
+            k_head + c * k_block + k_at,
+            mask=k_index < kv_len,
+            other=0.0,
+        )
+        s = tl.dot(q, k, input_precision="ieee")
+        seen = (k_index <= q_index) | (k_index < 300)
+        seen &= k_index < kv_len
+        s = tl.where(seen, s, float("-inf"))
+        m, total, p, rescale = _softmax(s, m, total, UNSEEN=True)
+        seen = tl.broadcast_to(seen, (Q_BLOCK, K_BLOCK)) & q_there[:, None]
+        there = tl.max(seen.to(tl.int32), 0) > 0  # else a NaN no query sees
+        v = tl.load(
+            v_head + c * v_block + v_at,
+            mask=there[:, None],
+            other=0.0,
+        )
+        acc *= rescale[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+
+    share = 1.0 / tl.where(total == 0, 1.0, total)  # a row that saw no key is 0
+    out_head = _head(out_ptr, b_index, h_index, out_stride_b, out_stride_h, ALIGN)
+    out_head += q_start.to(tl.int64) * out_step
+    tl.store(
+        out_head + rows[:, None] * out_step + d[None, :] * out_stride_d,
+        (acc * share[:, None]).to(out_ptr.dtype.element_ty),
+        mask=q_there[:, None],
+    )
+
+
+@triton.jit
+def _softmax(s, m, total, UNSEEN: tl.constexpr):
+    """The running maximum and sum with one more tile; its weights; what rescales sums.
+
+    UNSEEN: a score can be -inf, that of a key which its query doesn't see
+    """
+    m_new = tl.maximum(m, tl.max(s, 1) * SCALE_LOG2)
+    m_safe = m_new
+    if UNSEEN:
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # saw no key yet
+    p = tl.exp2(s * SCALE_LOG2 - m_safe[:, None])
+    rescale = tl.exp2(m - m_safe)
+    return m_new, total * rescale + tl.sum(p, 1), p, rescale
+
+
+@triton.jit
+def _head(ptr, b, h, stride_b, stride_h, ALIGN: tl.constexpr):
+    """Where a head begins; strides are multiples of ALIGN."""
+    return ptr + (b * (stride_b // ALIGN) + h * (stride_h // ALIGN)) * ALIGN

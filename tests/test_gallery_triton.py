@@ -1,0 +1,75 @@
+"""The gallery's Triton files: what is emitted now, byte for byte; judged, and compiled."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gallery
+import pytest
+
+pytest.importorskip("triton", reason="needs attngen[triton]")
+
+import functools
+
+import interpreted
+
+import attngen
+from attngen import api, backends, building, gpus, validator
+from attngen.emitter import read_header
+
+FOLDER = gallery.FOLDER / "triton"
+NAMES = tuple(gallery.TRITON)
+ARCHITECTURES = (*gpus.REPRESENTATIVES, "mi300x", "mi355x")
+
+
+def test_every_file_has_an_entry_and_every_entry_a_file():
+    found = {p.name for p in FOLDER.iterdir() if p.name != "__pycache__"}
+    assert found == {f"{name}.py" for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_is_what_is_emitted_now(name):
+    path = FOLDER / f"{name}.py"
+    assert path.read_bytes() == gallery.triton_source(name).text.encode()
+    spec, target = gallery.TRITON[name]
+    head = read_header(path)
+    assert head.spec == spec()
+    assert (head.target, head.backend) == (target, "triton")
+
+
+def test_ruff_finds_nothing_with_its_own_settings():
+    for command in (["check"], ["format", "--check"]):
+        ran = subprocess.run(
+            [Path(sys.executable).parent / "ruff", *command, "--isolated", "--no-cache",
+             FOLDER],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stdout
+
+
+def plan_of(name, target=None):
+    spec, own = gallery.TRITON[name]
+    return attngen.plan(spec(), target=target or own, backend="triton")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_smaller_spec_in_the_same_blocks_is_computed(name):
+    plan, by = plan_of(name), backends.get("triton")
+    small, choice = by.small(plan, rebuild=True)
+    made = attngen.plan(small, target=plan.target, backend="triton", fix=choice)
+    function = functools.partial(interpreted.call, api.stored(attngen.emit(made)))
+    report = validator.validate(small, made, function, to_array=by.array, time_s=0)
+    assert report.passed, report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ARCHITECTURES)
+def test_every_kernel_compiles_for_every_architecture_without_spills(target):
+    by = backends.get("triton")
+    for name in NAMES:
+        ranked = attngen.planner.rank(
+            gallery.TRITON[name][0](), attngen.targets.get(target), by, smallest=8
+        )
+        chosen, _, certificate = building.first_certified(ranked, by)
+        assert certificate.spill_bytes == 0, (name, chosen.choice)
+        assert certificate.shared_bytes <= attngen.targets.get(target).gpu.shared_bytes
