@@ -105,7 +105,7 @@ def test_what_the_launcher_allocates_is_told():
         ("cpu", KERNEL, "is no GPU"),
         ("a100", KERNEL.replace("lse_ptr", "bias_ptr"), "bias"),
         ("a100", KERNEL.replace("tl.dot(q", "tl.dot(cols"), "CompilationError"),
-        ("a100", "NUM_WARPS = 4", "forward"),
+        ("a100", "NUM_WARPS = 4", "attention"),
     ],
 )
 def test_what_does_not_compile_is_an_error(target, source, said):

@@ -13,6 +13,10 @@ CONSTEXPRS = {"ALIGN": 16}
 LENGTHS = ["q_len", "kv_len", "q_stride_t", "k_stride_t", "v_stride_t"]
 
 
+def attention(q, k, v):
+    raise NotImplementedError("nothing runs: it is compiled")
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def forward(
     q_ptr,

@@ -16,13 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import importlib.util
 import io
 import math
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -32,6 +30,7 @@ from typing import Any
 
 from attngen import targets
 from attngen.backends.triton import assembly
+from attngen.backends.triton.loader import import_file
 from attngen.backends.triton.pipes import Tile, pipes
 from attngen.dtypes import BYTES
 from attngen.gpus import Gpu
@@ -58,7 +57,7 @@ def certify(job: dict[str, Any]) -> dict[str, Any]:
     gpu = target.gpu
     if gpu is None:
         raise ValueError(f"{target.name} is no GPU; Triton compiles for GPUs")
-    module = _module(Path(job["source"]))
+    module = import_file(Path(job["source"]))
     shapes: list[Shape] = [(n, tuple(s), d) for n, s, d in job["shapes"]]
     start = time.perf_counter()
     signature, constants, attributes = arguments(
@@ -267,15 +266,3 @@ def _tile(
             return None
         found[name] = int(getattr(value, "value", value))
     return Tile(**found, item_bytes=BYTES[dtypes["k"]])
-
-
-def _module(path: Path) -> Any:
-    """Triton reads a kernel's source from its file."""
-    name = f"attngen_certified_{path.stem}"
-    specification = importlib.util.spec_from_file_location(name, path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module
-    specification.loader.exec_module(module)
-    return module
