@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow check format golden bench clean
+.PHONY: demo test slow check format golden bench gpu clean
 
 demo: $(INSTALLED)  ## three real workloads under a budget, on this machine
 	@$(BIN)/python benchmarks/demo.py
@@ -31,6 +31,10 @@ golden: $(INSTALLED)  ## emit the gallery anew
 
 bench: $(INSTALLED)  ## the committed benchmark
 	$(BIN)/python benchmarks/targets_cpu.py
+
+gpu: $(INSTALLED)  ## all that needs a GPU: validate, tune, benchmark
+	@$(BIN)/python -m pytest tests/test_triton.py tests/test_gallery_triton.py
+	@$(BIN)/python benchmarks/gpu.py
 
 $(INSTALLED): pyproject.toml
 	@echo "setting up $(VENV) (once, about a minute) …"

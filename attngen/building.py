@@ -158,8 +158,10 @@ def _tried(ranked: tuple[Plan, ...]) -> list[Plan]:
 
 
 def _size(plan: Plan) -> int:
-    """What has to fit: temporaries; where there are none, the tile."""
-    return plan.temp_bytes or plan.q_chunk * plan.k_chunk
+    """What has to fit: temporaries; where there are none, what a warp holds of a tile."""
+    width = plan.k_chunk + plan.spec.qk_dim + plan.spec.v_dim
+    warps = int(plan.choice.get("num_warps", 1))
+    return plan.temp_bytes or plan.q_chunk * width // warps
 
 
 def certify(chosen: Plan, source: Source, target: str) -> Certificate:

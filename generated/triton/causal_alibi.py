@@ -11,8 +11,8 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           slopes  [8]  float32
           out     [1, 8, 1000, 72]  float32
           lse     [1, 8, 1000]  float32
-plan      running · 16 queries × 32 keys · 1 warps · 2 stages · last queries first ·
-          head dim in pieces
+plan      running · 16 queries × 32 keys · 1 warp · 2 stages · last queries first · head
+          dim in pieces
           tiles of a head: 2016; 960 full, 64 on an edge, 992 empty and never visited
 cost      1.21 GFLOP (2.3 GFLOP without skipping), 0 B of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen

@@ -8,7 +8,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           k       [1, 512, 2, 96]  float32
           v       [1, 512, 2, 40]  float32
           out     [1, 512, 2, 40]  float32
-plan      running · 16 queries × 128 keys · 1 warps · 3 stages · head dim in pieces
+plan      running · 16 queries × 128 keys · 1 warp · 3 stages · head dim in pieces
           tiles of a head: 128; 0 full, 128 on an edge, 0 empty and never visited
 cost      143 MFLOP, 0 B of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen

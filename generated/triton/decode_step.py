@@ -13,7 +13,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           q_offset [4]  int32
           out     [4, 1, 16, 128]  float16
           lse     [4, 16, 1]  float32
-plan      running · 16 queries × 128 keys · 1 warps · 2 stages · last queries first
+plan      running · 16 queries × 128 keys · 1 warp · 2 stages · last queries first
           tiles of a head: 32; 31 full, 1 on an edge, 0 empty and never visited
 cost      2.15 GFLOP, 0 B of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen

@@ -10,7 +10,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           v       [1, 8192, 8, 64]  bfloat16
           sink    [64]  float32
           out     [1, 8192, 64, 64]  bfloat16
-plan      running · 32 queries × 32 keys · 1 warps · 2 stages
+plan      running · 32 queries × 32 keys · 1 warp · 2 stages
           tiles of a head: 65536; 762 full, 508 on an edge, 64266 empty and never
           visited
 cost      21.3 GFLOP (1.1 TFLOP without skipping), 0 B of temporaries (modelled)

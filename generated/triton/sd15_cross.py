@@ -7,7 +7,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           k       [1, 77, 8, 40]  float16
           v       [1, 77, 8, 40]  float16
           out     [1, 4096, 8, 40]  float16
-plan      running · 32 queries × 16 keys · 1 warps · 3 stages · head dim in pieces
+plan      running · 32 queries × 16 keys · 1 warp · 3 stages · head dim in pieces
           tiles of a head: 640; 512 full, 128 on an edge, 0 empty and never visited
 cost      419 MFLOP, 0 B of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen

@@ -155,13 +155,13 @@ def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     threads = int(choice["num_warps"]) * gpu.warp_size
     narrow = k if gpu.architecture in ("sm90", "sm100") else k + qk
     tile = int(choice["q_chunk"]) * (4 * (v + k) + size * narrow) // 4
-    return tile // threads + 44
+    return tile // threads + 56
 
 
 def describe(choice: Choice) -> str:
     parts = [
         f"{choice['q_chunk']} queries × {choice['k_chunk']} keys",
-        f"{choice['num_warps']} warps",
+        f"{choice['num_warps']} warp{'s' * (choice['num_warps'] != 1)}",
         f"{choice['num_stages']} stage{'s' * (choice['num_stages'] != 1)}",
     ]
     if choice["order"] == "reverse":
