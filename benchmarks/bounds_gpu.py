@@ -131,8 +131,8 @@ def of_tutorial(kernel: Any, target: str, dim: int, causal: bool) -> dict[str, A
             choice = {"q_chunk": q, "k_chunk": k, "warps": warps, "stages": stages}
             found.append({"choice": choice} | {x: made.get(x) for x in SHOWN})
             break  # more stages change what fits, hardly the loop
-        if found and found[-1]["bound_pipe"] == "matrix":
-            break  # none is better: these products are all useful ones
+        if found and found[-1]["flops_per_cycle"] >= 2 * gpu.matrix_fma_per_cycle:
+            break  # none is better
     return max(found, key=lambda x: x["flops_per_cycle"])
 
 
