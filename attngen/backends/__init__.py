@@ -56,6 +56,9 @@ class Backend(Protocol):
     def template(self, plan: Plan) -> tuple[str, Mapping[str, Any]]:
         """The template's file name and what it receives."""
 
+    def is_here(self, target: Target) -> bool:
+        """Whether a kernel for the target can be called in this process."""
+
     def load(self, path: Path) -> Callable[..., Any]:
         """The function of an emitted file, ready to be called with arrays."""
 

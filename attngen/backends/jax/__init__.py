@@ -51,6 +51,9 @@ class JaxBackend:
     def template(self, plan: Plan) -> tuple[str, Mapping[str, Any]]:
         return f"{plan.algorithm}.py.jinja", context.context(plan)
 
+    def is_here(self, target: Target) -> bool:
+        return target.gpu is None
+
     def load(self, path: Path) -> Callable[..., Any]:
         from attngen.backends.jax.loader import load
 

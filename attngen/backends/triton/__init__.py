@@ -51,6 +51,11 @@ class TritonBackend:
     def template(self, plan: Plan) -> tuple[str, Mapping[str, Any]]:
         return "forward.py.jinja", context.context(plan)
 
+    def is_here(self, target: Target) -> bool:
+        from attngen.backends.triton.loader import has_gpu
+
+        return has_gpu()
+
     def load(self, path: Path) -> Callable[..., Any]:
         from attngen.backends.triton.loader import load
 

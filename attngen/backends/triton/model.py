@@ -20,6 +20,7 @@ MASKED = 6.0  # more of them where it is masked
 SLOTS = 120.0  # instructions of a warp in an iteration that no pipe accounts for
 WAIT_CYCLES = 1500.0  # of an iteration of one program alone: for memory, for each other
 ISSUE = 4  # instructions that a multiprocessor issues in a cycle
+GROUPED = ("sm90", "sm100")
 GROUP = 4  # warps that issue Hopper's and Blackwell's products together
 ROWS = 16  # queries that a warp multiplies at once: fewer leave it idle
 
@@ -35,21 +36,23 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
     rate = gpu.fma_per_cycle if spec.dtype == "float32" else gpu.matrix_fma_per_cycle
     elements = q * k
     arithmetic = elements * OPERATIONS + 2 * q * v
-    moved = k * (qk + v) * BYTES[spec.dtype]
+    warps = int(choice["num_warps"])
+    readers = warps if gpu.architecture not in GROUPED else -(-warps // GROUP)
+    loaded = k * (qk + v) * BYTES[spec.dtype]
     pipes = (
         products / rate,
         elements / gpu.exp_per_cycle,
         arithmetic / gpu.fma_per_cycle,
-        moved / gpu.shared_bytes_per_cycle,
+        (readers + 1) * loaded / gpu.shared_bytes_per_cycle,  # each reads all of it
+        loaded / gpu.global_bytes_per_cycle,
     )
-    warps = int(choice["num_warps"])
     programs = spec.batch * spec.q_heads * -(-spec.q_len // q)
     fitting = _resident(spec, target, choice)
     resident = min(fitting, -(-programs // gpu.multiprocessors))
     hidden = min(1.0, resident * warps / 8)  # enough warps to fill waiting with work
     full = max(pipes) + (sum(pipes) - max(pipes)) * (1 - hidden / 2)
     full *= max(1.0, ROWS * warps / q)
-    if gpu.architecture in ("sm90", "sm100") and (warps < GROUP or q < ROWS * GROUP):
+    if gpu.architecture in GROUPED and (warps < GROUP or q < ROWS * GROUP):
         full += products / rate  # the older instructions, at half the rate
     full += SLOTS * warps / ISSUE
     full += WAIT_CYCLES / resident / min(3, int(choice["num_stages"]))
