@@ -68,15 +68,12 @@ def test_the_least_bound_is_taken_and_spills_are_not(monkeypatch):
         ),
     )
     assert offline.best(SPEC, A100, by, "measure", {}) is None
+    spilling = dataclasses.replace(KERNEL, spill_bytes=8)
+    monkeypatch.setattr(
+        "attngen.building._certified",
+        lambda groups, by: [(p, None, spilling) for group in groups for p in group],
+    )
     with pytest.raises(PlanError, match="No plan compiles"):
-        monkeypatch.setattr(
-            "attngen.building._certified",
-            lambda groups, by: [
-                (p, None, dataclasses.replace(KERNEL, spill_bytes=8))
-                for g in groups
-                for p in g
-            ],
-        )
         attngen.build(SPEC, target="a100")
 
 
