@@ -20,7 +20,7 @@ check: $(INSTALLED)  ## format, lint, types, layers, the gallery
 	$(BIN)/ruff check attngen tests benchmarks generated
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/attngen emit --check generated
+	$(BIN)/attngen emit --check generated generated/triton
 
 format: $(INSTALLED)
 	$(BIN)/ruff format attngen tests benchmarks

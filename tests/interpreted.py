@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 import attngen
-from attngen import api, backends, validator
+from attngen import api, validator
 from attngen.backends.triton.interpreter import plain
 
 _SERVER = """
@@ -69,6 +69,10 @@ def call(path, **given):
     return tuple(made)
 
 
+def as_it_is(x, dtype):
+    return x
+
+
 def judge(spec, target="h100", **fix):
     """Assert that the kernel emitted for a spec computes it; the report."""
     plan = attngen.plan(spec, target=target, backend="triton", fix=fix)
@@ -77,7 +81,7 @@ def judge(spec, target="h100", **fix):
         spec,
         plan,
         functools.partial(call, path),
-        to_array=backends.get("triton").array,
+        to_array=as_it_is,
         time_s=0,
     )
     assert report.passed, f"{report}\n{plan.choice}\n{spec.to_json()}"

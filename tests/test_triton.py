@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ from test_conformance import SPECS
 import attngen
 from attngen import AttentionSpec, api, inputs, masks, reference, scores
 from attngen.backends.triton.candidates import pieces
-from attngen.errors import NotBuiltError, PlanError
+from attngen.backends.triton.loader import has_gpu
+from attngen.errors import BackendError, NotBuiltError, PlanError
 from attngen.names import is_free
 
 LIKE = AttentionSpec(
@@ -244,3 +246,52 @@ def test_what_is_not_built_says_so(change):
 def test_illegal_choices_have_reasons(fix, words):
     with pytest.raises(PlanError, match=words):
         attngen.plan(LIKE, target="h100", backend="triton", fix=fix)
+
+
+IN_TORCH = """
+import importlib.util, sys, torch
+made = importlib.util.spec_from_file_location("emitted", sys.argv[1])
+module = sys.modules["emitted"] = importlib.util.module_from_spec(made)
+made.loader.exec_module(module)
+q, k, v = (torch.randn(2, 70, h, 32) for h in (2, 1, 1))
+torch.library.opcheck(
+    module._attention, (q, k, v), test_utils=("test_schema", "test_faketensor")
+)
+out, lse = module.attention(q, k, v)
+compiled = torch.compile(lambda *a: module.attention(*a), backend="eager", fullgraph=True)
+assert torch.equal(compiled(q, k, v)[0], out)
+
+def strided(x):
+    wide = torch.full((2, 4, 33, 141), torch.nan)
+    view = wide[:, :x.shape[2], :32, 1::2].permute(0, 3, 1, 2)
+    view.copy_(x)
+    return view
+
+again = module.attention(*map(strided, (q, k, v)))
+assert torch.equal(again[0], out) and torch.equal(again[1], lse)
+print("right")
+"""
+
+
+def test_torch_takes_it_as_one_operation_with_any_strides():
+    spec = dataclasses.replace(LIKE, mask=masks.causal())
+    path = api.stored(source_of(spec, q_chunk=32, k_chunk=32))
+    ran = subprocess.run(
+        [sys.executable, "-c", IN_TORCH, str(path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
+    assert ran.stdout.split() == ["right"], ran.stderr[-2000:]
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+def test_a_kernel_is_built_with_its_certificate_and_says_that_it_cannot_be_called():
+    spec = dataclasses.replace(LIKE, mask=masks.causal(), dtype="float16")
+    kernel = attngen.build(spec, target="a100", fix={"q_chunk": 64, "k_chunk": 32})
+    assert kernel.report.passed
+    assert kernel.certificate.temp_bytes == kernel.certificate.spill_bytes == 0
+    assert kernel.certificate.matrix_instruction.startswith("HMMA")
+    with pytest.raises(BackendError, match="can't be called here"):
+        kernel(None, None, None)
+    assert attngen.validate(kernel).passed

@@ -155,7 +155,9 @@ def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     threads = int(choice["num_warps"]) * gpu.warp_size
     narrow = k if gpu.architecture in ("sm90", "sm100") else k + qk
     tile = int(choice["q_chunk"]) * (4 * (v + k) + size * narrow) // 4
-    return tile // threads + 56
+    # whole float32 products on NVIDIA's are multiply-adds, whose factors lie in registers
+    factors = 64 if spec.dtype == "float32" and gpu.backend == "cuda" else 0
+    return tile // threads + 56 + factors
 
 
 def describe(choice: Choice) -> str:
