@@ -230,8 +230,8 @@ def forward(
         acc_1 *= rescale[:, None]
         acc_1 = tl.dot(p.to(v_1.dtype), v_1, acc_1, input_precision="ieee")
     low_edges = full_first - 0
-    for e in range(low_edges + last - full_last):  # on both sides of the interior
-        c = e + tl.where(e < low_edges, 0, full_last - low_edges)
+    for i in range(low_edges + last - full_last):  # on both sides of the interior
+        c = i + tl.where(i < low_edges, 0, full_last - low_edges)
         k_index = c * K_BLOCK + cols[None, :]
         k_0 = tl.load(
             k_head + c * k_block + k_0_at,

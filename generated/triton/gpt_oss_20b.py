@@ -222,8 +222,8 @@ def forward(
         acc *= rescale[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc)
     low_edges = full_first - first
-    for e in range(low_edges + last - full_last):  # on both sides of the interior
-        c = e + tl.where(e < low_edges, first, full_last - low_edges)
+    for i in range(low_edges + last - full_last):  # on both sides of the interior
+        c = i + tl.where(i < low_edges, first, full_last - low_edges)
         k_index = c * K_BLOCK + cols[None, :]
         k = tl.load(
             k_head + c * k_block + k_at,

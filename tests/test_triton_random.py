@@ -1,0 +1,55 @@
+"""Random specs through the Triton backend, in the interpreter, by the reference."""
+
+import dataclasses
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+
+pytest.importorskip("triton", reason="needs attngen[triton]")
+
+import interpreted
+from test_random import specs
+
+from attngen.errors import AttngenError
+
+
+@st.composite
+def longer(draw):
+    """Specs of the other backends' test with more tokens, in several blocks of 16."""
+    spec, more = draw(specs()), draw(st.sampled_from([0, 16, 29]))
+    try:
+        return dataclasses.replace(
+            spec, q_len=spec.q_len + more, kv_len=spec.kv_len + more
+        )
+    except AttngenError:
+        assume(False)
+
+
+def judged(spec, q_chunk, k_chunk, order):
+    interpreted.judge(spec, q_chunk=q_chunk, k_chunk=k_chunk, order=order)
+
+
+SIZES = (
+    st.sampled_from([16, 32]),
+    st.just(16),
+    st.sampled_from(["forward", "reverse"]),
+)
+QUIET = {
+    "deadline": None,
+    "suppress_health_check": list(HealthCheck),
+    "derandomize": True,
+}
+
+
+@settings(max_examples=15, **QUIET)
+@given(longer(), *SIZES)
+def test_random_specs(spec, q_chunk, k_chunk, order):
+    judged(spec, q_chunk, k_chunk, order)
+
+
+@pytest.mark.slow
+@settings(max_examples=600, **QUIET)
+@given(longer(), *SIZES)
+def test_many_random_specs(spec, q_chunk, k_chunk, order):
+    judged(spec, q_chunk, k_chunk, order)
