@@ -106,7 +106,7 @@ def _check(q, k, v):
         raise ValueError("q, k and v have four dimensions: [b, t, h, d]")
     B, T, H, _ = q.shape
     _, S, G, _ = k.shape
-    if H != G * R.value:
+    if G * R.value != H:
         raise ValueError(f"{H} query heads share {G} kv heads, not {R.value} each")
     if T != S:
         raise ValueError(f"{T} queries, {S} keys: no offset is known for them")
