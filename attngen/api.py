@@ -176,7 +176,8 @@ def certify(f: Any, *shapes: Any, target: str | None = None) -> Certificate:
         target: None: the kernel's or plan's own, else this machine's processor.
 
     Raises:
-        TargetError, NotBuiltError: there is no such target, or no compiler for it yet.
+        TargetError, BackendError, NotBuiltError: there is no such target, or no compiler
+            for it yet.
         CompileError: the compiler refused, crashed, or took too long.
     """
     from attngen.kernel import Kernel
@@ -184,12 +185,12 @@ def certify(f: Any, *shapes: Any, target: str | None = None) -> Certificate:
     if isinstance(f, Kernel | Plan):
         chosen = f.plan if isinstance(f, Kernel) else f
         source = f.source if isinstance(f, Kernel) else emit(f)
-        return building.certify(
-            chosen, source, targets.get(target or chosen.target).name
-        )
+        device, _ = building.where(target or chosen.target, chosen.backend)
+        return building.certify(chosen, source, device.name)
     from attngen.backends.jax import exporting
 
-    return exporting.certify(f, shapes, targets.get(target).name)
+    device, _ = building.where(target, "jax")
+    return exporting.certify(f, shapes, device.name)
 
 
 def tune(

@@ -35,7 +35,7 @@ def refused(kind, *arguments, code=WRONG):
     out, err = run(*arguments, code=code)
     assert out == ""
     said = [line for line in err.splitlines() if not line.endswith("…")]
-    assert said[0].startswith(f"{kind}: ")
+    assert said[0].startswith(f"{kind}:")
     assert any(line.startswith("  got      ") for line in said)
     assert any(line.startswith("  needed   ") for line in said)
     out, err_json = run(*arguments, "--json", code=code)

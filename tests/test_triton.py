@@ -73,7 +73,11 @@ def test_pieces_cover_a_head_dim_with_little_padding():
 @pytest.mark.parametrize(("q_chunk", "k_chunk"), [(16, 64), (64, 16), (128, 128)])
 def test_blocks_and_order(q_chunk, k_chunk, order):
     spec = dataclasses.replace(
-        LIKE, mask=masks.causal() & masks.sliding_window(40), q_len=150, kv_len=150
+        LIKE,
+        mask=masks.causal() & masks.sliding_window(40),
+        q_len=150,
+        kv_len=150,
+        dtype="float16",
     )
     interpreted.judge(spec, q_chunk=q_chunk, k_chunk=k_chunk, order=order)
 

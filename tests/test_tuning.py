@@ -247,7 +247,8 @@ def test_tuning_again_adds_samples_and_certifies_nothing(sizes, monkeypatch):
 def test_a_search_with_fixed_choices_doesnt_decide_for_others(sizes):
     attngen.tune(SPEC, seconds=1e-3, fix={"q_chunk": 1})
     assert recalling.recall(SPEC, TARGET, JAX, "estimate", {}) is None
-    fixed = recalling.recall(SPEC, TARGET, JAX, "measure", {"q_chunk": 1})
+    assert recalling.recall(SPEC, TARGET, JAX, "measure", {"q_chunk": 1}) is None
+    fixed = recalling.recall(SPEC, TARGET, JAX, "estimate", {"q_chunk": 1})
     assert fixed[0].q_chunk == 1
     assert fixed[0].fixed == ("q_chunk",)
 
