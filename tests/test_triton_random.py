@@ -49,7 +49,7 @@ def test_random_specs(spec, q_chunk, k_chunk, order):
 
 
 @pytest.mark.slow
-@settings(max_examples=600, **QUIET)
+@settings(max_examples=150, **QUIET)
 @given(longer(), *SIZES)
 def test_many_random_specs(spec, q_chunk, k_chunk, order):
     judged(spec, q_chunk, k_chunk, order)
