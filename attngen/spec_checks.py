@@ -144,17 +144,21 @@ def _check_operands(spec: AttentionSpec) -> None:
 def _check_offset(spec: AttentionSpec) -> None:
     if spec.q_offset is not None or spec.q_len == spec.kv_len:
         return
-    for root in spec.expressions:
-        for leaf in _leaves(root):
-            if {"q", "k"} <= position_variables(leaf):
-                raise SpecError(
-                    "q_len differs from kv_len, and a mask or score relates q to k: "
-                    "where do the queries stand among the keys?",
-                    got=f"q_len={spec.q_len}, kv_len={spec.kv_len}, {expr.describe(leaf)}, "
-                    "no q_offset",
-                    needed='q_offset: an integer, "bottom_right" or "operand"',
-                    hint=OFFSETS_HINT,
-                )
+    for leaf in relating(spec)[:1]:
+        raise SpecError(
+            "q_len differs from kv_len, and a mask or score relates q to k: "
+            "where do the queries stand among the keys?",
+            got=f"q_len={spec.q_len}, kv_len={spec.kv_len}, {expr.describe(leaf)}, "
+            "no q_offset",
+            needed='q_offset: an integer, "bottom_right" or "operand"',
+            hint=OFFSETS_HINT,
+        )
+
+
+def relating(spec: AttentionSpec) -> list[Expr]:
+    """The parts of masks and scores that relate positions of queries and of keys."""
+    leaves = [leaf for root in spec.expressions for leaf in _leaves(root)]
+    return [leaf for leaf in leaves if {"q", "k"} <= position_variables(leaf)]
 
 
 def _leaves(node: Expr) -> list[Expr]:

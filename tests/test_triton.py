@@ -100,6 +100,35 @@ def test_positions_of_64_bits():
     interpreted.judge(spec, q_chunk=32, k_chunk=32)
 
 
+@pytest.mark.parametrize(
+    "index",
+    [lambda q, k: q // 3, lambda q, k: k // 3, lambda q, k: q, lambda q, k: k],
+    ids=["rows", "keys", "bare rows", "bare keys"],
+)
+def test_what_is_read_outside_a_table_is_nan(index):
+    """As the reference has it; bare positions leave the table in longer calls only."""
+    table = attngen.operand("table", axes=("h", 20), dtype="float32")
+    score = attngen.score(lambda s, b, h, q, k: s + table[h, index(q, k)])
+    spec = dataclasses.replace(LIKE, q_len=20, kv_len=20, score=(score,))
+    path = api.stored(source_of(spec, q_chunk=32, k_chunk=16))
+    long = dataclasses.replace(LIKE, q_len=70, kv_len=70)
+    arrays = inputs.arrays(long) | {"table": np.ones((2, 20), np.float32)}
+    out, lse = interpreted.call(path, **arrays)
+    position = np.arange(70)
+    inside = index(position, 0 * position) < 20
+    if (index(0 * position, position) >= 20).any():
+        inside[:] = False  # every query sees a key that is read outside
+    assert np.isfinite(lse[:, :, inside]).all()
+    assert np.isnan(lse[:, :, ~inside]).all()
+    assert np.isnan(out[:, ~inside]).all()
+
+
+def test_lengths_may_differ_where_no_mask_relates_them():
+    mask = attngen.mask(lambda b, h, q, k: (q < 40) & (k > 3))
+    spec = dataclasses.replace(LIKE, mask=mask, kv_len=50)
+    interpreted.judge(spec, q_chunk=32, k_chunk=32)
+
+
 def test_operands_may_have_ordinary_names():
     for name in ("x", "name", "shape", "s_1", "program", "rows"):
         if not is_free(name):

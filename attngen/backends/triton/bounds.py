@@ -15,6 +15,7 @@ from attngen.expr import level as tightness
 from attngen.intervals import Interval, interval
 from attngen.plans import Plan
 from attngen.regions import Span, analyse, hull_is_seen
+from attngen.spec import AttentionSpec
 
 
 @dataclass
@@ -96,6 +97,20 @@ def bounds(plan: Plan, env: Mapping[str, Interval], helpers: set[str]) -> Bounds
     return made
 
 
+def offset_source(spec: AttentionSpec) -> str:
+    """Where the position of query 0 comes from at run time; "" where it is 0."""
+    if spec.q_offset == "bottom_right":
+        return "lengths" if spec.kv_lengths else "bottom_right"
+    if spec.q_offset == "operand":
+        return "operand"
+    return "constant" if spec.q_offset else ""
+
+
+def end_of_keys(spec: AttentionSpec) -> str:
+    """The variable that holds how many keys are there."""
+    return "kv_end" if spec.kv_lengths else "kv_len"
+
+
 class _Limits:
     """Limits in positions → key indices, as text."""
 
@@ -111,16 +126,14 @@ class _Limits:
         names = {"q_lo": "q_lo", "q_hi": "q_hi"}
         around = {"q_lo": (low, high), "q_hi": (low + 1, high + 1)}
         self.printer = TritonPrinter("tl", names, repr, env=around, helpers=helpers)
-        self.end = "kv_end" if self.spec.kv_lengths else "kv_len"
+        self.end = end_of_keys(self.spec)
         self.count = 0
 
     def define(self, span: Span) -> None:
         """q_lo and q_hi, where a limit reads them."""
         limits = (span.low, span.high) if not span.any_full else span.limits
         read = {n for limit in limits if limit is not None for n in variables(limit)}
-        shift = "" if self.spec.static_q_offset == 0 else " + offset"
-        if self.spec.q_offset == "bottom_right":
-            shift = " + offset"
+        shift = " + offset" if offset_source(self.spec) else ""
         if read:
             names = " and ".join(n for n in ("q_lo", "q_hi") if n in read)
             self.lines.append(f"# {names}: positions, half-open")

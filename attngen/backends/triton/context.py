@@ -9,16 +9,17 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from attngen.backends.triton.bounds import bounds
+from attngen.backends.triton.bounds import bounds, end_of_keys, offset_source
 from attngen.backends.triton.candidates import pieces
 from attngen.backends.triton.tile_code import Writer
 from attngen.expr import walk
 from attngen.intervals import Interval, domain, interval, proven
 from attngen.plans import Plan
 from attngen.spec import AttentionSpec
-from attngen.spec_checks import position_variables
+from attngen.spec_checks import relating
 
 LONGEST = 2**24  # tokens: for which indices are proven, whatever the spec's own lengths
+LOG2E = 1.4426950408889634
 _SIZES = {"b": "B", "h": "H", "q": "T", "k": "S"}
 
 
@@ -50,7 +51,7 @@ def context(plan: Plan) -> dict[str, Any]:
         "rows_code": writer.rows,
         "bounds": where,
         "begins": "" if where.first == "0" else "first, ",
-        "end": "kv_end" if spec.kv_lengths else "kv_len",
+        "end": end_of_keys(spec),
         "wide": ".to(tl.int64)" if index_dtype == "int64" else "",
         "reverse": plan.option("order") == "reverse",
         "folded": folded,
@@ -61,11 +62,11 @@ def context(plan: Plan) -> dict[str, Any]:
         "sink": spec.sink,
         "kv_lengths": spec.kv_lengths,
         "q_lengths": spec.q_lengths,
-        "q_offset": _offset(spec)
+        "q_offset": offset_source(spec)
         if _reads("offset", [*where.lines, *writer.rows])
         else "",
         "scalar_offset": spec.q_offset == "operand",
-        "same_length": spec.q_offset is None and _relates(spec),
+        "same_length": spec.q_offset is None and bool(relating(spec)),
         "longest": (spec.q_len, spec.kv_len) if limited else None,
         "helpers": helpers,
         "op_name": _op_name(plan),
@@ -115,19 +116,6 @@ def _reads(name: str, lines: list[str]) -> bool:
     return any(re.search(rf"\b{name}\b", line) for line in lines)
 
 
-def _relates(spec: AttentionSpec) -> bool:
-    return any({"q", "k"} <= position_variables(e) for e in spec.expressions)
-
-
-def _offset(spec: AttentionSpec) -> str:
-    """Where the position of query 0 comes from; "" where it is 0."""
-    if spec.q_offset == "bottom_right":
-        return "lengths" if spec.kv_lengths else "bottom_right"
-    if spec.q_offset == "operand":
-        return "operand"
-    return "constant" if spec.q_offset else ""
-
-
 def _constants(plan: Plan, folded: bool) -> dict[str, Any]:
     spec = plan.spec
     scale = spec.scale_value
@@ -140,7 +128,7 @@ def _constants(plan: Plan, folded: bool) -> dict[str, Any]:
     if "out" in spec.outputs:
         lines.append(("V_DIM", str(spec.v_dim), ""))
     if folded:
-        value = repr(scale * 1.4426950408889634)
+        value = repr(scale * LOG2E)
         lines.append(
             (
                 "SCALE_LOG2",
@@ -151,10 +139,10 @@ def _constants(plan: Plan, folded: bool) -> dict[str, Any]:
     else:
         lines.append(("SCALE", repr(scale), ""))
     if not folded or spec.sink:
-        lines.append(("LOG2E", "1.4426950408889634", "exp(s) is 2**(s * LOG2E)"))
+        lines.append(("LOG2E", repr(LOG2E), "exp(s) is 2**(s * LOG2E)"))
     if "lse" in spec.outputs:
         lines.append(("LN2", "0.6931471805599453", ""))
-    if _offset(spec) == "constant" and spec.expressions:
+    if offset_source(spec) == "constant" and spec.expressions:
         lines.append(("Q_OFFSET", str(spec.q_offset), "position of query 0"))
     if spec.kv_offset:
         lines.append(("K_OFFSET", str(spec.kv_offset), "position of key 0"))

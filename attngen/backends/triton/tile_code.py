@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from attngen import expr
+from attngen.backends.triton.bounds import end_of_keys, offset_source
 from attngen.backends.triton.printer import TritonPrinter
 from attngen.expr import Expr
 from attngen.intervals import Interval, proven
@@ -58,7 +59,7 @@ class Writer:
         self.rows_defined: set[str] = set()
         self.row_indices = 0
         self.names = dict(_NAMES)
-        if self.spec.static_q_offset == 0 and self.spec.q_offset != "bottom_right":
+        if not offset_source(self.spec):
             self.names["q"] = "q_index"
         if self.spec.kv_offset == 0:
             self.names["k"] = "k_index"
@@ -87,13 +88,12 @@ class Writer:
 
     def _mask(self) -> None:
         lines = self.code.mask
-        end = "kv_end" if self.spec.kv_lengths else "kv_len"
         terms: list[list[str]] = []
         if self.spec.mask is not None:
             self._needs(self.spec.mask.expr, lines)
             printer = self._printer("part")
             terms.append(printer.lines("seen", self.spec.mask.expr, width=self.width))
-        terms.append([f"seen = k_index < {end}"])
+        terms.append([f"seen = k_index < {end_of_keys(self.spec)}"])
         if self.spec.q_lengths:
             self._define("q_index", self.rows)
             terms.append(["seen = q_index < q_length"])
@@ -161,25 +161,22 @@ class Writer:
         if name in known:
             return
         known.add(name)
-        steps, conditions = [], []
+        steps, conditions, other = [], [], _OTHER[node.kind]
         unsure = not proven(node, self.env)
         for i, (axis, index) in enumerate(zip(node.value.axes, node.args, strict=True)):
             text = self._index(index, lines)
             if isinstance(axis, int) and unsure and index.op != "const":
                 conditions.append(f"({text} >= 0) & ({text} < {axis})")
-            if (
-                index.op == "var"
-                and index.value in ("q", "k")
-                and isinstance(axis, str)
-            ):
-                if f"{index.value}_index" == "q_index":
+                other = 'float("nan")'  # of the values outside
+            if isinstance(axis, str) and index.op == "var":
+                if index.value == "q":
                     conditions.append("(q_index < q_len)")
-                elif self.edge:
+                elif index.value == "k" and self.edge:
                     conditions.append("(k_index < kv_len)")
-            wide = text if text.isdigit() or text in ("b_index", "h_index") else None
-            wide = wide or f"{text}.to(tl.int64)"
-            steps.append(f"{wide} * {node.value.name}_stride_{i}")
-        lines += self._statement(name, node, steps, conditions, unsure)
+            if not (text.isdigit() or text in ("b_index", "h_index")):
+                text = f"{text}.to(tl.int64)"
+            steps.append(f"{text} * {node.value.name}_stride_{i}")
+        lines += self._statement(name, node, steps, conditions, other)
 
     def _statement(
         self,
@@ -187,7 +184,7 @@ class Writer:
         node: Expr,
         steps: list[str],
         conditions: list[str],
-        unsure: bool,
+        other: str,
     ) -> list[str]:
         assert isinstance(node.value, Operand)
         operand = node.value.name
@@ -197,8 +194,6 @@ class Writer:
             mask = " & ".join(conditions)
             if len(conditions) == 1 and mask.startswith("(") and mask.count("(") == 1:
                 mask = mask[1:-1]
-            inside = any("." not in c and "_index" not in c for c in conditions)
-            other = 'float("nan")' if unsure and inside else _OTHER[node.kind]
             keywords = [f"mask={mask}", f"other={other}"]
         cast = self._cast(node)
         line = f"{name} = tl.load({', '.join([pointer, *keywords])}){cast}"
