@@ -7,8 +7,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attngen import backends, building, files, planner, recalling, targets, tuning
-from attngen import offline as ranking
+from attngen import (
+    backends,
+    building,
+    files,
+    offline,
+    planner,
+    recalling,
+    targets,
+    tuning,
+)
 from attngen.building import stored
 from attngen.calls import Call, InsideTrace, check_trace, spec_fields, split
 from attngen.errors import (
@@ -102,21 +110,18 @@ def build(
     by.refuse(spec)
     fixed = check_fix(fix)
     known = recalling.recall(spec, device, by, effort, fixed)
-    offline = None
-    if effort != "estimate" and not by.is_here(device):
-        offline = ranking.best(spec, device, by, effort, fixed, on_progress)
-    elif known is None and effort != "estimate":
+    found = None
+    if known is None and effort != "estimate" and by.is_here(device):
         tuning.tune(spec, device, by, effort, fixed, say=on_progress)
         known = recalling.recall(spec, device, by, effort, fixed)
-    if offline is not None:
-        chosen, source, certificate = offline
-    elif known is not None:
-        chosen, source = known
-        certificate = building.certify(chosen, source, chosen.target)
-    neither = offline is None and known is None
-    if neither or not building.within(certificate, spec):
+    elif known is None and effort != "estimate":
+        found = offline.best(spec, device, by, effort, fixed, on_progress)
+    if known is not None:
+        found = *known, building.certify(*known, device.name)
+    if found is None or not building.within(found[2], spec):
         ranked = planner.rank(spec, device, by, fixed, smallest=building.TRIES)
-        chosen, source, certificate = building.first_certified(ranked, by)
+        found = building.first_certified(ranked, by)
+    chosen, source, certificate = found
     function = by.load(stored(source))
     report = building.passed(chosen, by, source, function)
     return building.kernel(chosen, source, function, report, certificate)

@@ -12,12 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
-
 import attngen
 from attngen import api, validator
-from attngen.backends.triton.interpreter import plain
+from attngen.backends.triton import interpreter
 
 _SERVER = """
 import json, sys, traceback
@@ -51,22 +48,17 @@ def _server():
 
 def call(path, **given):
     """An emitted file's function of NumPy arrays, in the interpreter."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, x in given.items():
-            np.save(Path(folder) / f"{name}.npy", plain(x))
-        dtypes = {name: str(x.dtype) for name, x in given.items()}
-        job = {"source": str(path), "folder": folder, "dtypes": dtypes}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        dtypes = interpreter.save(folder, given)
+        job = {"source": str(path), "folder": name, "dtypes": dtypes}
         server = _server()
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
         answer = json.loads(server.stdout.readline())
         if "error" in answer:
             raise Failed(answer["error"])
-        made = []
-        for i, dtype in enumerate(answer["dtypes"]):
-            x = np.load(Path(folder) / f"out_{i}.npy")
-            made.append(x.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else x)
-    return tuple(made)
+        return interpreter.outputs(folder, answer["dtypes"])
 
 
 def as_it_is(x, dtype):

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from attngen import files
-from attngen.errors import FAULTS, BackendError, FileError
+from attngen.backends.emitted import attention_of, running
+from attngen.errors import BackendError
 
 
 def load(path: Path) -> Callable[..., Any]:
@@ -35,22 +36,9 @@ def load_function(path: Path) -> Callable[..., Any]:
     module = types.ModuleType(name)
     module.__file__ = str(path)
     shown = str(path).encode(errors="backslashreplace").decode()  # XLA takes no other
-    try:
+    with running(path):
         exec(compile(text, shown, "exec", dont_inherit=True), module.__dict__)
-    except FAULTS as error:
-        raise FileError(
-            f"{path} can't be imported.",
-            got=f"{type(error).__name__}: {error}",
-            needed="a module that runs",
-        ) from error
-    function = getattr(module, "attention", None)
-    if not callable(function):
-        raise FileError(
-            f"{path} defines no function attention.",
-            got=repr(function),
-            needed="def attention(q, k, v, …)",
-        )
-    return function  # type: ignore[no-any-return]
+    return attention_of(module, path)
 
 
 def check_x64(what: str) -> None:

@@ -7,6 +7,8 @@ it is.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +35,30 @@ def call(job: dict[str, Any]) -> list[str]:
     with np.errstate(all="ignore"):
         returned = module.attention(**tensors)
     outputs = returned if isinstance(returned, tuple) else (returned,)
-    for i, x in enumerate(outputs):
-        np.save(folder / f"out_{i}.npy", plain(numbers(x)))
-    return [str(numbers(x).dtype) for x in outputs]
+    made = {f"out_{i}": numbers(x) for i, x in enumerate(outputs)}
+    return list(save(folder, made).values())
 
 
-def plain(values: Any) -> Any:
-    """What a .npy file can hold: bfloat16 as its bits."""
-    return values.view(np.int16) if str(values.dtype) == "bfloat16" else values
+def save(folder: Path, arrays: Mapping[str, Any]) -> dict[str, str]:
+    """Write arrays as <name>.npy, bfloat16 as its bits; the dtype of each by name."""
+    for name, x in arrays.items():
+        bits = x.view(np.int16) if str(x.dtype) == "bfloat16" else x
+        np.save(folder / f"{name}.npy", bits)
+    return {name: str(x.dtype) for name, x in arrays.items()}
 
 
+def outputs(folder: Path, dtypes: Sequence[str]) -> tuple[Any, ...]:
+    """What `call` wrote."""
+    import ml_dtypes
+
+    made = [np.load(folder / f"out_{i}.npy") for i in range(len(dtypes))]
+    return tuple(
+        x.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else x
+        for x, dtype in zip(made, dtypes, strict=True)
+    )
+
+
+@functools.cache  # once a process: it wraps what is there
 def _multiply_bfloat16() -> None:
     """Make the interpreter multiply bfloat16 as numbers, accumulated in float32."""
     import triton.language as tl

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from attngen.errors import FAULTS, BackendError, FileError
+from attngen.backends.emitted import attention_of, running
+from attngen.errors import BackendError
 
 
 def import_file(path: Path) -> ModuleType:
@@ -37,20 +38,9 @@ def import_file(path: Path) -> ModuleType:
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     sys.modules[name] = module
-    try:
+    with running(path):
         specification.loader.exec_module(module)
-    except FAULTS as error:
-        raise FileError(
-            f"{path} can't be imported.",
-            got=f"{type(error).__name__}: {error}",
-            needed="a module that runs",
-        ) from error
-    if not callable(getattr(module, "attention", None)):
-        raise FileError(
-            f"{path} defines no function attention.",
-            got=repr(getattr(module, "attention", None)),
-            needed="def attention(q, k, v, …)",
-        )
+    attention_of(module, path)
     return module
 
 
@@ -83,7 +73,7 @@ def load(path: Path) -> Callable[..., Any]:
     """The function of an emitted file; where there is no GPU, one that says so."""
     if not has_gpu():
         return Absent(path)
-    return import_file(path).attention  # type: ignore[no-any-return]
+    return attention_of(import_file(path), path)
 
 
 def array(values: Any, dtype: str) -> Any:

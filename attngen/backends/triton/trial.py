@@ -43,18 +43,14 @@ class Interpreted:
     path: Path
 
     def __call__(self, **given: Any) -> tuple[Any, ...]:
-        import ml_dtypes
-        import numpy as np
+        from attngen.backends.triton import interpreter
 
-        from attngen.backends.triton.interpreter import plain
-
-        with tempfile.TemporaryDirectory(prefix="attngen-") as folder:
-            for name, x in given.items():
-                np.save(Path(folder) / f"{name}.npy", plain(x))
+        with tempfile.TemporaryDirectory(prefix="attngen-") as name:
+            folder = Path(name)
             job = {
                 "source": str(self.path),
-                "folder": folder,
-                "dtypes": {name: str(x.dtype) for name, x in given.items()},
+                "folder": name,
+                "dtypes": interpreter.save(folder, given),
             }
             try:
                 dtypes = certifier.run(
@@ -70,8 +66,4 @@ class Interpreted:
                     got=error.got,
                     needed="its outputs",
                 ) from error
-            made = [np.load(Path(folder) / f"out_{i}.npy") for i in range(len(dtypes))]
-        return tuple(
-            x.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else x
-            for x, dtype in zip(made, dtypes, strict=True)
-        )
+            return interpreter.outputs(folder, dtypes)
