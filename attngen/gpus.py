@@ -46,6 +46,7 @@ class Gpu:
         issue_per_cycle: warp instructions of any kind.
         shared_bytes_per_cycle: to and from shared memory.
         global_bytes_per_cycle: from L2.
+        copies_to_shared: from global memory, past the registers.
         tensor_columns: of tensor memory, shared out among blocks; None: there is none.
     """
 
@@ -76,7 +77,34 @@ class Gpu:
     issue_per_cycle: int
     shared_bytes_per_cycle: int
     global_bytes_per_cycle: int
+    copies_to_shared: bool = True
     tensor_columns: int | None = None
+
+    def resident(
+        self,
+        *,
+        registers: int,
+        warps: int,
+        shared_bytes: int,
+        tensor_columns: int = 0,
+    ) -> int:
+        """Blocks that a multiprocessor runs at once; 0 where not even one can run.
+
+        Args:
+            registers: of a thread.
+            warps, shared_bytes, tensor_columns: of a block.
+        """
+        each = -(-max(registers, 1) // self.register_step) * self.register_step
+        of_partition = self.registers // self.partitions // (each * self.warp_size)
+        slots = min(of_partition * self.partitions, self.max_warps)
+        blocks = min(slots // warps, self.max_blocks)
+        if shared_bytes > self.shared_bytes:
+            return 0
+        if held := shared_bytes + self.reserved_bytes:
+            blocks = min(blocks, self.shared_per_multiprocessor // held)
+        if tensor_columns and self.tensor_columns:
+            blocks = min(blocks, self.tensor_columns // tensor_columns)
+        return blocks
 
 
 @dataclass(frozen=True)
@@ -164,6 +192,7 @@ def _amd(
     shared_kib: int,
     shared_bytes_per_cycle: int,
     exp: int,
+    copies_to_shared: bool,
 ) -> Gpu:
     """An AMD device: I unless said otherwise.
 
@@ -202,6 +231,7 @@ def _amd(
         issue_per_cycle=5,
         shared_bytes_per_cycle=shared_bytes_per_cycle,
         global_bytes_per_cycle=51,
+        copies_to_shared=copies_to_shared,
     )
 
 
@@ -250,13 +280,14 @@ GPUS = {
     "mi300x": _amd(
         "gfx942", multiprocessors=304, clock_mhz=2100, memory_gb=192,
         bandwidth_gb_s=5300, matrix_fma=1024, xf32_fma=512, shared_kib=64,
-        shared_bytes_per_cycle=128, exp=16,
+        shared_bytes_per_cycle=128, exp=16, copies_to_shared=False,
     ),
-    # D; P: 2516.6 TFLOP/s; W: LDS reads and exponentials twice as fast; no xf32
+    # D; P: 2516.6 TFLOP/s; W: LDS reads and exponentials twice as fast; no xf32; loads of
+    # 16 bytes a lane go straight to LDS
     "mi355x": _amd(
         "gfx950", multiprocessors=256, clock_mhz=2400, memory_gb=288,
         bandwidth_gb_s=8000, matrix_fma=2048, xf32_fma=None, shared_kib=160,
-        shared_bytes_per_cycle=256, exp=32,
+        shared_bytes_per_cycle=256, exp=32, copies_to_shared=True,
     ),
 }  # fmt: skip
 

@@ -5,7 +5,6 @@ import pytest
 from attngen import gpus
 from attngen.backends.triton import assembly
 from attngen.backends.triton.assembly import Instruction, main_loops, mix
-from attngen.backends.triton.compiler import resident
 from attngen.backends.triton.pipes import Tile, matrix_fma, pipes
 
 # the poll of .L_x_9 has been moved behind the end: its branch back makes no loop
@@ -208,15 +207,15 @@ def test_amds_exponentials_hold_the_vector_pipe():
 def test_blocks_that_run_at_once():
     a100, h100, mi300x = (gpus.GPUS[n] for n in ("a100", "h100", "mi300x"))
     few = {"registers": 32, "shared_bytes": 0}
-    assert resident(a100, **few, warps=4) == 16  # as many warps as there can be
-    assert resident(a100, **few, warps=1) == 32  # as many blocks
-    assert resident(a100, registers=255, warps=4, shared_bytes=0) == 2
-    assert resident(a100, registers=168, warps=4, shared_bytes=0) == 3
-    assert resident(a100, registers=255, warps=16, shared_bytes=0) == 0
-    assert resident(h100, registers=32, warps=4, shared_bytes=100 * 1024) == 2
-    assert resident(h100, registers=32, warps=4, shared_bytes=227 * 1024) == 1
-    assert resident(h100, registers=32, warps=4, shared_bytes=228 * 1024) == 0
-    assert resident(mi300x, registers=256, warps=4, shared_bytes=0) == 2
-    assert resident(mi300x, registers=257, warps=4, shared_bytes=0) == 1
+    assert a100.resident(**few, warps=4) == 16  # as many warps as there can be
+    assert a100.resident(**few, warps=1) == 32  # as many blocks
+    assert a100.resident(registers=255, warps=4, shared_bytes=0) == 2
+    assert a100.resident(registers=168, warps=4, shared_bytes=0) == 3
+    assert a100.resident(registers=255, warps=16, shared_bytes=0) == 0
+    assert h100.resident(registers=32, warps=4, shared_bytes=100 * 1024) == 2
+    assert h100.resident(registers=32, warps=4, shared_bytes=227 * 1024) == 1
+    assert h100.resident(registers=32, warps=4, shared_bytes=228 * 1024) == 0
+    assert mi300x.resident(registers=256, warps=4, shared_bytes=0) == 2
+    assert mi300x.resident(registers=257, warps=4, shared_bytes=0) == 1
     b200 = gpus.GPUS["b200"]
-    assert resident(b200, **few, warps=4, tensor_columns=256) == 2
+    assert b200.resident(**few, warps=4, tensor_columns=256) == 2

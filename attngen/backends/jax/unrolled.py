@@ -126,8 +126,9 @@ def single(at: Tile, know: Facts) -> tuple[Moments, int]:
         rest = values + converted + (0 if at.fused else rows)
         moments.append(raised * scores + rest)
     library = 0
-    if at.fused and at.many and not at.dense:
-        library = (3 if at.cast else 2) * acc + 7 * at.row
+    summed = at.many or (know.single and not at.ones)  # with the sums in one fusion
+    if at.fused and summed and not at.dense:
+        library = (3 if at.cast == at.many else 2) * acc + 7 * at.row
         library += 2 * acc + 7 * at.row if know.sink else 0
     return tuple(moments), library
 

@@ -79,12 +79,13 @@ def space(
     dims = {spec.qk_dim, spec.v_dim}
     odd = any(len(pieces(d, "split")) > 1 for d in dims)
     widest = 256 if whole else 128
+    amd = target.gpu is not None and target.gpu.backend == "hip"
     return {
         "running": {
-            "q_chunk": _blocks(spec.q_len, widest),
+            "q_chunk": _blocks(spec.q_len, 256 if amd else widest),  # it has registers
             "k_chunk": _blocks(spec.kv_len, widest),
             "num_warps": WARPS if whole else (1, 2, 4, 8),
-            "num_stages": STAGES if whole else (1, 2, 3, 4),
+            "num_stages": STAGES if whole else _stages(target),
             "order": ("forward", "reverse") if whole else (_order(spec),),
             "head_dim": ("split", "padded") if odd else ("padded",),
         }
@@ -93,6 +94,12 @@ def space(
 
 def _blocks(length: int, widest: int) -> tuple[int, ...]:
     return tuple(n for n in BLOCKS if n <= min(power_above(length), widest))
+
+
+def _stages(target: Target) -> tuple[int, ...]:
+    """More than two go through registers where nothing copies past them."""
+    straight = target.gpu is None or target.gpu.copies_to_shared
+    return (1, 2, 3, 4) if straight else (1, 2)
 
 
 def _order(spec: AttentionSpec) -> str:
@@ -130,8 +137,11 @@ def illegal(spec: AttentionSpec, target: Target, choice: Choice) -> str | None:
             f"{target.name} has {gpu.shared_bytes} a block"
         )
     need = registers(spec, choice, gpu)
-    if need > gpu.max_registers:
-        return f"tiles need {need} registers a thread; {target.name} has {gpu.max_registers}"
+    most = min(gpu.max_registers, gpu.registers // threads)
+    if need > most:
+        return (
+            f"tiles need {need} registers a thread; {target.name} has {most} for each"
+        )
     return None
 
 
@@ -147,16 +157,24 @@ def shared_bytes(spec: AttentionSpec, choice: Choice) -> int:
 def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     """Modelled, of a thread: weighted sums, scores, weights, queries, and addresses.
 
-    Hopper's and Blackwell's products read the queries from shared memory.
+    Hopper's and Blackwell's products read the queries from shared memory; scores come out
+    of Blackwell's tensor memory into registers of their own. Where nothing copies into
+    shared memory but by way of registers, keys and values of the stages are there, too.
     """
     qk = sum(width for _, width in pieces(spec.qk_dim, choice["head_dim"]))
     v = sum(width for _, width in pieces(spec.v_dim, choice["head_dim"]))
-    size, k = BYTES[spec.dtype], int(choice["k_chunk"])
+    size, q, k = BYTES[spec.dtype], int(choice["q_chunk"]), int(choice["k_chunk"])
     threads = int(choice["num_warps"]) * gpu.warp_size
     narrow = k if gpu.architecture in ("sm90", "sm100") else k + qk
-    tile = int(choice["q_chunk"]) * (4 * (v + k) + size * narrow) // 4
+    tile = q * (4 * (v + k) + size * narrow) // 4
+    if gpu.architecture == "sm100":
+        tile += q * k
+    if gpu.backend == "hip":
+        staged = not gpu.copies_to_shared and int(choice["num_stages"]) > 1
+        tile += k * (qk + v) * size // 4 * (3 if staged else 1)
+        return tile // threads + 100
     # whole float32 products on NVIDIA's are multiply-adds, whose factors lie in registers
-    factors = 64 if spec.dtype == "float32" and gpu.backend == "cuda" else 0
+    factors = 64 if spec.dtype == "float32" else 0
     return tile // threads + 56 + factors
 
 

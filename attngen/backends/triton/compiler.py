@@ -164,8 +164,7 @@ def figures(compiled: Any, gpu: Gpu, warps: int, tile: Tile | None) -> dict[str,
     shared = int(compiled.metadata.shared)
     # warp specialisation adds warps
     held = int(getattr(compiled.metadata, "num_warps", warps) or warps)
-    blocks = resident(
-        gpu,
+    blocks = gpu.resident(
         registers=used["registers"],
         warps=held,
         shared_bytes=shared,
@@ -189,28 +188,6 @@ def figures(compiled: Any, gpu: Gpu, warps: int, tile: Tile | None) -> dict[str,
         found = asdict(pipes(inner, gpu, tile, warps))
         made |= {"pipe_cycles": found.pop("cycles"), **found}
     return made
-
-
-def resident(
-    gpu: Gpu,
-    *,
-    registers: int,
-    warps: int,
-    shared_bytes: int,
-    tensor_columns: int = 0,
-) -> int:
-    """Blocks that a multiprocessor runs at once; 0 where not even one can run."""
-    each = -(-max(registers, 1) // gpu.register_step) * gpu.register_step
-    of_partition = gpu.registers // gpu.partitions // (each * gpu.warp_size)
-    slots = min(of_partition * gpu.partitions, gpu.max_warps)
-    blocks = min(slots // warps, gpu.max_blocks)
-    if shared_bytes > gpu.shared_bytes:
-        return 0
-    if held := shared_bytes + gpu.reserved_bytes:
-        blocks = min(blocks, gpu.shared_per_multiprocessor // held)
-    if tensor_columns and gpu.tensor_columns:
-        blocks = min(blocks, gpu.tensor_columns // tensor_columns)
-    return blocks
 
 
 def _nvidia(cubin: bytes) -> tuple[assembly.Program, dict[str, Any]]:

@@ -15,14 +15,16 @@ from attngen.regions import Tiles
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
 
-OPERATIONS = 6.0  # of an element of the scores: scale, subtract, compare, add, convert
+# instructions of an element of the scores: scale, subtract, compare, add, convert
+OPERATIONS = {"cuda": 6.0, "hip": 4.0}  # AMD does some of them in pairs
+RESCALE = {"cuda": 2.0, "hip": 1.0}  # of an element of the weighted sums
 MASKED = 6.0  # more of them where it is masked
 SLOTS = 120.0  # instructions of a warp in an iteration that no pipe accounts for
 WAIT_CYCLES = 1500.0  # of an iteration of one program alone: for memory, for each other
-ISSUE = 4  # instructions that a multiprocessor issues in a cycle
 GROUPED = ("sm90", "sm100")
 GROUP = 4  # warps that issue Hopper's and Blackwell's products together
-ROWS = 16  # queries that a warp multiplies at once: fewer leave it idle
+GROUP_ROWS = 64  # queries of one of those products, which reads keys and values anew
+ROWS = {"cuda": 16, "hip": 32}  # that a warp multiplies at once: fewer leave it idle
 
 
 def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> Cost:
@@ -33,28 +35,37 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
     qk = sum(width for _, width in pieces(spec.qk_dim, choice["head_dim"]))
     v = sum(width for _, width in pieces(spec.v_dim, choice["head_dim"]))
     products = q * k * (qk + v)
-    rate = gpu.fma_per_cycle if spec.dtype == "float32" else gpu.matrix_fma_per_cycle
+    rate = gpu.matrix_fma_per_cycle
+    if spec.dtype == "float32":
+        rate = gpu.matrix_float32_fma_per_cycle or gpu.fma_per_cycle
     elements = q * k
-    arithmetic = elements * OPERATIONS + 2 * q * v
+    arithmetic = elements * (OPERATIONS[gpu.backend] + gpu.exp_slots)
+    arithmetic += RESCALE[gpu.backend] * q * v
     warps = int(choice["num_warps"])
-    readers = warps if gpu.architecture not in GROUPED else -(-warps // GROUP)
     loaded = k * (qk + v) * BYTES[spec.dtype]
+    read = warps * loaded  # each of them reads all of it
+    if gpu.architecture in GROUPED:
+        read = -(-q // GROUP_ROWS) * loaded + q * qk * BYTES[spec.dtype]
     pipes = (
         products / rate,
         elements / gpu.exp_per_cycle,
         arithmetic / gpu.fma_per_cycle,
-        (readers + 1) * loaded / gpu.shared_bytes_per_cycle,  # each reads all of it
+        (read + loaded) / gpu.shared_bytes_per_cycle,
         loaded / gpu.global_bytes_per_cycle,
     )
     programs = spec.batch * spec.q_heads * -(-spec.q_len // q)
-    fitting = _resident(spec, target, choice)
-    resident = min(fitting, -(-programs // gpu.multiprocessors))
+    fitting = gpu.resident(
+        registers=registers(spec, choice, gpu),
+        warps=warps,
+        shared_bytes=shared_bytes(spec, choice),
+    )
+    resident = max(1, min(fitting, -(-programs // gpu.multiprocessors)))
     hidden = min(1.0, resident * warps / 8)  # enough warps to fill waiting with work
     full = max(pipes) + (sum(pipes) - max(pipes)) * (1 - hidden / 2)
-    full *= max(1.0, ROWS * warps / q)
-    if gpu.architecture in GROUPED and (warps < GROUP or q < ROWS * GROUP):
+    full *= max(1.0, ROWS[gpu.backend] * warps / q)
+    if gpu.architecture in GROUPED and (warps < GROUP or q < GROUP_ROWS):
         full += products / rate  # the older instructions, at half the rate
-    full += SLOTS * warps / ISSUE
+    full += SLOTS * warps / gpu.issue_per_cycle
     full += WAIT_CYCLES / resident / min(3, int(choice["num_stages"]))
     edge = full + elements * MASKED / gpu.fma_per_cycle
     heads = spec.batch * spec.q_heads
@@ -64,15 +75,3 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
     compute = cycles * waves / gpu.multiprocessors / gpu.clock_hz
     memory = spec.bytes_of("q", "k", "v", *spec.outputs) / gpu.bandwidth_bytes_s
     return Cost(temp_bytes=0, time_s=max(compute, memory))
-
-
-def _resident(spec: AttentionSpec, target: Target, choice: Choice) -> int:
-    """Programs that share a multiprocessor, by registers and shared memory."""
-    gpu = target.gpu
-    assert gpu is not None
-    warps = int(choice["num_warps"])
-    threads = warps * gpu.warp_size
-    by_registers = gpu.registers // (registers(spec, choice, gpu) * threads)
-    by_shared = gpu.shared_per_multiprocessor // max(1, shared_bytes(spec, choice))
-    by_warps = gpu.max_warps // warps
-    return max(1, min(by_registers, by_shared, by_warps, gpu.max_blocks))
