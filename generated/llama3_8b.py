@@ -10,7 +10,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           out     [1, 4096, 32, 128]  float32
 plan      running · 512 queries × 256 keys · 1 kv head a step · fori · diagonal 128
           tiles of a head: 128; 56 full, 16 on an edge, 56 empty and never visited
-cost      142 GFLOP (275 GFLOP without skipping), 11.6 MiB of temporaries (modelled)
+cost      142 GFLOP (275 GFLOP without skipping), 11.8 MiB of temporaries (modelled)
 needs     jax >= 0.10; nothing of attngen
 spec      {"q_heads": 32, "kv_heads": 8, "q_len": 4096, "kv_len": 4096, "qk_dim": 128,
           "v_dim": 128, "mask": "causal", "memory_budget": "16MiB"}

@@ -13,6 +13,8 @@ Moments = tuple[int, ...]  # bytes at each
 
 def loop(at: Tile, know: Facts, interior: bool) -> tuple[Moments, int]:
     kept = at.rows + at.acc + _early(at, know)
+    if at.fixed and interior and at.chunks - 1 <= at.unroll:
+        kept += at.keys  # loops of one round are none: the edge's keys are sliced early
     moments = (
         _rows(at, know),
         kept + _scores(at, know),
@@ -60,6 +62,8 @@ def _scores(at: Tile, know: Facts) -> int:
     if at.twice_made:  # keys are sliced for the maximum, and again
         worst += unroll * keys if at.cast or not at.all_heads else 0
     worst += 2 * at.rows if at.lone else 0
+    if at.grouped and at.batched and unroll > 1 and keys > 4 * scores:
+        worst += keys // 2  # a gap
     if at.grouped and (at.poly or unroll > 1 or (know.bhtd and at.batched)):
         worst = max(worst, unroll * (keys + values) + scores + min(scores, keys // 4))
     if unroll > 1:

@@ -52,7 +52,8 @@ def temp_bytes(spec: AttentionSpec, choice: Choice, tiles: Tiles | None = None) 
     else:
         moments, library = steps(at, know)
     if at.strip and not at.fixed:  # made early, and masked, and kept
-        moments = (_diagonal(at), max(moments) + 5 * at.triangle // 4)
+        kept = 2 * at.strip if _apart(at) and _steps(at) == 1 else 4 * at.triangle // 3
+        moments = (_diagonal(at), max(moments) + kept)
     more = sum([extra(spec, choice, at) for extra in EXTRAS])
     worst = max(moments)
     slack = min(worst * SLACK, SLACK_BYTES)
@@ -83,10 +84,24 @@ def _interior(at: Tile, know: Facts, tiles: Tiles | None) -> bool:
     return know.interior and not gone
 
 
+def _steps(at: Tile) -> int:
+    return 2 * at.triangle // at.strip - 1
+
+
+def _apart(at: Tile) -> bool:
+    """Whether what scores are raised to is kept twice: to be summed, to be multiplied."""
+    return at.grouped and at.poly and not at.ones
+
+
 def _diagonal(at: Tile) -> int:
     """Static steps down the diagonal: all are scored before the first is raised."""
-    steps = 2 * at.triangle // at.strip - 1
+    steps = _steps(at)
     raised = (2 if at.poly and steps > 1 else 1) * at.strip
     masked = 3 * at.triangle // 8 if steps == 1 else 0
-    sums = 2 if at.fixed or steps == 2 else 3 + at.ones if steps < 16 else 5
-    return at.rows + sums * at.acc + at.triangle + raised + masked
+    sums = 2 if at.fixed or steps == 2 else 3 + at.ones if steps < 8 else 5
+    worst = sums * at.acc + at.triangle + raised + masked
+    if _apart(at) and steps < 3:
+        worst = max(worst, 3 * at.triangle + at.acc)
+    if _apart(at) and at.fixed and at.looped:
+        worst = max(worst, 2 * at.triangle + at.acc)
+    return at.rows + worst
