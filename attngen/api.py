@@ -23,7 +23,6 @@ from attngen.errors import (
     AttngenError,
     BackendError,
     FileError,
-    TargetError,
 )
 from attngen.plans import Option, Plan, check_fix
 from attngen.spec import AttentionSpec
@@ -90,9 +89,7 @@ def build(
     Args:
         spec, target, backend, fix: as for `plan`.
         effort: "estimate" times nothing; "measure" and "patient" tune first, unless a
-            search of that effort, or a greater one, has been done. For a GPU that isn't
-            here they compile the model's best 8 or 48 plans, and take the one whose main
-            loop has the least bound.
+            search of that effort, or a greater one, has been done.
         on_progress: receives what tuning tries, a line each.
 
     Returns:
@@ -110,12 +107,11 @@ def build(
     by.refuse(spec)
     fixed = check_fix(fix)
     known = recalling.recall(spec, device, by, effort, fixed)
-    found = None
-    if known is None and effort != "estimate" and by.is_here(device):
-        tuning.tune(spec, device, by, effort, fixed, say=on_progress)
+    if known is None and effort != "estimate":
+        search = tuning.tune if by.is_here(device) else offline.tune
+        search(spec, device, by, effort, fixed, say=on_progress)
         known = recalling.recall(spec, device, by, effort, fixed)
-    elif known is None and effort != "estimate":
-        found = offline.best(spec, device, by, effort, fixed, on_progress)
+    found = None
     if known is not None:
         found = *known, building.certify(*known, device.name)
     if found is None or not building.within(found[2], spec):
@@ -214,6 +210,9 @@ def tune(
     again adds samples. An interrupt loses nothing that was finished. Only plans within the
     spec's budget are timed: a larger one that lets faster plans in is tuned anew.
 
+    For a GPU that isn't here plans are compiled instead, and ranked by the bound of their
+    main loops: the cycles of its busiest pipe.
+
     Args:
         spec, target, backend, fix: as for `plan`.
         effort: "measure" tries the model's best 8 plans; "patient" its best 48, those that
@@ -229,17 +228,11 @@ def tune(
         WisdomError: the wisdom file is damaged, or can't be written.
     """
     building.check_effort(effort)
+    tuning.check_seconds(seconds)
     device, by = building.where(target, backend)
-    if not by.is_here(device):
-        raise TargetError(
-            "Tuning times plans on the device, and it isn't here.",
-            got=f"target {device.name}",
-            needed="the device itself",
-            hint=f'attngen.build(spec, target="{device.name}", effort="measure") ranks plans '
-            "by what the target's compiler makes of them",
-        )
-    fixed = check_fix(fix)
-    return tuning.tune(spec, device, by, effort, fixed, seconds, on_progress)
+    by.refuse(spec)
+    search = tuning.tune if by.is_here(device) else offline.tune
+    return search(spec, device, by, effort, check_fix(fix), seconds, on_progress)
 
 
 # attention(): a spec from the arrays, and kernels kept by spec.

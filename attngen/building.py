@@ -110,6 +110,9 @@ def unfit(certificate: Certificate, plan: Plan) -> str | None:
         return f"{size} spills {certificate.spill_bytes} bytes of registers"
     if (certificate.shared_bytes or 0) > gpu.shared_bytes:
         return f"{size} takes {certificate.shared_bytes} bytes of shared memory"
+    if certificate.blocks_per_multiprocessor == 0:
+        threads = f"{certificate.warps} warps of {certificate.registers} registers"
+        return f"{size} doesn't fit a multiprocessor: {threads}"
     return None
 
 

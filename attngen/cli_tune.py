@@ -1,4 +1,4 @@
-"""`attngen tune`: plans timed on this device, until interrupted or done."""
+"""`attngen tune`: plans timed on this device, or compiled for one that isn't here."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ def tune(
     **given: Any,
 ) -> None:
     """Time plans on this device; keep what is found for `build`.
+
+    For a GPU that isn't here, compile them, and rank them by the bound of their loops.
 
     Ctrl-C ends it, and loses nothing that was timed: tuning again goes on from there.
     """

@@ -11,7 +11,7 @@ from attngen.cli_output import print_json, shown, table
 from attngen.cli_spec import json_option, place_options, read_spec
 
 if TYPE_CHECKING:
-    from attngen.records import Key, Only
+    from attngen.keys import Key, Only
 
 device_option = click.option(
     "--device", metavar="TEXT", help="The device's model, or a part of it."
@@ -29,7 +29,7 @@ def _only(
     given: dict[str, Any], target: str | None, backend: str | None, device: str | None
 ) -> Only:
     """The records that a command line names: what it doesn't say may be anything."""
-    from attngen.records import Only
+    from attngen.keys import Only
 
     named = any(value is not None for value in given.values())
     spec = _key(given, None, None).spec if named else None

@@ -47,6 +47,7 @@ class Gpu:
         shared_bytes_per_cycle: to and from shared memory.
         global_bytes_per_cycle: from L2.
         copies_to_shared: from global memory, past the registers.
+        tensor_descriptors: blocks of a tensor are copied to shared memory as one.
         tensor_columns: of tensor memory, shared out among blocks; None: there is none.
     """
 
@@ -78,6 +79,7 @@ class Gpu:
     shared_bytes_per_cycle: int
     global_bytes_per_cycle: int
     copies_to_shared: bool = True
+    tensor_descriptors: bool = False
     tensor_columns: int | None = None
 
     def resident(
@@ -116,16 +118,18 @@ class _Architecture:
     max_warps: int
     max_blocks: int
     fma: int
+    tensor_descriptors: bool = False
     tensor_columns: int | None = None
 
 
-# G: shared memory, warps and blocks of a multiprocessor, float32 multiply-adds a cycle
+# G: shared memory, warps and blocks of a multiprocessor, float32 multiply-adds a cycle;
+# tensor descriptors are of compute capability 9.0 and later
 SM80 = _Architecture("sm80", 164, 64, 32, 64)
 SM86 = _Architecture("sm86", 100, 48, 16, 128)
 SM89 = _Architecture("sm89", 100, 48, 24, 128)
-SM90 = _Architecture("sm90", 228, 64, 32, 128)
-SM100 = _Architecture("sm100", 228, 64, 32, 128, tensor_columns=512)
-SM120 = _Architecture("sm120", 100, 48, 24, 128)
+SM90 = _Architecture("sm90", 228, 64, 32, 128, True)
+SM100 = _Architecture("sm100", 228, 64, 32, 128, True, tensor_columns=512)
+SM120 = _Architecture("sm120", 100, 48, 24, 128, True)
 
 
 def _nvidia(
@@ -176,6 +180,7 @@ def _nvidia(
         issue_per_cycle=4,
         shared_bytes_per_cycle=128,
         global_bytes_per_cycle=l2_bytes_per_cycle,
+        tensor_descriptors=of.tensor_descriptors,
         tensor_columns=of.tensor_columns,
     )
 

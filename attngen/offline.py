@@ -1,18 +1,24 @@
-"""A plan for a device that isn't here, ranked by what its compiler makes of each.
+"""Tune for a device that isn't here: plans ranked by what its compiler makes of each.
 
 A kernel's main loop takes at least as long as its busiest pipe. With that bound, and with how
-many programs a multiprocessor holds, the best few plans of the model are ranked anew.
+many programs a multiprocessor holds, the model's best plans are ranked anew, and kept as
+wisdom: of the device as one that isn't here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from attngen import building, planner, shortlist, tuner
 from attngen.backends import Backend
 from attngen.errors import CompileError
+from attngen.keys import canonical
 from attngen.plans import Option, Plan
+from attngen.recalling import key_of, neutral
+from attngen.records import Candidate, Finished, Record
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
 
@@ -20,41 +26,125 @@ if TYPE_CHECKING:
     from attngen.emitter import Source
     from attngen.reports import Certificate
 
-Found = tuple[Plan, "Source", "Certificate"]
-GROUP = 8  # plans that one process compiles
+GROUP = 8  # plans that are compiled before they are kept
 
 
-def best(
+def tune(
     spec: AttentionSpec,
     target: Target,
     by: Backend,
     effort: str,
     fix: Mapping[str, Option],
+    seconds: float | None = None,
     say: Callable[[str], None] | None = None,
-) -> Found | None:
-    """The plan with the least bound, of as many as the effort tries; None: none compiles.
+) -> Record:
+    """Rank plans by their bounds, and keep what was found as wisdom; see `attngen.tune`.
 
-    Raises:
-        As `planner.rank`.
+    Of the model's best, and of the neighbours of the best of these: once, or as long as
+    that finds a better one where the effort is "patient". What was compiled before isn't
+    compiled again.
     """
-    ranked = planner.rank(spec, target, by, fix)
-    plans = shortlist.different(ranked, tuner.MOST[effort])
-    found: list[tuple[float, Found]] = []
-    for i in range(0, len(plans), GROUP):
-        group = plans[i : i + GROUP]
-        if say is not None:
-            say(f"compiling {i + len(group)} of {len(plans)} plans for {target.name}")
-        made = [(plan, building.emit(plan)) for plan in group]
-        answers = building.certify_many(made, by, target.name)
-        for (plan, source), answer in zip(made, answers, strict=True):
-            if isinstance(answer, CompileError) or building.unfit(answer, plan):
-                continue
-            bound = bound_s(plan, answer, target)
-            if bound is not None and building.within(answer, spec):
-                found.append((bound, (plan, source, answer)))
-                if say is not None:
-                    say(f"{bound:.3g} s or more: {by.describe(plan.choice)}")
-    return min(found, key=lambda f: f[0])[1] if found else None
+    from attngen import wisdom
+
+    key = key_of(spec, target, by)
+    wisdom.check_writable(key)
+    search = _Search(spec, target, by, wisdom.find(key) or Record(key=key))
+    search.allowance = tuner.SECONDS[effort] if seconds is None else float(seconds)
+    search.say = say or search.say
+    ranked = planner.rank(spec, target, by, fix, smallest=building.TRIES)
+    search.compile(shortlist.different(ranked, tuner.MOST[effort]))
+    leader = search.leader(fix)
+    while leader is not None and effort != "estimate":
+        near = planner.near(spec, target, by, leader.choice, fix)
+        search.compile(shortlist.neighbours(leader.choice, near, search.tried))
+        before, leader = leader, search.leader(fix)
+        if leader == before or effort != "patient":
+            break
+    if effort != "estimate":
+        search.finish(effort, fix)
+    return search.record
+
+
+class _Search:
+    """Plans that are compiled, those of a record excepted; and the record as it grows."""
+
+    def __init__(
+        self, spec: AttentionSpec, target: Target, by: Backend, record: Record
+    ) -> None:
+        self.spec, self.target, self.by, self.record = spec, target, by, record
+        self.say: Callable[[str], None] = lambda _: None
+        self.tried: set[str] = set()
+        self.allowance, self.start = float("inf"), time.monotonic()
+        self.stopped = False
+
+    def leader(self, fix: Mapping[str, Option]) -> Candidate | None:
+        return self.record.best(self.spec.budget_bytes, fix)
+
+    def compile(self, plans: Sequence[Plan]) -> None:
+        """Compile plans, group by group, as long as time is left; the first always."""
+        for i in range(0, len(plans), GROUP):
+            spent = time.monotonic() - self.start
+            self.stopped = bool(self.tried) and spent > self.allowance
+            if self.stopped:
+                return
+            group = plans[i : i + GROUP]
+            self.tried |= {canonical(plan.choice) for plan in group}
+            done = f"{i + len(group)} of {len(plans)}"
+            self.say(f"compiling {done} plans for {self.target.name}")
+            self._compile(group)
+
+    def _compile(self, plans: Sequence[Plan]) -> None:
+        made = []
+        for choice in (plan.choice for plan in plans):
+            plan = neutral(self.spec, self.target, self.by, choice)
+            source = building.emit(plan)
+            if self.record.find(choice, source.digest) is None:
+                made.append((plan, source))
+        if not made:
+            return
+        answers = building.certify_many(made, self.by, self.target.name)
+        found = [
+            self._candidate(*each, answer)
+            for each, answer in zip(made, answers, strict=True)
+        ]
+        self._keep(Record(key=self.record.key, candidates=tuple(found)))
+
+    def _candidate(
+        self, plan: Plan, source: Source, answer: Certificate | CompileError
+    ) -> Candidate:
+        known = Candidate(
+            choice=plan.choice,
+            digest=source.digest,
+            temp_bytes=None,
+            modelled_bytes=plan.temp_bytes,
+            modelled_s=plan.time_s,
+        )
+        if isinstance(answer, CompileError):
+            return dataclasses.replace(known, failed=str(answer))
+        known = dataclasses.replace(known, temp_bytes=answer.temp_bytes)
+        if reason := building.unfit(answer, plan):
+            return dataclasses.replace(known, failed=reason)
+        bound = bound_s(plan, answer, self.target)
+        if bound is None:
+            return dataclasses.replace(known, failed="no bound of its loop is known")
+        self.say(f"{bound:.3g} s or more: {self.by.describe(plan.choice)}")
+        return dataclasses.replace(known, bound_s=bound)
+
+    def finish(self, effort: str, fix: Mapping[str, Option]) -> None:
+        done = Finished(
+            effort="patient" if effort == "patient" else "measure",
+            fix=dict(fix),
+            budget=self.spec.budget_bytes,
+            noise=0.0,
+            stopped=self.stopped,
+        )
+        self._keep(Record(key=self.record.key, finished=(done,)))
+
+    def _keep(self, more: Record) -> None:
+        from attngen import wisdom
+
+        self.record = self.record.merged(more)
+        wisdom.add(self.record)
 
 
 def bound_s(plan: Plan, certificate: Certificate, target: Target) -> float | None:

@@ -17,8 +17,9 @@ from attngen import planner, timing
 from attngen.backends import Backend
 from attngen.building import emit
 from attngen.errors import AttngenError, WisdomError
+from attngen.keys import Key
 from attngen.plans import Alternative, Option, Plan
-from attngen.records import Candidate, Key, Record
+from attngen.records import Candidate, Record
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
 from attngen.units import show_bytes
@@ -33,13 +34,13 @@ SHOWN = 5  # other plans that were timed, in a plan's explanation
 
 
 def key_of(spec: AttentionSpec, target: Target, by: Backend) -> Key:
-    """What a time of the spec holds for, here and now."""
+    """What a time of the spec holds for, here and now; what a bound does elsewhere."""
     plain = msgspec.json.decode(spec.to_json())
     plain.pop("memory_budget")
     return Key(
         spec=plain,
         target=target.name,
-        device=target.model,
+        device=target.model if by.is_here(target) else f"{target.model}, not here",
         cores=target.cores,
         backend=by.name,
         versions=_versions(tuple(by.requires)),
@@ -129,14 +130,16 @@ def _others(
             break
         if c == chosen or not isinstance(_current(c, spec, target, by), Plan):
             continue
+        how = "timed here" if c.samples_s else "bound"
         if c.fits(spec.budget_bytes):
             ratio = record.standings[c.identity] / record.standings[chosen.identity]
-            reason = f"timed here: {ratio - 1:.0%} slower"
+            reason = f"{how}: {ratio - 1:.0%} slower"
             if ratio < 1:
-                reason = "timed here: too few rounds to tell"
+                reason = f"{how}: too few rounds to tell"
         else:
-            reason = "timed here: over the budget"
-        seconds = timing.spread(c.samples_s).median
+            reason = f"{how}: over the budget"
+        timed = timing.spread(c.samples_s).median if c.samples_s else None
+        seconds = c.bound_s if timed is None else timed
         need = c.modelled_bytes if c.temp_bytes is None else c.temp_bytes
         made.append(Alternative(c.choice, need, seconds, reason))
     return tuple(made)

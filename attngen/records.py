@@ -1,4 +1,4 @@
-"""Key, Candidate, Record: what was timed on a device, and what it says is fastest.
+"""Candidate, Record: what was timed on a device, and what it says is fastest.
 
 Values only: nothing here runs, reads or writes anything.
 """
@@ -15,92 +15,13 @@ import msgspec
 
 from attngen import timing
 from attngen.errors import FileError
+from attngen.keys import Key, canonical
 from attngen.plans import Option
 from attngen.units import show_bytes, show_time
 
 EFFORTS = ("estimate", "measure", "patient")  # each at least as good as those before
 SURE = 3  # rounds: of fewer, a single wild one decides
 SHOWN = 16  # candidates in a record's table
-
-
-def canonical(value: Any) -> str:
-    """Plain values as JSON that is the same for equal values."""
-    return msgspec.json.encode(value, order="sorted").decode()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Key:
-    """What a time holds for: nothing of it may differ.
-
-    Args:
-        spec: all its fields as plain values, but its memory_budget.
-        device: the model, as the device calls itself.
-        cores: that the process may use.
-        versions: of attngen and of what computes.
-    """
-
-    spec: dict[str, Any]
-    target: str
-    device: str
-    cores: int
-    backend: str
-    versions: dict[str, str]
-
-    @functools.cached_property
-    def text(self) -> str:
-        """Equal for equal keys."""
-        return canonical(asdict(self))
-
-    def fields(self) -> dict[str, Any]:
-        """Each thing that can differ, by a name for people."""
-        rest = {"target": self.target, "device": self.device, "cores": self.cores}
-        versions = {f"version of {n}": v for n, v in self.versions.items()}
-        return self.spec | rest | {"backend": self.backend} | versions
-
-    def differences(self, other: Key) -> list[str]:
-        """What this key has, and the other hasn't, in words."""
-        own, others = self.fields(), other.fields()
-        names = [n for n in {**own, **others} if own.get(n) != others.get(n)]
-        return [f"{n}: {_short(own.get(n))} ≠ {_short(others.get(n))}" for n in names]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Only:
-    """Which records are meant: None, of any.
-
-    Args:
-        spec: as a key has it.
-        device: the model, or a part of it in letters of any case.
-    """
-
-    spec: dict[str, Any] | None = None
-    target: str | None = None
-    backend: str | None = None
-    device: str | None = None
-
-    def takes(self, key: Key) -> bool:
-        """Whether a record of that key is meant."""
-        same = all(
-            asked in (None, own)
-            for asked, own in [
-                (self.spec, key.spec),
-                (self.target, key.target),
-                (self.backend, key.backend),
-            ]
-        )
-        return same and (self.device or "").lower() in key.device.lower()
-
-    def __str__(self) -> str:
-        named = {"target": self.target, "backend": self.backend, "device": self.device}
-        words = [f"{n} {v!r}" for n, v in named.items() if v is not None]
-        return ", ".join(["this spec"] * (self.spec is not None) + words)
-
-
-def _short(value: Any) -> str:
-    if value is None:
-        return "none"
-    text = value if isinstance(value, str) else canonical(value)
-    return text if len(text) <= 60 else text[:57] + "…"
 
 
 Choices = dict[str, Option]
@@ -116,6 +37,8 @@ class Candidate:
             couldn't be emitted.
         temp_bytes: of temporaries, certified; None where the compiler doesn't say.
         modelled_bytes, modelled_s: what the model says.
+        bound_s: seconds below which a call can't end, by the compiled main loop: of a device
+            that isn't here.
         samples_s: seconds of a call, a sample a round.
         yardsticks_s: of a fixed piece of work in the same rounds. Samples of candidates
             with the same yardstick were taken in the same round.
@@ -127,6 +50,7 @@ class Candidate:
     temp_bytes: int | None
     modelled_bytes: int
     modelled_s: float
+    bound_s: float | None = None
     samples_s: tuple[float, ...] = ()
     yardsticks_s: tuple[float, ...] = ()
     failed: str | None = None
@@ -146,6 +70,15 @@ class Candidate:
         return all(
             n in self.choice and _same(self.choice[n], v) for n, v in fix.items()
         )
+
+    @property
+    def took(self) -> tuple[str, str]:
+        """A call's time and its spread, for people."""
+        if not self.samples_s:
+            return f"≥ {show_time(self.bound_s or 0)}", "–"
+        found = timing.spread(self.samples_s)
+        several = len(self.samples_s) > 1
+        return show_time(found.median), f"{found.relative:.0%}" if several else "–"
 
     def merged(self, other: Candidate) -> Candidate:
         """The samples of both, each once; all else as the other says."""
@@ -203,8 +136,8 @@ class Record:
         "unfinished" where each was interrupted, or stopped for want of time.
         """
         done = [f.effort for f in self.finished if not f.stopped]
-        timed = any(c.samples_s for c in self.candidates)
-        none = "unfinished" if timed else "estimate"
+        tried = any(c.samples_s or c.bound_s for c in self.candidates)
+        none = "unfinished" if tried else "estimate"
         return max(done, key=EFFORTS.index, default=none)
 
     def searched(self, effort: str, fix: Mapping[str, Option]) -> tuple[Finished, ...]:
@@ -224,9 +157,14 @@ class Record:
     def standings(self) -> dict[str, float]:
         """What each timed candidate takes by what the fastest takes, by identity.
 
-        Less than 1 only where there are too few rounds to believe it.
+        Less than 1 only where there are too few rounds to believe it. Where none is timed,
+        it is of the candidates' bounds.
         """
-        timed = [c for c in self.candidates if c.samples_s and c.failed is None]
+        usable = [c for c in self.candidates if c.failed is None]
+        timed = [c for c in usable if c.samples_s]
+        if not timed:
+            bounds = {c.identity: c.bound_s for c in usable if c.bound_s is not None}
+            return {n: b / min(bounds.values()) for n, b in bounds.items()}
         seconds: dict[str, dict[Hashable, float]] = {
             c.identity: dict(zip(c.yardsticks_s, c.samples_s, strict=True))
             for c in timed
@@ -240,7 +178,7 @@ class Record:
     def ranked(
         self, budget: int | None = None, fix: Mapping[str, Option] | None = None
     ) -> tuple[Candidate, ...]:
-        """The timed candidates whose certified bytes fit, the fastest first.
+        """The candidates with standings whose certified bytes fit, the fastest first.
 
         Those of fewer rounds than can be believed come last.
         """
@@ -251,7 +189,7 @@ class Record:
         ]
 
         def place(c: Candidate) -> tuple[bool, float, int]:
-            few = len(c.samples_s) < SURE
+            few = 0 < len(c.samples_s) < SURE
             return few, self.standings[c.identity], c.temp_bytes or 0
 
         return tuple(sorted(usable, key=place))
@@ -316,7 +254,12 @@ class Record:
         for c in made.candidates:
             if len(c.samples_s) != len(c.yardsticks_s):
                 raise _no_record("samples_s and yardsticks_s of different lengths")
-            if not all(0 < s < float("inf") for s in (*c.samples_s, *c.yardsticks_s)):
+            times = (
+                *c.samples_s,
+                *c.yardsticks_s,
+                *[b for b in [c.bound_s] if b is not None],
+            )
+            if not all(0 < s < float("inf") for s in times):
                 raise _no_record("a sample that isn't a positive number of seconds")
         return made
 
@@ -336,12 +279,11 @@ class Record:
         ]
         ranked = self.ranked()
         for c in ranked[:SHOWN]:
-            took = timing.spread(c.samples_s)
-            spread = f"{took.relative:.0%}" if len(c.samples_s) > 1 else "–"
+            took, spread = c.took
             known = "?" if c.temp_bytes is None else show_bytes(c.temp_bytes)
             lines.append(
-                f"{self.standings[c.identity]:>5.2f}×{show_time(took.median):>11}"
-                f"{spread:>8}{len(c.samples_s):>8}{known:>12}  {_words(c)}"
+                f"{self.standings[c.identity]:>5.2f}×{took:>11}"
+                f"{spread:>8}{len(c.samples_s) or '–':>8}{known:>12}  {_words(c)}"
             )
         if len(ranked) > SHOWN:
             lines.append(f"       and {len(ranked) - SHOWN} that are slower")

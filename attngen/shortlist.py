@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 
+from attngen.keys import canonical
 from attngen.plans import Option, Plan
-from attngen.records import canonical
 
 NEAR = 12  # neighbours that are tried at a time
 
@@ -28,7 +28,7 @@ def different(plans: Sequence[Plan], most: int) -> list[Plan]:
             picked.append(plan)
     least = min(p.temp_bytes for p in picked)
     for plan in plans:
-        if len(picked) < most and plan.temp_bytes <= least / 4:
+        if len(picked) < most and plan.temp_bytes <= least / 4 < least:
             picked.append(plan)
             least = plan.temp_bytes
     for plan in plans:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 from attngen import timing
 from attngen.errors import CALL_FAULTS, AttngenError, TimingError
+from attngen.keys import canonical
 from attngen.plans import Option, Plan
-from attngen.records import Candidate, Finished, Record, canonical
+from attngen.records import Candidate, Finished, Record
 from attngen.shortlist import neighbours
 from attngen.timing import Call, Rounds
 from attngen.units import show_bytes, show_time

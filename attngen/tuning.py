@@ -18,9 +18,10 @@ from attngen.errors import (
     TimingError,
     ValidationError,
 )
+from attngen.keys import canonical
 from attngen.plans import Option, Plan
 from attngen.recalling import key_of, neutral
-from attngen.records import Candidate, Record, canonical
+from attngen.records import Candidate, Record
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
 from attngen.units import show_bytes
@@ -87,7 +88,6 @@ def tune(
     """Time plans of a spec and keep what was found as wisdom; see `attngen.tune`."""
     from attngen import shortlist, tuner, wisdom
 
-    check_seconds(seconds)
     check_room(spec, target)
     ranked = planner.rank(spec, target, by, fix, smallest=TRIES)
     key = key_of(spec, target, by)

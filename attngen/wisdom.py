@@ -20,7 +20,8 @@ import msgspec
 from attngen import files
 from attngen.errors import FileError, WisdomError
 from attngen.interrupts import undisturbed
-from attngen.records import Key, Only, Record
+from attngen.keys import Key, Only
+from attngen.records import Record
 from attngen.units import show_bytes
 
 FORMAT = 1

@@ -23,6 +23,7 @@ import gallery
 
 import attngen
 from attngen import AttentionSpec, backends, gpus, inputs, masks
+from attngen.backends.triton.loader import gpu_here
 from attngen.errors import AttngenError
 
 RESULTS = Path(__file__).parent / "results"
@@ -31,19 +32,12 @@ Call = Callable[[], Any]
 
 def target_here() -> str:
     """The target that the GPU here is, or the representative of its architecture."""
-    import torch
-
-    if not torch.cuda.is_available():
+    found = gpu_here()
+    if found is None:
         raise SystemExit("make gpu needs a GPU that torch sees; there is none here")
-    name = torch.cuda.get_device_name().lower().replace(" ", "")
-    for known in gpus.GPUS:
-        if known in name:
-            return known
-    if torch.version.hip:
-        architecture = torch.cuda.get_device_properties(0).gcnArchName.split(":")[0]
-    else:
-        major, minor = torch.cuda.get_device_capability()
-        architecture = f"sm{major}{minor}"
+    architecture, model = found
+    if model is not None:
+        return model
     for known, gpu in gpus.GPUS.items():
         if gpu.architecture == architecture:
             return known

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from refusals import refused
 
-from attngen import certifier, gpus, targets
+import attngen
+from attngen import AttentionSpec, certifier, gpus, targets
 from attngen.errors import CompileError
 from attngen.reports import Certificate
 
@@ -112,3 +113,28 @@ def test_what_does_not_compile_is_an_error(target, source, said):
     with refused(CompileError) as caught:
         certified(target, source=source)
     assert said in caught.value.got
+
+
+@pytest.mark.parametrize("target", ["h100", "b200", "rtx5090"])
+@pytest.mark.parametrize("layout", ["bthd", "bhtd"])
+def test_tensor_descriptors_are_copied_as_blocks(target, layout):
+    spec = AttentionSpec(
+        q_heads=4, kv_heads=2, q_len=500, qk_dim=64, dtype="float16", layout=layout
+    )
+    fix = {"q_chunk": 64, "k_chunk": 64, "num_warps": 4}
+    found = {}
+    for loads in ("pointers", "descriptors"):
+        plan = attngen.plan(
+            spec, target=target, backend="triton", fix=fix | {"loads": loads}
+        )
+        source = attngen.emit(plan)
+        shapes = [(n, spec.shape_of(n), "float16") for n in "qkv"]
+        found[loads] = certifier.certify(
+            COMPILER, target, shapes=shapes, source=source.text
+        )
+    assert not any(x.startswith("UTMALDG") for x in found["pointers"].mix)
+    assert any(x.startswith("UTMALDG") for x in found["descriptors"].mix)
+    assert found["descriptors"].registers <= found["pointers"].registers
+    assert found["descriptors"].spill_bytes == 0
+    moved = [c.pipe_cycles["global"] for c in found.values()]
+    assert moved[0] == pytest.approx(moved[1], rel=0.02)

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 import attngen
-from attngen import AttentionSpec, masks, offline, planner, targets
-from attngen.errors import PlanError, TargetError
+from attngen import AttentionSpec, masks, offline, recalling, targets, wisdom
+from attngen.errors import PlanError
+from attngen.keys import canonical
 from attngen.reports import Certificate
 
 SPEC = AttentionSpec(
@@ -14,6 +15,11 @@ SPEC = AttentionSpec(
 )
 A100 = targets.get("a100")
 KERNEL = Certificate("a100", "ptxas", 0, spill_bytes=0, shared_bytes=1024)
+
+
+@pytest.fixture(autouse=True)
+def own_wisdom(monkeypatch, tmp_path):
+    monkeypatch.setenv("ATTNGEN_WISDOM", str(tmp_path))
 
 
 def plan(**fix):
@@ -42,41 +48,117 @@ def test_what_is_not_known_is_no_bound(change):
     assert offline.bound_s(plan(), certificate, A100) is None
 
 
-def test_the_least_bound_is_taken_and_spills_are_not(monkeypatch):
-    def certified(made, by, target):
-        return [
-            dataclasses.replace(
-                KERNEL,
-                bound_cycles=float(p.q_chunk * p.k_chunk),
-                blocks_per_multiprocessor=1,
-                spill_bytes=8 if p.choice["num_warps"] == 2 else 0,
-            )
-            for p, _ in made
-        ]
+def compiled(made, by, target):
+    """Stands for the compiler: the smallest tiles are the best, two warps spill."""
+    return [
+        dataclasses.replace(
+            KERNEL,
+            bound_cycles=float(p.q_chunk * p.k_chunk),
+            blocks_per_multiprocessor=1,
+            spill_bytes=8 if p.choice["num_warps"] == 2 else 0,
+        )
+        for p, _ in made
+    ]
 
-    monkeypatch.setattr("attngen.building.certify_many", certified)
+
+@pytest.fixture
+def compiler(monkeypatch):
+    asked = []
+
+    def certify_many(made, by, target):
+        asked.extend(p.choice for p, _ in made)
+        return compiled(made, by, target)
+
+    monkeypatch.setattr("attngen.building.certify_many", certify_many)
+    return asked
+
+
+def test_plans_are_ranked_by_their_bounds_and_those_that_spill_have_failed(compiler):
+    record = attngen.tune(SPEC, target="a100")
+    assert record.effort == "measure"
+    assert record.key.device == "a100, not here"
+    bounds = [c.bound_s for c in record.ranked()]
+    assert bounds == sorted(bounds)
+    assert len(bounds) > 8
+    for c in record.candidates:
+        spills = c.choice["num_warps"] == 2
+        assert (c.failed is not None) == spills == (c.bound_s is None)
+        assert not c.samples_s
+    first, then = compiler[: offline.GROUP], compiler[offline.GROUP :]
+    sizes = {canonical(c): c["q_chunk"] * c["k_chunk"] for c in first}
+    least = min(sizes.values())
+    leaders = [c for c in first if sizes[canonical(c)] == least]
+    for c in then:  # the leader's neighbours
+        assert 1 in [sum(leader[n] != c[n] for n in c) for leader in leaders]
+    lines = str(record).splitlines()
+    assert any("≥" in line for line in lines)
+    assert all(len(line) <= 100 for line in lines)
+
+
+def test_what_was_compiled_is_not_compiled_again_and_is_built(compiler, monkeypatch):
+    first = attngen.tune(SPEC, target="a100")
+    patient = attngen.tune(SPEC, target="a100", effort="patient")
+    assert patient.effort == "patient"
+    assert len(patient.candidates) > len(first.candidates)
+    assert len({canonical(c) for c in compiler}) == len(compiler)
+    compiler.clear()
+    assert attngen.tune(SPEC, target="a100", effort="patient") == patient
+    assert not compiler
+    monkeypatch.setattr("attngen.building.certify", lambda *_: KERNEL)
+    kernel = attngen.build(SPEC, target="a100")  # wisdom is used by any effort
+    assert kernel.plan.choice == patient.best().choice
+    assert "bound: " in kernel.plan.explain()
+
+
+def test_the_allowance_ends_it_after_the_first_plans(compiler):
+    record = attngen.tune(SPEC, target="a100", effort="patient", seconds=1e-6)
+    assert len(compiler) == offline.GROUP
+    assert record.finished[0].stopped
+    assert record.effort == "unfinished"
+
+
+def test_an_interrupt_keeps_what_was_compiled(monkeypatch):
+    groups = iter([compiled])
+
+    def certify_many(made, by, target):
+        for answer in groups:
+            return answer(made, by, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("attngen.building.certify_many", certify_many)
+    with pytest.raises(KeyboardInterrupt):
+        attngen.tune(SPEC, target="a100", effort="patient")
     by = attngen.backends.get("triton")
-    found = offline.best(SPEC, A100, by, "measure", {})
-    chosen = found[0]
-    assert chosen.choice["num_warps"] != 2
-    tried = planner.rank(SPEC, A100, by, {})
-    assert chosen in tried
+    record = wisdom.find(recalling.key_of(SPEC, A100, by))
+    assert len(record.candidates) == offline.GROUP
+    assert not record.finished
+
+
+def test_where_nothing_compiles_building_says_so(monkeypatch):
+    spilling = dataclasses.replace(KERNEL, spill_bytes=8)
     monkeypatch.setattr(
         "attngen.building.certify_many",
-        lambda made, by, target: (
-            [dataclasses.replace(KERNEL, spill_bytes=8)] * len(made)
-        ),
+        lambda made, by, target: [spilling] * len(made),
     )
-    assert offline.best(SPEC, A100, by, "measure", {}) is None
-    spilling = dataclasses.replace(KERNEL, spill_bytes=8)
     monkeypatch.setattr(
         "attngen.building._certified",
         lambda groups, by: [(p, None, spilling) for group in groups for p in group],
     )
+    record = attngen.tune(SPEC, target="a100")
+    assert record.best() is None
     with pytest.raises(PlanError, match="No plan compiles"):
-        attngen.build(SPEC, target="a100")
+        attngen.build(SPEC, target="a100", effort="measure")
 
 
-def test_tuning_needs_the_device():
-    with pytest.raises(TargetError, match="isn't here"):
-        attngen.tune(SPEC, target="a100")
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), True, "60"])
+def test_an_allowance_is_a_positive_number(seconds):
+    with pytest.raises(PlanError, match="needs time"):
+        attngen.tune(SPEC, target="a100", seconds=seconds)
+
+
+def test_tensor_descriptors_are_among_the_neighbours_where_a_target_has_them(compiler):
+    attngen.tune(SPEC, target="h100")
+    assert any(c["loads"] == "descriptors" for c in compiler)
+    compiler.clear()
+    attngen.tune(SPEC, target="a100")
+    assert {c["loads"] for c in compiler} == {"pointers"}

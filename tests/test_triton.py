@@ -58,6 +58,47 @@ def test_every_head_dim(dim, head_dim):
     interpreted.judge(spec, q_chunk=16, k_chunk=32, head_dim=head_dim, num_warps=4)
 
 
+DESCRIBED = (
+    "plain", "causal window", "ragged", "alibi", "softcap", "lengths", "query lengths",
+    "offset of lengths", "sink", "bhtd", "prefix", "no keys",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", [n for n in SPECS if n in DESCRIBED])
+def test_tensor_descriptors(name, dtype):
+    spec = dataclasses.replace(SPECS[name], dtype=dtype)
+    fix = small_blocks(spec) | {"head_dim": "padded", "loads": "descriptors"}
+    interpreted.judge(spec, **fix)
+
+
+def test_a_head_dim_between_powers_of_two_is_described_with_zeros():
+    spec = dataclasses.replace(LIKE, qk_dim=72, v_dim=40, dtype="float16")
+    interpreted.judge(
+        spec, q_chunk=16, k_chunk=32, head_dim="padded", loads="descriptors"
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "spec", "fix", "words"),
+    [
+        ("a100", LIKE, {}, "a100 has no tensor descriptors"),
+        ("mi300x", LIKE, {}, "mi300x has no tensor descriptors"),
+        ("h100", dataclasses.replace(LIKE, v_dim=33), {}, "multiples of 16"),
+        (
+            "h100",
+            dataclasses.replace(LIKE, qk_dim=80),
+            {"head_dim": "split"},
+            "one piece",
+        ),
+    ],
+)
+def test_where_tensor_descriptors_cannot_be(target, spec, fix, words):
+    fixed = {"loads": "descriptors"} | fix
+    with pytest.raises(PlanError, match=words):
+        attngen.plan(spec, target=target, backend="triton", fix=fixed)
+
+
 def test_pieces_cover_a_head_dim_with_little_padding():
     for dim in range(1, 600):
         for how in ("split", "padded"):
@@ -208,6 +249,31 @@ def test_a_file_refuses_what_its_kernel_does_not_take():
             interpreted.call(path, **good | change)
 
 
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_strides_that_no_tensor_descriptor_takes_are_refused(name):
+    spec = dataclasses.replace(LIKE, dtype="float16")
+    path = api.stored(source_of(spec, loads="descriptors"))
+    code = (
+        "import sys, importlib.util, torch\n"
+        "made = importlib.util.spec_from_file_location('emitted', sys.argv[1])\n"
+        "module = sys.modules['emitted'] = importlib.util.module_from_spec(made)\n"
+        "made.loader.exec_module(module)\n"
+        "q, k, wide = (torch.zeros(2, 70, h, d, dtype=torch.float16)\n"
+        "              for h, d in ((2, 32), (1, 32), (1, 36)))\n"
+        "for odd in (wide[..., :32], wide.expand(2, 70, 1, 36)[..., 2:34],\n"
+        "            torch.zeros(2, 70, 1, 64, dtype=torch.float16)[..., ::2]):\n"
+        "    try: module.attention(**{'q': q, 'k': k, 'v': k} | {sys.argv[2]: odd})\n"
+        "    except ValueError as error: print('multiples of 16 bytes' in str(error))\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(path), name],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
+    assert ran.stdout.split() == ["True"] * 3, ran.stderr[-2000:]
+
+
 def test_without_a_gpu_a_call_says_so():
     spec = dataclasses.replace(LIKE, mask=masks.causal())
     code = (
@@ -274,11 +340,19 @@ def test_what_is_not_built_says_so(change):
         ({"num_warps": 3}, "num_warps is one of"),
         ({"q_chunk": 256, "num_warps": 1}, "registers a thread"),
         ({"order": "sideways"}, "order is one of"),
+        ({"loads": "slowly"}, "loads is one of"),
     ],
 )
 def test_illegal_choices_have_reasons(fix, words):
     with pytest.raises(PlanError, match=words):
         attngen.plan(LIKE, target="h100", backend="triton", fix=fix)
+
+
+def test_a_plan_with_any_choice_fixed_is_explained():
+    chosen = attngen.plan(LIKE, target="h100", backend="triton").choice
+    for name, value in chosen.items():
+        fixed = attngen.plan(LIKE, target="h100", backend="triton", fix={name: value})
+        assert f"fixed: {name}" in fixed.explain()
 
 
 IN_TORCH = """

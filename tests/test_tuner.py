@@ -10,7 +10,8 @@ from test_records import JAX, KEY, PLANS
 
 from attngen import planner, shortlist, targets, timing, tuner
 from attngen.errors import CompileError, TimingError
-from attngen.records import Record, canonical
+from attngen.keys import canonical
+from attngen.records import Record
 
 DIFFERENT = shortlist.different(PLANS, 8)
 TRIED = {canonical(p.choice) for p in DIFFERENT}

@@ -21,7 +21,7 @@ spec      {"q_heads": 8, "kv_heads": 8, "q_len": 1000, "kv_len": 1000, "qk_dim":
           "outputs": ["out", "lse"]}
 choices   {"backend": "triton", "target": "a100", "algorithm": "running", "q_chunk": 16,
           "k_chunk": 32, "num_warps": 1, "num_stages": 2, "order": "reverse",
-          "head_dim": "split"}
+          "head_dim": "split", "loads": "pointers"}
 """
 
 import math
@@ -67,7 +67,7 @@ def attention(q, k, v, *, slopes):
     return _attention(q, k, v, slopes)
 
 
-@torch.library.custom_op("attngen::attention_3383a21d265e", mutates_args=())
+@torch.library.custom_op("attngen::attention_4198f8f5b980", mutates_args=())
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,

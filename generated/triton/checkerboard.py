@@ -18,7 +18,7 @@ spec      {"q_heads": 2, "kv_heads": 2, "q_len": 512, "kv_len": 512, "qk_dim": 9
           "k"]]}}
 choices   {"backend": "triton", "target": "mi355x", "algorithm": "running", "q_chunk":
           32, "k_chunk": 64, "num_warps": 1, "num_stages": 3, "order": "forward",
-          "head_dim": "split"}
+          "head_dim": "split", "loads": "pointers"}
 """
 
 import math
@@ -61,7 +61,7 @@ def attention(q, k, v):
     return _attention(q, k, v)
 
 
-@torch.library.custom_op("attngen::attention_d25894b35cc4", mutates_args=())
+@torch.library.custom_op("attngen::attention_e729e4f4447d", mutates_args=())
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,

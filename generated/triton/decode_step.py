@@ -22,7 +22,7 @@ spec      {"batch": 4, "q_heads": 16, "kv_heads": 2, "q_len": 1, "kv_len": 4096,
           "mask": "causal", "kv_lengths": true, "outputs": ["out", "lse"]}
 choices   {"backend": "triton", "target": "l4", "algorithm": "running", "q_chunk": 16,
           "k_chunk": 64, "num_warps": 1, "num_stages": 2, "order": "reverse",
-          "head_dim": "padded"}
+          "head_dim": "padded", "loads": "pointers"}
 """
 
 import math
@@ -73,7 +73,7 @@ def attention(q, k, v, *, kv_lengths, q_offset):
     return _attention(q, k, v, kv_lengths, q_offset)
 
 
-@torch.library.custom_op("attngen::attention_45d3980cf47c", mutates_args=())
+@torch.library.custom_op("attngen::attention_edda7245e336", mutates_args=())
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,

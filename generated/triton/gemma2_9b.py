@@ -18,7 +18,7 @@ spec      {"q_heads": 16, "kv_heads": 8, "q_len": 8192, "kv_len": 8192, "qk_dim"
           {"sliding_window": {"left": 4096}}]}, "score": [{"softcap": {"cap": 50.0}}]}
 choices   {"backend": "triton", "target": "h100", "algorithm": "running", "q_chunk":
           128, "k_chunk": 64, "num_warps": 8, "num_stages": 3, "order": "forward",
-          "head_dim": "padded"}
+          "head_dim": "padded", "loads": "pointers"}
 """
 
 import math
@@ -61,7 +61,7 @@ def attention(q, k, v):
     return _attention(q, k, v)
 
 
-@torch.library.custom_op("attngen::attention_5b3d0e3ce5d8", mutates_args=())
+@torch.library.custom_op("attngen::attention_9e95f6528278", mutates_args=())
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -20,7 +20,7 @@ spec      {"q_heads": 64, "kv_heads": 8, "q_len": 8192, "kv_len": 8192, "qk_dim"
           {"sliding_window": {"left": 128}}]}, "sink": true}
 choices   {"backend": "triton", "target": "rtx5090", "algorithm": "running", "q_chunk":
           32, "k_chunk": 32, "num_warps": 1, "num_stages": 2, "order": "forward",
-          "head_dim": "padded"}
+          "head_dim": "padded", "loads": "pointers"}
 """
 
 import math
@@ -65,7 +65,7 @@ def attention(q, k, v, *, sink):
     return _attention(q, k, v, sink)
 
 
-@torch.library.custom_op("attngen::attention_8f398625ad25", mutates_args=())
+@torch.library.custom_op("attngen::attention_34b2e9453f02", mutates_args=())
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -18,7 +18,7 @@ spec      {"q_heads": 32, "kv_heads": 8, "q_len": 16384, "kv_len": 16384, "qk_di
           {"sliding_window": {"left": 4096}}]}}
 choices   {"backend": "triton", "target": "b200", "algorithm": "running", "q_chunk":
           128, "k_chunk": 64, "num_warps": 8, "num_stages": 3, "order": "forward",
-          "head_dim": "padded"}
+          "head_dim": "padded", "loads": "pointers"}
 """
 
 import math
@@ -61,7 +61,7 @@ def attention(q, k, v):
     return _attention(q, k, v)
 
 
-@torch.library.custom_op("attngen::attention_ebcc273950f4", mutates_args=())
+@torch.library.custom_op("attngen::attention_97a473d4fe72", mutates_args=())
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,

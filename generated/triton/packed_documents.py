@@ -19,7 +19,7 @@ spec      {"batch": 2, "q_heads": 4, "kv_heads": 4, "q_len": 2048, "kv_len": 204
           "documents"]}}
 choices   {"backend": "triton", "target": "mi300x", "algorithm": "running", "q_chunk":
           64, "k_chunk": 128, "num_warps": 2, "num_stages": 2, "order": "reverse",
-          "head_dim": "padded"}
+          "head_dim": "padded", "loads": "pointers"}
 """
 
 import math
@@ -64,7 +64,7 @@ def attention(q, k, v, *, document_ids):
     return _attention(q, k, v, document_ids)
 
 
-@torch.library.custom_op("attngen::attention_b67d56f371b2", mutates_args=())
+@torch.library.custom_op("attngen::attention_0c107a0da701", mutates_args=())
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -16,7 +16,7 @@ spec      {"q_heads": 8, "kv_heads": 8, "q_len": 2048, "kv_len": 2048, "qk_dim":
           "v_dim": 64, "mask": {"or": ["causal", {"prefix": {"length": 300}}]}}
 choices   {"backend": "triton", "target": "rtx4090", "algorithm": "running", "q_chunk":
           128, "k_chunk": 64, "num_warps": 8, "num_stages": 3, "order": "reverse",
-          "head_dim": "padded"}
+          "head_dim": "padded", "loads": "pointers"}
 """
 
 import math
@@ -59,7 +59,7 @@ def attention(q, k, v):
     return _attention(q, k, v)
 
 
-@torch.library.custom_op("attngen::attention_6ada7e5e5016", mutates_args=())
+@torch.library.custom_op("attngen::attention_558da174fdbd", mutates_args=())
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,

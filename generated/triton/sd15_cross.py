@@ -15,7 +15,7 @@ spec      {"q_heads": 8, "kv_heads": 8, "q_len": 4096, "kv_len": 77, "qk_dim": 4
           "v_dim": 40, "dtype": "float16"}
 choices   {"backend": "triton", "target": "rtx3090", "algorithm": "running", "q_chunk":
           64, "k_chunk": 16, "num_warps": 1, "num_stages": 3, "order": "forward",
-          "head_dim": "split"}
+          "head_dim": "split", "loads": "pointers"}
 """
 
 import math
@@ -58,7 +58,7 @@ def attention(q, k, v):
     return _attention(q, k, v)
 
 
-@torch.library.custom_op("attngen::attention_32b72a40eb84", mutates_args=())
+@torch.library.custom_op("attngen::attention_651da3f2cbc5", mutates_args=())
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,

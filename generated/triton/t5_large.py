@@ -19,7 +19,7 @@ spec      {"q_heads": 16, "kv_heads": 16, "q_len": 512, "kv_len": 512, "qk_dim":
           "v_dim": 64, "dtype": "bfloat16", "scale": 1.0, "score": ["relative_buckets"]}
 choices   {"backend": "triton", "target": "a100", "algorithm": "running", "q_chunk":
           128, "k_chunk": 128, "num_warps": 8, "num_stages": 3, "order": "forward",
-          "head_dim": "padded"}
+          "head_dim": "padded", "loads": "pointers"}
 """
 
 import math
@@ -64,7 +64,7 @@ def attention(q, k, v, *, relative_bias):
     return _attention(q, k, v, relative_bias)
 
 
-@torch.library.custom_op("attngen::attention_84c0f6aefff9", mutates_args=())
+@torch.library.custom_op("attngen::attention_203f225d7b9f", mutates_args=())
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,

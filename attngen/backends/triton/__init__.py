@@ -52,9 +52,20 @@ class TritonBackend:
         return "forward.py.jinja", context.context(plan)
 
     def is_here(self, target: Target) -> bool:
-        from attngen.backends.triton.loader import has_gpu
+        """Whether the GPU here is the target.
 
-        return has_gpu()
+        A target that is an architecture is any GPU of it.
+        """
+        from attngen.backends.triton.loader import gpu_here
+
+        found = gpu_here()
+        if found is None:
+            return False
+        architecture, model = found
+        named = target.name == target.model  # not an architecture's representative
+        return architecture == target.architecture and (
+            not named or model in (None, target.model)
+        )
 
     def load(self, path: Path) -> Callable[..., Any]:
         from attngen.backends.triton.loader import load

@@ -15,6 +15,8 @@ from attngen.targets import Target
 BLOCKS = (16, 32, 64, 128, 256)  # of queries and of keys; a matrix product takes 16
 WARPS = (1, 2, 4, 8, 16)
 STAGES = (1, 2, 3, 4, 5)
+DESCRIBED = 16  # bytes that divide the strides of what a tensor descriptor takes
+LOADS = ("pointers", "descriptors")  # of keys and values
 DTYPES = ("float16", "bfloat16", "float32")
 
 # field → (the values that are built, what to do instead)
@@ -88,6 +90,7 @@ def space(
             "num_stages": STAGES if whole else _stages(target),
             "order": ("forward", "reverse") if whole else (_order(spec),),
             "head_dim": ("split", "padded") if odd else ("padded",),
+            "loads": LOADS if whole else ("pointers",),  # which take any strides
         }
     }
 
@@ -115,6 +118,7 @@ VALUES: dict[str, tuple[Option, ...]] = {
     "num_stages": STAGES,
     "order": ("forward", "reverse"),
     "head_dim": ("split", "padded"),
+    "loads": LOADS,
 }
 
 
@@ -130,6 +134,8 @@ def illegal(spec: AttentionSpec, target: Target, choice: Choice) -> str | None:
     threads = int(choice["num_warps"]) * gpu.warp_size
     if threads > 1024:
         return f"{choice['num_warps']} warps are {threads} threads; a block has 1024"
+    if choice["loads"] == "descriptors" and (reason := _undescribed(spec, choice, gpu)):
+        return reason.format(target.name)
     shared = shared_bytes(spec, choice)
     if shared > gpu.shared_bytes:
         return (
@@ -142,6 +148,21 @@ def illegal(spec: AttentionSpec, target: Target, choice: Choice) -> str | None:
         return (
             f"tiles need {need} registers a thread; {target.name} has {most} for each"
         )
+    return None
+
+
+def _undescribed(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> str | None:
+    """Why tensor descriptors can't load keys and values, or None."""
+    if not gpu.tensor_descriptors:
+        return "{} has no tensor descriptors"
+    if choice["head_dim"] != "padded":
+        return "a tensor descriptor loads a head dim in one piece"
+    for dim in (spec.qk_dim, spec.v_dim):
+        if (size := dim * BYTES[spec.dtype]) % DESCRIBED:
+            return (
+                f"{dim} {spec.dtype} are {size} bytes; a tensor descriptor takes "
+                f"multiples of {DESCRIBED}"
+            )
     return None
 
 
@@ -175,17 +196,20 @@ def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
         return tile // threads + 100
     # whole float32 products on NVIDIA's are multiply-adds, whose factors lie in registers
     factors = 64 if spec.dtype == "float32" else 0
-    return tile // threads + 56 + factors
+    addresses = 56 if choice["loads"] == "pointers" else 24
+    return tile // threads + addresses + factors
 
 
 def describe(choice: Choice) -> str:
-    parts = [
-        f"{choice['q_chunk']} queries × {choice['k_chunk']} keys",
-        f"{choice['num_warps']} warp{'s' * (choice['num_warps'] != 1)}",
-        f"{choice['num_stages']} stage{'s' * (choice['num_stages'] != 1)}",
-    ]
-    if choice["order"] == "reverse":
-        parts.append("last queries first")
-    if choice["head_dim"] == "split":
-        parts.append("head dim in pieces")
+    """In words; choices that are left out aren't said."""
+    parts = [f"{choice['q_chunk']} queries × {choice['k_chunk']} keys"]
+    for name, word in (("num_warps", "warp"), ("num_stages", "stage")):
+        if (n := choice.get(name)) is not None:
+            parts.append(f"{n} {word}{'s' * (n != 1)}")
+    said = {
+        ("order", "reverse"): "last queries first",
+        ("head_dim", "split"): "head dim in pieces",
+        ("loads", "descriptors"): "tensor descriptors",
+    }
+    parts += [words for (n, value), words in said.items() if choice.get(n) == value]
     return f"{choice['algorithm']} · {' · '.join(parts)}"

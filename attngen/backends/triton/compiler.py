@@ -5,10 +5,11 @@ An emitted file defines the kernel `forward` and how it is launched:
 NUM_WARPS, NUM_STAGES   integers
 CONSTEXPRS              values of its constexpr parameters, where it has any
 Q_BLOCK, K_BLOCK, QK_DIM, V_DIM   of a tile, for the bounds of the pipes
+BLOCK_SHAPES            of what tensor descriptors load, by name, where there are any
 TEMP_BYTES              what the launcher allocates beside outputs; none: nothing
 
-A parameter `<name>_ptr` points to the tensor of that name, aligned as torch aligns tensors; a
-stride within a head that the kernel lets Triton specialise is 1; all others are int32 of
+A parameter `<name>_ptr` points to the tensor of that name, aligned as torch aligns tensors,
+`<name>_desc` is a descriptor of it; a stride within a head that the kernel lets Triton specialise is 1; all others are int32 of
 which nothing is known.
 """
 
@@ -65,6 +66,7 @@ def certify(job: dict[str, Any]) -> dict[str, Any]:
         shapes,
         gpu,
         constants=getattr(module, "CONSTEXPRS", {}),
+        blocks=getattr(module, "BLOCK_SHAPES", {}),
         out_dtype=job.get("out_dtype") or getattr(module, "OUT_DTYPE", None),
     )
     warps = int(module.NUM_WARPS)
@@ -100,6 +102,7 @@ def arguments(
     gpu: Gpu,
     *,
     constants: Mapping[str, Any],
+    blocks: Mapping[str, Sequence[int]] = {},
     out_dtype: str | None = None,
 ) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
     """A kernel's signature, constants and what is known of its pointers."""
@@ -121,6 +124,10 @@ def arguments(
             small = sizes.get(name.removesuffix("_ptr"), sizes["q"]) < 2**31
             if gpu.backend == "hip" and small:
                 attributes[i,].append(["tt.pointer_range", 32])
+        elif name.endswith("_desc"):
+            own = name.removesuffix("_desc")
+            kind = POINTERS[dtypes[own]].removeprefix("*")
+            signature[name] = f"tensordesc<{kind}{list(blocks[own])}>"
         elif name.endswith("_stride_d") and free:
             signature[name], values[name] = "constexpr", 1
         else:

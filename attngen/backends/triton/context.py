@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from attngen.backends.triton.bounds import bounds, end_of_keys, offset_source
-from attngen.backends.triton.candidates import pieces
+from attngen.backends.triton.candidates import pieces, power_above
 from attngen.backends.triton.tile_code import Writer
 from attngen.expr import walk
 from attngen.intervals import Interval, domain, interval, proven
@@ -39,6 +39,7 @@ def context(plan: Plan) -> dict[str, Any]:
     return {
         **_constants(plan, folded),
         **_arguments(plan, out, lse),
+        **_loads(plan, out),
         **_dims(plan, out),
         "layout": "[b, t, h, d]" if spec.layout == "bthd" else "[b, h, t, d]",
         "unpack_q": "B, T, H, _" if spec.layout == "bthd" else "B, H, T, _",
@@ -159,7 +160,9 @@ def _arguments(plan: Plan, out: bool, lse: bool) -> dict[str, Any]:
     operands = [o.name for o in spec.operands]
     axes = ("b", "t", "h", "d") if spec.layout == "bthd" else ("b", "h", "t", "d")
     tensors = ["q", "k", *(["v", "out"] if out else [])]
-    strides = [f"{x}_stride_{a}" for x in tensors for a in axes]
+    described = plan.option("loads") == "descriptors"
+    pointed = [x for x in tensors if not (described and x in ("k", "v"))]
+    strides = [f"{x}_stride_{a}" for x in pointed for a in axes]
     more = {
         o.name: [f"{o.name}_stride_{i}" for i in range(len(o.axes))]
         for o in spec.operands
@@ -181,19 +184,31 @@ def _arguments(plan: Plan, out: bool, lse: bool) -> dict[str, Any]:
         shown.append(("out", shape.format(spec.v_dim), spec.out_dtype_name))
     if lse:
         shown.append(("lse", "(B, H, T)", "float32: log of the sum of exp(s)"))
+    heads_first = ".transpose(1, 2)" if spec.layout == "bthd" else ""
+    passed = [
+        x
+        if x not in tensors or x in pointed
+        else f'TensorDescriptor.from_tensor({x}{heads_first}, BLOCK_SHAPES["{x}"])'
+        for x in pointers
+    ]
+    names = [
+        f"{x}_ptr" if x not in tensors or x in pointed else f"{x}_desc"
+        for x in pointers
+    ]
     launched = [
-        *(f"{x}," for x in pointers),
+        *(f"{x}," for x in passed),
         "T,",
         f"k.shape[{axes.index('t')}],",
         "H,",
-        *(f"*{x}.stride()," for x in (*tensors, *operands)),
+        *(f"*{x}.stride()," for x in (*pointed, *operands)),
     ]
     return {
         "tensors": tensors,
         "operands": operands,
         "named": [f"{n}={n}" for n in operands],
         "arguments": ["q", "k", "v", *operands],
-        "parameters": [f"{x}_ptr" for x in pointers] + sizes + strides,
+        "pointed": pointed,
+        "parameters": names + sizes + strides,
         "runtime_lines": textwrap.wrap(", ".join(f'"{n}"' for n in runtime) + ",", 84),
         "launch_arguments": launched,
         "checks": checks,
@@ -201,6 +216,14 @@ def _arguments(plan: Plan, out: bool, lse: bool) -> dict[str, Any]:
         "out_shape": shape.format(spec.v_dim),
         "out_dtype": _torch(spec.out_dtype_name),
     }
+
+
+def _loads(plan: Plan, out: bool) -> dict[str, Any]:
+    """How keys and values are loaded; what tensor descriptors load at once."""
+    described = plan.option("loads") == "descriptors"
+    dims = {"k": plan.spec.qk_dim} | ({"v": plan.spec.v_dim} if out else {})
+    shapes = {n: f"[1, 1, K_BLOCK.value, {power_above(d)}]" for n, d in dims.items()}
+    return {"described": described, "block_shapes": shapes if described else {}}
 
 
 def _torch(dtype: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import Any, NoReturn
 
 from attngen.backends.emitted import attention_of, running
 from attngen.errors import BackendError
+from attngen.gpus import GPUS
 
 
 def import_file(path: Path) -> ModuleType:
@@ -51,6 +54,25 @@ def has_gpu() -> bool:
     import torch
 
     return bool(torch.cuda.is_available())
+
+
+def gpu_here() -> tuple[str, str | None] | None:
+    """The GPU that torch sees: its architecture and its model, as gpus.py names them.
+
+    The model is None where gpus.py doesn't know it; there is no GPU: None.
+    """
+    if not has_gpu():
+        return None
+    import torch
+
+    if torch.version.hip:
+        properties = torch.cuda.get_device_properties(0)
+        architecture = str(properties.gcnArchName).split(":")[0]
+    else:
+        architecture = "sm{}{}".format(*torch.cuda.get_device_capability())
+    words = re.split(r"[\s-]+", torch.cuda.get_device_name().lower())
+    names = {*words, *(a + b for a, b in itertools.pairwise(words))}  # "rtx 4090"
+    return architecture, next((known for known in GPUS if known in names), None)
 
 
 @dataclass(frozen=True)
