@@ -324,12 +324,13 @@ def _words(c: Candidate) -> str:
         shown = [
             v if isinstance(v, str) else f"{_ABBREVIATED.get(n, n)}={canonical(v)}"
             for n, v in rest.items()
-            if n == "head_chunk" or (v != 1 and v is not False)
+            if n == "head_chunk" or (v != 1 and v is not False and v not in _USUAL)
         ]
         text = " ".join([first, *shown])
     return text if len(text) <= 53 else text[:52] + "…"
 
 
+_USUAL = ("forward", "padded", "pointers")
 _FIRST = ("algorithm", "q_chunk", "k_chunk", "guard")
 _ABBREVIATED = {"head_chunk": "heads", "batch_chunk": "batch"}
 

@@ -2,6 +2,7 @@
 
 import os
 
+import programs
 import pytest
 from commands import CHUNKS, SMALL, run
 
@@ -19,6 +20,12 @@ def cache(tmp_path_factory):
         patch.setenv("ATTNGEN_WISDOM", str(folder / "wisdom"))
         patch.delenv("ATTNGEN_WISDOM_PATH", raising=False)
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    yield
+    programs.forget()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Random specs in random plans, through both backends, by the reference."""
 
 import hypothesis.strategies as st
+import programs
 import pytest
 import strategies
 from hypothesis import HealthCheck, assume, given, settings
@@ -114,6 +115,7 @@ def computes(spec, seed, backend, fix):
     Random scores multiply small errors by large numbers, and few elements may flatter the
     plain baseline; what is wrong is wrong by far more.
     """
+    programs.forget()
     function, plan = kernel(spec, backend, **fix)
     to_array = backends.get(backend).array
     report = validator.validate(spec, plan, function, to_array=to_array, seed=seed)
