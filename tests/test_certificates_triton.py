@@ -7,7 +7,7 @@ import pytest
 from refusals import refused
 
 import attngen
-from attngen import AttentionSpec, certifier, gpus, targets
+from attngen import AttentionSpec, api, certifier, gpus, masks, targets
 from attngen.errors import CompileError
 from attngen.reports import Certificate
 
@@ -138,3 +138,44 @@ def test_tensor_descriptors_are_copied_as_blocks(target, layout):
     assert found["descriptors"].spill_bytes == 0
     moved = [c.pipe_cycles["global"] for c in found.values()]
     assert moved[0] == pytest.approx(moved[1], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("out_dtype", "pointer"), [(None, "*fp16"), ("float32", "*fp32")]
+)
+def test_a_certificate_is_of_the_outputs_own_dtype(monkeypatch, out_dtype, pointer):
+    from attngen.backends.triton import compiler
+
+    class Compiled(Exception):
+        pass
+
+    def compile_kernel(kernel, gpu, signature, *_, **__):
+        raise Compiled(signature["out_ptr"])
+
+    monkeypatch.setattr(compiler, "compile_kernel", compile_kernel)
+    spec = AttentionSpec(
+        q_heads=2, q_len=500, qk_dim=64, dtype="float16", out_dtype=out_dtype
+    )
+    plan = attngen.plan(spec, target="a100", backend="triton")
+    path = api.stored(attngen.emit(plan))
+    shapes = [(n, spec.shape_of(n), "float16") for n in "qkv"]
+    with pytest.raises(Compiled) as raised:
+        compiler.certify({"target": "a100", "source": str(path), "shapes": shapes})
+    assert raised.value.args == (pointer,)
+
+
+@pytest.mark.parametrize("target", ["a100", "h100", "b200", "mi300x"])
+def test_the_interior_of_a_mask_costs_what_no_mask_costs(target):
+    fix = {"q_chunk": 128, "k_chunk": 64, "num_warps": 8, "num_stages": 2}
+    counts = []
+    for mask in (None, masks.causal(), masks.causal() & masks.sliding_window(1000)):
+        spec = AttentionSpec(
+            q_heads=2, q_len=4000, qk_dim=64, dtype="float16", mask=mask
+        )
+        plan = attngen.plan(spec, target=target, backend="triton", fix=fix)
+        shapes = [(n, spec.shape_of(n), "float16") for n in "qkv"]
+        text = attngen.emit(plan).text
+        mix = certifier.certify(COMPILER, target, shapes=shapes, source=text).mix
+        counts.append(sum(mix.values()))
+    plain, *masked = counts
+    assert all(abs(n - plain) <= 0.05 * plain for n in masked), counts

@@ -39,6 +39,7 @@ V_DIM = tl.constexpr(72)
 SCALE = tl.constexpr(0.11785113019775792)
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(s) is 2**(s * LOG2E)
 LN2 = tl.constexpr(0.6931471805599453)
+OUT_DTYPE = torch.float32
 NUM_WARPS, NUM_STAGES = 1, 2
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, slowly
 # what changes between calls without another compilation
@@ -109,7 +110,7 @@ def _fake(q, k, v, slopes):
 
 def _empty_out(q):
     B, H, T, _ = q.shape
-    return q.new_empty((B, H, T, 72), dtype=torch.float32)
+    return q.new_empty((B, H, T, 72), dtype=OUT_DTYPE)
 
 
 def _empty_lse(q):

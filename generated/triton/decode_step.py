@@ -40,6 +40,7 @@ V_DIM = tl.constexpr(128)
 # 0.08838834764831845, times log2(e): exp(s) is 2**(s * log2(e))
 SCALE_LOG2 = tl.constexpr(0.12751743082459868)
 LN2 = tl.constexpr(0.6931471805599453)
+OUT_DTYPE = torch.float16
 NUM_WARPS, NUM_STAGES = 1, 2
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, slowly
 # what changes between calls without another compilation
@@ -118,7 +119,7 @@ def _fake(q, k, v, kv_lengths, q_offset):
 
 def _empty_out(q):
     B, T, H, _ = q.shape
-    return q.new_empty((B, T, H, 128), dtype=torch.float16)
+    return q.new_empty((B, T, H, 128), dtype=OUT_DTYPE)
 
 
 def _empty_lse(q):

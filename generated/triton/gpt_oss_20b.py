@@ -38,6 +38,7 @@ V_DIM = tl.constexpr(64)
 # 0.125, times log2(e): exp(s) is 2**(s * log2(e))
 SCALE_LOG2 = tl.constexpr(0.18033688011112042)
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(s) is 2**(s * LOG2E)
+OUT_DTYPE = torch.bfloat16
 NUM_WARPS, NUM_STAGES = 1, 2
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, slowly
 # what changes between calls without another compilation
@@ -105,7 +106,7 @@ def _fake(q, k, v, sink):
 
 def _empty_out(q):
     B, T, H, _ = q.shape
-    return q.new_empty((B, T, H, 64), dtype=torch.bfloat16)
+    return q.new_empty((B, T, H, 64), dtype=OUT_DTYPE)
 
 
 def _check(q, k, v, **operands):

@@ -33,6 +33,7 @@ QK_DIM = tl.constexpr(128)
 V_DIM = tl.constexpr(128)
 # 0.08838834764831845, times log2(e): exp(s) is 2**(s * log2(e))
 SCALE_LOG2 = tl.constexpr(0.12751743082459868)
+OUT_DTYPE = torch.bfloat16
 NUM_WARPS, NUM_STAGES = 8, 3
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, slowly
 # what changes between calls without another compilation
@@ -96,7 +97,7 @@ def _fake(q, k, v):
 
 def _empty_out(q):
     B, T, H, _ = q.shape
-    return q.new_empty((B, T, H, 128), dtype=torch.bfloat16)
+    return q.new_empty((B, T, H, 128), dtype=OUT_DTYPE)
 
 
 def _check(q, k, v):

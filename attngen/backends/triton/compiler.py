@@ -3,6 +3,7 @@
 An emitted file defines the kernel `forward` and how it is launched:
 
 NUM_WARPS, NUM_STAGES   integers
+OUT_DTYPE               torch's, of the output; none: as q
 CONSTEXPRS              values of its constexpr parameters, where it has any
 Q_BLOCK, K_BLOCK, QK_DIM, V_DIM   of a tile, for the bounds of the pipes
 BLOCK_SHAPES            of what tensor descriptors load, by name, where there are any
@@ -50,9 +51,8 @@ def certify(job: dict[str, Any]) -> dict[str, Any]:
     """Compile a job's kernel for its target and report what came of it.
 
     Args:
-        job: "target", "source" (a path), "shapes" of q, k, v and the operands; "out_dtype"
-            where it isn't q's; "q_block", "k_block", "qk_dim", "v_dim" where the module
-            doesn't say.
+        job: "target", "source" (a path), "shapes" of q, k, v and the operands; "q_block",
+            "k_block", "qk_dim", "v_dim" where the module doesn't say.
     """
     target = targets.get(job["target"])
     gpu = target.gpu
@@ -67,7 +67,7 @@ def certify(job: dict[str, Any]) -> dict[str, Any]:
         gpu,
         constants=getattr(module, "CONSTEXPRS", {}),
         blocks=getattr(module, "BLOCK_SHAPES", {}),
-        out_dtype=job.get("out_dtype") or getattr(module, "OUT_DTYPE", None),
+        out_dtype=str(getattr(module, "OUT_DTYPE", "")).removeprefix("torch."),
     )
     warps = int(module.NUM_WARPS)
     compiled = compile_kernel(
@@ -103,7 +103,7 @@ def arguments(
     *,
     constants: Mapping[str, Any],
     blocks: Mapping[str, Sequence[int]] = {},
-    out_dtype: str | None = None,
+    out_dtype: str = "",
 ) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
     """A kernel's signature, constants and what is known of its pointers."""
     dtypes = {n: d for n, _, d in shapes}
