@@ -5,7 +5,10 @@ byte for byte and runs them.
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 import attngen
 from attngen import AttentionSpec, masks, presets, scores
@@ -103,33 +106,47 @@ def source(name: str):
     return attngen.emit(attngen.plan(made, target="cpu", backend="jax", fix=fix))
 
 
-# Triton: file → (spec, target)
+class Entry(NamedTuple):
+    """What a Triton file is emitted from; fix: choices that are made for it."""
+
+    spec: Callable[[], AttentionSpec]
+    target: str
+    fix: Mapping[str, str] = MappingProxyType({})
+
+
+# Triton: file → entry
 TRITON = {
-    "llama3_8b": (of_preset("llama3-8b"), "h100"),
-    "gemma2_9b": (of_preset("gemma2-9b"), "h100"),
-    "mistral_7b": (of_preset("mistral-7b"), "b200"),
-    "gpt_oss_20b": (of_preset("gpt-oss-20b"), "rtx5090"),
-    "t5_large": (of_preset("t5-large", dtype="bfloat16"), "a100"),
-    "sd15_cross": (of_preset("sd15-cross", dtype="float16"), "rtx3090"),
-    "causal_alibi": (causal_alibi, "a100"),
-    "packed_documents": (packed_documents, "mi300x"),
-    "prefix_lm": (prefix_lm, "rtx4090"),
-    "decode_step": (lambda: dataclasses.replace(decode_step(), dtype="float16"), "l4"),
-    "checkerboard": (checkerboard, "mi355x"),
+    "llama3_8b": Entry(of_preset("llama3-8b"), "h100"),
+    "llama3_8b_descriptors": Entry(
+        of_preset("llama3-8b"), "h100", {"loads": "descriptors"}
+    ),
+    "gemma2_9b": Entry(of_preset("gemma2-9b"), "h100"),
+    "mistral_7b": Entry(of_preset("mistral-7b"), "b200"),
+    "gpt_oss_20b": Entry(of_preset("gpt-oss-20b"), "rtx5090"),
+    "t5_large": Entry(of_preset("t5-large", dtype="bfloat16"), "a100"),
+    "sd15_cross": Entry(of_preset("sd15-cross", dtype="float16"), "rtx3090"),
+    "causal_alibi": Entry(causal_alibi, "a100"),
+    "packed_documents": Entry(packed_documents, "mi300x"),
+    "prefix_lm": Entry(prefix_lm, "rtx4090"),
+    "decode_step": Entry(
+        lambda: dataclasses.replace(decode_step(), dtype="float16"), "l4"
+    ),
+    "checkerboard": Entry(checkerboard, "mi355x"),
 }
 
 
-def triton_source(name: str, target: str | None = None):
-    """What is emitted for an entry now, for its own target or another."""
-    spec, own = TRITON[name]
-    return attngen.emit(attngen.plan(spec(), target=target or own, backend="triton"))
+def triton_source(name: str):
+    """What is emitted for an entry now."""
+    spec, target, fix = TRITON[name]
+    return attngen.emit(attngen.plan(spec(), target, "triton", fix))
 
 
 def main() -> None:
     for name in ENTRIES:
         print("wrote", source(name).write(FOLDER / f"{name}.py").name)
     for name in TRITON:
-        print("wrote", triton_source(name).write(FOLDER / "triton" / f"{name}.py"))
+        path = triton_source(name).write(FOLDER / "triton" / f"{name}.py")
+        print("wrote", path.relative_to(FOLDER))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,252 @@
+"""Attention in chunks of 128 queries and 128 keys, with a running softmax.
+
+made by   attngen 0.1.0 for h100; `attngen emit --check` compares this file
+          with what would be emitted now. It is yours: attngen claims no rights in it.
+computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
+          key k is there for query q where k <= q
+          q       [1, 8192, 32, 128]  bfloat16
+          k       [1, 8192, 8, 128]  bfloat16
+          v       [1, 8192, 8, 128]  bfloat16
+          out     [1, 8192, 32, 128]  bfloat16
+plan      running · 128 queries × 128 keys · 8 warps · 3 stages · last queries first ·
+          tensor descriptors
+          tiles of a head: 4096; 2016 full, 64 on an edge, 2016 empty and never visited
+cost      558 GFLOP (1.1 TFLOP without skipping), 0 B of temporaries (modelled)
+needs     torch >= 2.6, triton >= 3.5; nothing of attngen
+spec      {"q_heads": 32, "kv_heads": 8, "q_len": 8192, "kv_len": 8192, "qk_dim": 128,
+          "v_dim": 128, "dtype": "bfloat16", "mask": "causal"}
+choices   {"backend": "triton", "target": "h100", "algorithm": "running", "q_chunk":
+          128, "k_chunk": 128, "num_warps": 8, "num_stages": 3, "order": "reverse",
+          "head_dim": "padded", "loads": "descriptors"}
+"""
+
+import math
+import os
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+Q_BLOCK = tl.constexpr(128)  # queries of a tile
+K_BLOCK = tl.constexpr(128)  # keys of a tile
+R = tl.constexpr(4)  # query heads that share a kv head
+QK_DIM = tl.constexpr(128)
+V_DIM = tl.constexpr(128)
+# 0.08838834764831845, times log2(e): exp(s) is 2**(s * log2(e))
+SCALE_LOG2 = tl.constexpr(0.12751743082459868)
+OUT_DTYPE = torch.bfloat16
+NUM_WARPS, NUM_STAGES = 8, 3
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, slowly
+# what changes between calls without another compilation
+RUNTIME = [
+    "q_len", "kv_len", "heads", "q_stride_b", "q_stride_t", "q_stride_h",
+    "out_stride_b", "out_stride_t", "out_stride_h",
+]  # fmt: skip
+CONSTEXPRS = {"ALIGN": 16}  # of tensors that lie densely
+# what tensor descriptors load at once: of batch, head, keys, head dim
+BLOCK_SHAPES = {
+    "k": [1, 1, K_BLOCK.value, 128],
+    "v": [1, 1, K_BLOCK.value, 128],
+}
+
+
+def attention(q, k, v):
+    """Attention of torch tensors -> out.
+
+    Any batch and lengths; the kernel is compiled once for all of them. q may have any
+    strides, k and v multiples of 16 bytes.
+
+    q       (B, T, H, 128) bfloat16
+    k       (B, S, G, 128) bfloat16
+    v       (B, S, G, 128) bfloat16
+    out     (B, T, H, 128) bfloat16
+    out is 0 where a query sees no key
+    """
+    _check(q, k, v)
+    return _attention(q, k, v)
+
+
+@torch.library.custom_op("attngen::attention_18a3b755c950", mutates_args=())
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+) -> torch.Tensor:
+    """Allocate the outputs and launch the kernel: one operation to torch.compile."""
+    B, T, H, _ = q.shape
+    out = _empty_out(q)
+    strides = [s for x in (q, out) for s in x.stride()[:3]]
+    with torch.cuda.device_of(q):
+        forward[(triton.cdiv(T, Q_BLOCK.value) * H * B,)](
+            q,
+            TensorDescriptor.from_tensor(k.transpose(1, 2), BLOCK_SHAPES["k"]),
+            TensorDescriptor.from_tensor(v.transpose(1, 2), BLOCK_SHAPES["v"]),
+            out,
+            T,
+            k.shape[1],
+            H,
+            *q.stride(),
+            *out.stride(),
+            ALIGN=math.gcd(16, *strides),
+            num_warps=NUM_WARPS,
+            num_stages=NUM_STAGES,
+        )
+    return out
+
+
+@_attention.register_fake
+def _fake(q, k, v):
+    return _empty_out(q)
+
+
+def _empty_out(q):
+    B, T, H, _ = q.shape
+    return q.new_empty((B, T, H, 128), dtype=OUT_DTYPE)
+
+
+def _check(q, k, v):
+    """Refuse what the kernel doesn't take, before it is launched."""
+    given = {"q": q, "k": k, "v": v}
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError("q, k and v have four dimensions: [b, t, h, d]")
+    B, T, H, _ = q.shape
+    _, S, G, _ = k.shape
+    if G * R.value != H:
+        raise ValueError(f"{H} query heads share {G} kv heads, not {R.value} each")
+    if T != S:
+        raise ValueError(f"{T} queries, {S} keys: no offset is known for them")
+    if max(T, S) > 2**24:  # for which indices are proven
+        raise ValueError(f"{T} queries, {S} keys: at most 2**24")
+    needed = {
+        "q": ((B, T, H, 128), torch.bfloat16),
+        "k": ((B, S, G, 128), torch.bfloat16),
+        "v": ((B, S, G, 128), torch.bfloat16),
+    }
+    for name, (shape, dtype) in needed.items():
+        x = given[name]
+        if tuple(x.shape) != shape or x.dtype != dtype:
+            got = f"{x.dtype}{list(x.shape)}"
+            raise TypeError(f"{name} is {got}, not {dtype}{list(shape)}")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q on {q.device}")
+    for name in BLOCK_SHAPES:  # what tensor descriptors take
+        x = given[name]
+        steps = [n * x.element_size() for n in (x.storage_offset(), *x.stride()[:3])]
+        if x.stride(3) != 1 or any(n % 16 for n in steps):
+            raise ValueError(
+                f"{name} has strides {x.stride()} and offset {x.storage_offset()}: "
+                "but for the last, which is 1, multiples of 16 bytes are needed, "
+                f"as {name}.contiguous() has them"
+            )
+    if q.device.type != "cuda" and not INTERPRETED:
+        raise RuntimeError(f"q is on {q.device}; this kernel needs a GPU")
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def forward(
+    q_ptr,
+    k_desc,
+    v_desc,
+    out_ptr,
+    q_len,
+    kv_len,
+    heads,
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    q_stride_d,
+    out_stride_b,
+    out_stride_t,
+    out_stride_h,
+    out_stride_d,
+    ALIGN: tl.constexpr,
+):
+    """Q_BLOCK queries of one head, over the key blocks that any of them sees."""
+    blocks = tl.cdiv(q_len, Q_BLOCK)
+    program = tl.program_id(0)
+    q_start = (blocks - 1 - program % blocks) * Q_BLOCK  # those that see most go first
+    h_index = (program // blocks % heads).to(tl.int64)
+    b_index = (program // blocks // heads).to(tl.int64)
+    g_index = h_index // R  # of the keys and values
+    rows = tl.arange(0, Q_BLOCK)
+    cols = tl.arange(0, K_BLOCK)
+    d = tl.arange(0, 128)
+    q_there = q_start + rows < q_len
+    q_index = q_start + rows[:, None]
+
+    # strides between tokens: ALIGN divides them, and saying so makes loads wide
+    q_step = q_stride_t // ALIGN * ALIGN
+    out_step = out_stride_t // ALIGN * ALIGN
+    q_head = _head(q_ptr, b_index, h_index, q_stride_b, q_stride_h, ALIGN)
+    q_head += q_start.to(tl.int64) * q_step
+    q = tl.load(
+        q_head + rows[:, None] * q_step + d[None, :] * q_stride_d,
+        mask=q_there[:, None],
+        other=0.0,
+    )
+    batch, head = b_index.to(tl.int32), g_index.to(tl.int32)  # as descriptors take them
+
+    # Key blocks [0, last) hold what any query here sees, and
+    # [0, full_last) only what every one of them sees.
+    # q_lo and q_hi: positions, half-open
+    q_lo = q_start
+    q_hi = tl.minimum(q_start + Q_BLOCK, q_len)
+    high = tl.minimum(q_hi, kv_len)
+    last = tl.cdiv(high, K_BLOCK)
+    full_last = tl.minimum(q_lo + 1, kv_len) // K_BLOCK
+    full_last = tl.minimum(full_last, last)
+    m = tl.full((Q_BLOCK,), float("-inf"), tl.float32)  # in units of log 2
+    total = tl.zeros((Q_BLOCK,), tl.float32)
+    acc = tl.zeros((Q_BLOCK, 128), tl.float32)
+    for c in range(full_last):
+        k = k_desc.load([batch, head, c * K_BLOCK, 0]).reshape(K_BLOCK, 128).T
+        s = tl.dot(q, k)
+        m, total, p, rescale = _softmax(s, m, total, UNSEEN=False)
+        v = v_desc.load([batch, head, c * K_BLOCK, 0]).reshape(K_BLOCK, 128)
+        acc *= rescale[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc)
+    for c in range(full_last, last):
+        k_index = c * K_BLOCK + cols[None, :]
+        k = k_desc.load([batch, head, c * K_BLOCK, 0]).reshape(K_BLOCK, 128).T
+        s = tl.dot(q, k)
+        seen = k_index <= q_index
+        seen &= k_index < kv_len
+        s = tl.where(seen, s, float("-inf"))
+        m, total, p, rescale = _softmax(s, m, total, UNSEEN=True)
+        key = c * K_BLOCK + cols
+        there = key < high  # else a NaN no query sees
+        v = v_desc.load([batch, head, c * K_BLOCK, 0]).reshape(K_BLOCK, 128)
+        v = tl.where(there[:, None], v, 0.0)
+        acc *= rescale[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc)
+
+    share = 1.0 / tl.where(total == 0, 1.0, total)  # a row that saw no key is 0
+    out_head = _head(out_ptr, b_index, h_index, out_stride_b, out_stride_h, ALIGN)
+    out_head += q_start.to(tl.int64) * out_step
+    tl.store(
+        out_head + rows[:, None] * out_step + d[None, :] * out_stride_d,
+        (acc * share[:, None]).to(out_ptr.dtype.element_ty),
+        mask=q_there[:, None],
+    )
+
+
+@triton.jit
+def _softmax(s, m, total, UNSEEN: tl.constexpr):
+    """The running maximum and sum with one more tile; its weights; what rescales sums.
+
+    UNSEEN: a score can be -inf, that of a key which its query doesn't see
+    """
+    m_new = tl.maximum(m, tl.max(s, 1) * SCALE_LOG2)
+    m_safe = m_new
+    if UNSEEN:
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # saw no key yet
+    p = tl.exp2(s * SCALE_LOG2 - m_safe[:, None])
+    rescale = tl.exp2(m - m_safe)
+    return m_new, total * rescale + tl.sum(p, 1), p, rescale
+
+
+@triton.jit
+def _head(ptr, b, h, stride_b, stride_h, ALIGN: tl.constexpr):
+    """Where a head begins; strides are multiples of ALIGN."""
+    return ptr + (b * (stride_b // ALIGN) + h * (stride_h // ALIGN)) * ALIGN
