@@ -6,8 +6,10 @@ D   the maker's data sheet: NVIDIA A100, L4, H100, H200, HGX B200; AMD MI300X, M
 W   the maker's white paper: NVIDIA A100, GA102, Ada, H100, Blackwell (GeForce); AMD CDNA 3,
     CDNA 4
 G   CUDA C++ Programming Guide: "Compute Capabilities" (warps, blocks, registers, shared
-    memory), "Throughput of Native Arithmetic Instructions" (results a cycle)
-I   AMD CDNA 3 and CDNA 4 Instruction Set Architecture, and LLVM's AMDGPU usage guide
+    memory); CUDA C++ Best Practices Guide: "Throughput of Native Arithmetic Instructions"
+    (results a cycle); cuda_occupancy.h (what is allocated in steps of what)
+I   AMD CDNA 3 and CDNA 4 Instruction Set Architecture, LLVM's AMDGPU usage guide, ROCm's
+    "Accelerator and GPU hardware specifications"
 P   derived: the sheet's peak / (multiprocessors x clock x 2)
 
 A warp is 32 lanes on NVIDIA; on AMD a wavefront of 64 is called one here, a compute unit a
@@ -30,6 +32,7 @@ class Gpu:
         memory_bytes: the sheet's GB, as 10^9: about what the driver leaves of them.
         shared_bytes: the most that one block can have, after opting in.
         reserved_bytes: of shared memory that each block loses to the system.
+        shared_step: a block's shared memory is a multiple of it.
         registers: 32-bit, of a multiprocessor.
         max_registers: of a thread; on AMD with accumulation registers.
         register_step: a thread's registers are a multiple of it.
@@ -44,8 +47,9 @@ class Gpu:
         exp_per_cycle: exponentials, logarithms, reciprocals.
         exp_slots: how long one of them also holds the FMA pipe, in its own instructions.
         issue_per_cycle: warp instructions of any kind.
-        shared_bytes_per_cycle: to and from shared memory.
-        global_bytes_per_cycle: from L2.
+        shared_bytes_per_cycle: to and from shared memory; writes may take longer.
+        global_bytes_per_cycle: from L2, at most: what all multiprocessors get at once is
+            less on NVIDIA's.
         copies_to_shared: from global memory, past the registers.
         tensor_descriptors: blocks of a tensor are copied to shared memory as one.
         tensor_columns: of tensor memory, shared out among blocks; None: there is none.
@@ -62,6 +66,7 @@ class Gpu:
     shared_bytes: int
     shared_per_multiprocessor: int
     reserved_bytes: int
+    shared_step: int
     registers: int
     max_registers: int
     register_step: int
@@ -99,10 +104,14 @@ class Gpu:
         each = -(-max(registers, 1) // self.register_step) * self.register_step
         of_partition = self.registers // self.partitions // (each * self.warp_size)
         slots = min(of_partition * self.partitions, self.max_warps)
-        blocks = min(slots // warps, self.max_blocks)
+        most = self.max_blocks
+        if self.backend == "hip" and warps == 1:
+            most = self.max_warps  # they need no barrier
+        blocks = min(slots // warps, most)
         if shared_bytes > self.shared_bytes:
             return 0
-        if held := shared_bytes + self.reserved_bytes:
+        held = -(-shared_bytes // self.shared_step) * self.shared_step
+        if held := held + self.reserved_bytes:
             blocks = min(blocks, self.shared_per_multiprocessor // held)
         if tensor_columns and self.tensor_columns:
             blocks = min(blocks, self.tensor_columns // tensor_columns)
@@ -145,7 +154,8 @@ def _nvidia(
 ) -> Gpu:
     """An NVIDIA device: G unless said otherwise.
 
-    Compares, minima and logic 64 a cycle on all; exponentials 16 (4 a partition); 4
+    Compares, minima and logic 64 a cycle on all (sm100's minima and sm120's integer sums
+    may be twice as fast: they are counted as 64); exponentials 16 (4 a partition); 4
     schedulers issue one warp instruction each; shared memory has 32 banks of 4 bytes. A
     block loses 1 KiB of shared memory to the system and may have all but that. tf32 is half
     of float16 (W). 64 bytes a cycle from L2 are a multiprocessor's port (W, A100: 5120 a
@@ -164,6 +174,7 @@ def _nvidia(
         shared_bytes=shared - 1024,
         shared_per_multiprocessor=shared,
         reserved_bytes=1024,
+        shared_step=128,
         registers=65536,
         max_registers=255,
         register_step=8,
@@ -198,15 +209,17 @@ def _amd(
     shared_bytes_per_cycle: int,
     exp: int,
     copies_to_shared: bool,
+    shared_step: int,
+    l2_bytes_per_cycle: int,
 ) -> Gpu:
     """An AMD device: I unless said otherwise.
 
     Four SIMDs of 16 lanes, each with 512 registers of 64 lanes, half of them for
-    accumulation; 8 wavefronts a SIMD; 16 work groups a compute unit have barriers. One
-    vector pipe takes float32 and integers alike, 64 lanes a cycle (packed float32: two
-    results a lane, W), and exponentials hold it for longer. A SIMD issues up to five
-    instructions of different kinds every fourth cycle. 2048 bytes a cycle leave an XCD's L2
-    for at most 40 compute units (W).
+    accumulation; 8 wavefronts a SIMD; 16 work groups a compute unit have barriers, which
+    those of one wavefront don't need. One vector pipe takes float32 and integers alike, 64
+    lanes a cycle (packed float32: two results a lane, W), and exponentials hold it for
+    longer. A SIMD issues up to five instructions of different kinds every fourth cycle. 2048
+    bytes a cycle leave an XCD's L2 (W): for 38 compute units of the MI300X, 32 of the MI355X.
     """
     return Gpu(
         architecture=architecture,
@@ -220,6 +233,7 @@ def _amd(
         shared_bytes=shared_kib * 1024,
         shared_per_multiprocessor=shared_kib * 1024,
         reserved_bytes=0,
+        shared_step=shared_step,
         registers=4 * 512 * 64,
         max_registers=512,
         register_step=8,
@@ -235,7 +249,7 @@ def _amd(
         exp_slots=64 // exp,
         issue_per_cycle=5,
         shared_bytes_per_cycle=shared_bytes_per_cycle,
-        global_bytes_per_cycle=51,
+        global_bytes_per_cycle=l2_bytes_per_cycle,
         copies_to_shared=copies_to_shared,
     )
 
@@ -286,6 +300,7 @@ GPUS = {
         "gfx942", multiprocessors=304, clock_mhz=2100, memory_gb=192,
         bandwidth_gb_s=5300, matrix_fma=1024, xf32_fma=512, shared_kib=64,
         shared_bytes_per_cycle=128, exp=16, copies_to_shared=False,
+        shared_step=512, l2_bytes_per_cycle=53,
     ),
     # D; P: 2516.6 TFLOP/s; W: LDS reads and exponentials twice as fast; no xf32; loads of
     # 16 bytes a lane go straight to LDS
@@ -293,6 +308,7 @@ GPUS = {
         "gfx950", multiprocessors=256, clock_mhz=2400, memory_gb=288,
         bandwidth_gb_s=8000, matrix_fma=2048, xf32_fma=None, shared_kib=160,
         shared_bytes_per_cycle=256, exp=32, copies_to_shared=True,
+        shared_step=1280, l2_bytes_per_cycle=64,
     ),
 }  # fmt: skip
 

@@ -65,16 +65,22 @@ def as_it_is(x, dtype):
     return x
 
 
-def judge(spec, target="h100", **fix):
-    """Assert that the kernel emitted for a spec computes it; the report."""
+def report_of(spec, target="h100", **fix):
+    """What validation says of the kernel that is emitted for a spec; the plan."""
     plan = attngen.plan(spec, target=target, backend="triton", fix=fix)
     path = api.stored(attngen.emit(plan))
-    report = validator.validate(
+    found = validator.validate(
         spec,
         plan,
         functools.partial(call, path),
         to_array=as_it_is,
         time_s=0,
     )
+    return found, plan
+
+
+def judge(spec, target="h100", **fix):
+    """Assert that the kernel emitted for a spec computes it; the report."""
+    report, plan = report_of(spec, target, **fix)
     assert report.passed, f"{report}\n{plan.choice}\n{spec.to_json()}"
     return report

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, assume, given, settings
 pytest.importorskip("triton", reason="needs attngen[triton]")
 
 import interpreted
-from test_random import specs
+from test_random import check_near, specs
 
 from attngen.errors import AttngenError
 
@@ -27,7 +27,12 @@ def longer(draw):
 
 
 def judged(spec, q_chunk, k_chunk, order):
-    interpreted.judge(spec, q_chunk=q_chunk, k_chunk=k_chunk, order=order)
+    """By the rule in float32; else few elements may flatter the plain baseline."""
+    fix = {"q_chunk": q_chunk, "k_chunk": k_chunk, "order": order}
+    if spec.dtype == "float32":
+        interpreted.judge(spec, **fix)
+    else:
+        check_near(interpreted.report_of(spec, **fix)[0])
 
 
 SIZES = (

@@ -200,6 +200,21 @@ def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     return tile // threads + addresses + factors
 
 
+def crowded(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> bool:
+    """Whether a plan likely spills as it multiplies whole float32 numbers on NVIDIA's.
+
+    These products are multiply-adds, and their factors are loaded for many at once. What was
+    compiled (Triton 3.9, head dims 64 and 128) spills from 16 scores or 32 weighted sums a
+    thread on, and with keys fewer than half of a head dim.
+    """
+    if spec.dtype != "float32" or gpu.backend != "cuda":
+        return False
+    v = sum(width for _, width in pieces(spec.v_dim, choice["head_dim"]))
+    q, k = int(choice["q_chunk"]), int(choice["k_chunk"])
+    threads = int(choice["num_warps"]) * gpu.warp_size
+    return q * k > 8 * threads or q * v > 16 * threads or 2 * k < v
+
+
 def describe(choice: Choice) -> str:
     """In words; choices that are left out aren't said."""
     parts = [f"{choice['q_chunk']} queries × {choice['k_chunk']} keys"]

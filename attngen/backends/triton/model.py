@@ -6,7 +6,12 @@ arithmetic, memory); programs are dealt out over multiprocessors in waves.
 
 from __future__ import annotations
 
-from attngen.backends.triton.candidates import pieces, registers, shared_bytes
+from attngen.backends.triton.candidates import (
+    crowded,
+    pieces,
+    registers,
+    shared_bytes,
+)
 from attngen.cost import Cost
 from attngen.dtypes import BYTES
 from attngen.errors import InternalError
@@ -21,6 +26,7 @@ RESCALE = {"cuda": 2.0, "hip": 1.0}  # of an element of the weighted sums
 MASKED = 6.0  # more of them where it is masked
 SLOTS = 120.0  # instructions of a warp in an iteration that no pipe accounts for
 WAIT_CYCLES = 1500.0  # of an iteration of one program alone: for memory, for each other
+SPILLING = 4.0  # times as long, as a guess: such a plan isn't returned in the end
 GROUPED = ("sm90", "sm100")
 GROUP = 4  # warps that issue Hopper's and Blackwell's products together
 GROUP_ROWS = 64  # queries of one of those products, which reads keys and values anew
@@ -65,6 +71,8 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
     full *= max(1.0, ROWS[gpu.backend] * warps / q)
     if gpu.architecture in GROUPED and (warps < GROUP or q < GROUP_ROWS):
         full += products / rate  # the older instructions, at half the rate
+    if crowded(spec, choice, gpu):
+        full *= SPILLING
     full += SLOTS * warps / gpu.issue_per_cycle
     full += WAIT_CYCLES / resident / min(3, int(choice["num_stages"]))
     edge = full + elements * MASKED / gpu.fma_per_cycle
