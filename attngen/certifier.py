@@ -253,7 +253,8 @@ def _search_path() -> list[str]:
 def _environment() -> dict[str, str]:
     package = str(Path(__file__).resolve().parent.parent)
     known = os.environ.get("PYTHONPATH")
-    return dict(os.environ) | {
+    kept = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    return kept | {
         "PYTHONPATH": package + (os.pathsep + known if known else ""),
         "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2"),
     }

@@ -66,7 +66,10 @@ def tune(
         key = recalling.key_of(spec, device, by)
         record = known.find(key) or Record(key=key)
         count = sum(len(c.samples_s) for c in record.candidates)
-        kept = f"{count} samples kept in {shown(str(known.path_of(key)))}"
+        what = f"{count} samples"
+        if not by.is_here(device):
+            what = f"{len(record.candidates)} compiled plans"
+        kept = f"{what} kept in {shown(str(known.path_of(key)))}"
         progress(f"interrupted; {kept}; tune again to go on")
     found = recalling.recall(spec, device, by, "estimate", fixed)
     if as_json:

@@ -80,7 +80,6 @@ def show(
     Without a spec, or with --device, those of a --target, a --backend, a --device.
     """
     from attngen import wisdom as known
-    from attngen.units import show_time
 
     if device is None and any(value is not None for value in given.values()):
         key = _key(given, target, backend)
@@ -103,7 +102,7 @@ def show(
     rows = []
     for _, record in found:
         best = record.best()
-        seconds = "" if best is None else show_time(min(best.samples_s))
+        seconds = "" if best is None else best.least
         size = record.size.replace("queries × ", "× ")
         rows.append((size, record.key.device, record.effort, seconds))
     table(("spec", "device", "effort", "least"), rows)

@@ -197,9 +197,7 @@ def examine(spec: AttentionSpec, limits: Iterable[Expr] = ()) -> Ranges:
         OperandError: an index is sure to leave its axis, or could in an integer operand.
     """
     env = domain(spec)
-    wide = any(
-        _leaves_int32(n, spec, env) for limit in limits for n in expr.walk(limit)
-    )
+    wide = any(limit_leaves_int32(limit, spec.kv_offset, env) for limit in limits)
     for root in spec.expressions:
         for node in expr.walk(root):
             if node.kind == "int":
@@ -223,12 +221,18 @@ def examine(spec: AttentionSpec, limits: Iterable[Expr] = ()) -> Ranges:
     return Ranges("int64" if wide else "int32", drops)
 
 
-def _leaves_int32(node: Expr, spec: AttentionSpec, env: dict[str, Interval]) -> bool:
-    """Whether a part of a limit can, as a position or as an index of a key."""
+def limit_leaves_int32(
+    limit: Expr, kv_offset: int, env: Mapping[str, Interval]
+) -> bool:
+    """Whether a part of a limit of the key loops can, as a position or a key's index."""
     low, high = env["q"]
-    low, high = interval(node, {"q_lo": (low, high), "q_hi": (low + 1, high + 1)})
-    shift = spec.kv_offset
-    return max(high, high - shift) > 2**31 - 1 or min(low, low - shift) < -(2**31)
+    around = {"q_lo": (low, high), "q_hi": (low + 1, high + 1)}
+    for node in expr.walk(limit):
+        low, high = interval(node, around)
+        most, least = max(high, high - kv_offset), min(low, low - kv_offset)
+        if most > 2**31 - 1 or least < -(2**31):
+            return True
+    return False
 
 
 def _check_divisor(node: Expr, env: Mapping[str, Interval]) -> None:

@@ -72,6 +72,12 @@ class Candidate:
         )
 
     @property
+    def least(self) -> str:
+        """Its fastest call, or the bound of one, for people."""
+        bound = f"≥ {show_time(self.bound_s or 0)}"
+        return show_time(min(self.samples_s)) if self.samples_s else bound
+
+    @property
     def took(self) -> tuple[str, str]:
         """A call's time and its spread, for people."""
         if not self.samples_s:

@@ -10,6 +10,7 @@ first are empty and never visited; those inside the second need no mask. What is
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -297,11 +298,35 @@ def hull_is_seen(spec: AttentionSpec) -> bool:
     """Whether each key between a chunk's low and high is seen by one of its queries.
 
     So it is where the mask is a conjunction of limits that are constant, or move with the
-    query one by one (causal, a window): an upper and a lower one then always meet.
+    query one by one (causal, a window), unless these leave nothing between them.
     """
     if spec.q_lengths:
         return False  # limits are of all queries, also of those that aren't there
-    return spec.mask is None or _moves_by_one(spec.mask.expr)
+    if spec.mask is None:
+        return True
+    moving = _moving(spec.mask.expr) if _moves_by_one(spec.mask.expr) else None
+    if moving is None:
+        return False
+    lower = max((c for side, c in moving if side == "low"), default=-math.inf)
+    upper = min((c for side, c in moving if side == "high"), default=math.inf)
+    return lower <= upper
+
+
+def _moving(node: Expr) -> list[tuple[str, int]]:
+    """Limits q + c of k, both ends included, of a conjunction that moves by one."""
+    if node.op == "and":
+        return [limit for a in node.args for limit in _moving(a)]
+    left, right = (affine(a) for a in node.args)
+    assert left is not None
+    assert right is not None
+    a, b, c = (x - y for x, y in zip(left, right, strict=True))
+    if a == 0:
+        return []
+    most = node.op in ("lt", "le")
+    strict = int(node.op in ("lt", "gt"))
+    if b < 0:
+        c, most = -c, not most
+    return [("high", -c - strict)] if most else [("low", -c + strict)]
 
 
 def _moves_by_one(node: Expr) -> bool:

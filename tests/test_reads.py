@@ -30,6 +30,7 @@ def read(name, axes, dtype="float32"):
 IDS = read("ids", "bk", "int32")
 FLAGS = read("flags", "qk", "bool")
 LINE = read("line", (25,))
+LARGE = read("large", (12, 14))
 TABLE = read("table", ("h", 7))
 HALF = read("half", ("h", 7), "bfloat16")
 GRID = read("grid", ("h", 3, 4))
@@ -43,6 +44,7 @@ SCORES = {
     "a key's, at the query": lambda s, b, h, q, k: s + IDS[b, q] - IDS[b, k],
     "the diagonal": lambda s, b, h, q, k: s + PAIR[q, q] - PAIR[k, k],
     "numbers for letters": lambda s, b, h, q, k: s * TABLE[1, 3] + PAIR[q, 0],
+    "numbers of two digits": lambda s, b, h, q, k: s + LARGE[1, 12] - 2 * LARGE[11, 2],
     "a number and a letter": lambda s, b, h, q, k: s + MIXED[2, k, 0],
     "a gather that is proven": lambda s, b, h, q, k: s + LINE[q - k + 12],
     "a gather modulo": lambda s, b, h, q, k: s + HALF[h, (q - k) % 7],

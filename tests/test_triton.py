@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -97,6 +98,101 @@ def test_where_tensor_descriptors_cannot_be(target, spec, fix, words):
     fixed = {"loads": "descriptors"} | fix
     with pytest.raises(PlanError, match=words):
         attngen.plan(spec, target=target, backend="triton", fix=fixed)
+
+
+FAR = 3_000_000
+B = 2**30 - 1
+THOUSANDS = attngen.mask(
+    lambda b, h, q, k: (1000 * k <= 1000 * q) & (1000 * k > 1000 * q - 8000)
+)
+SLOPE = attngen.mask(lambda b, h, q, k: 2 * k <= 3 * q)
+
+
+@pytest.mark.parametrize("loads", ["pointers", "descriptors"])
+@pytest.mark.parametrize(
+    ("mask", "q_offset", "kv_offset"),
+    [
+        (THOUSANDS, FAR, FAR),
+        (THOUSANDS, -FAR, -FAR),
+        (masks.causal(), B, -B),
+        (masks.causal(), -B, B),
+        (SLOPE, B, B),
+        (SLOPE, -B, -B),
+    ],
+)
+def test_limits_of_far_positions_have_64_bits(mask, q_offset, kv_offset, loads):
+    spec = dataclasses.replace(LIKE, mask=mask, q_offset=q_offset, kv_offset=kv_offset)
+    interpreted.judge(spec, q_chunk=16, k_chunk=16, loads=loads)
+
+
+def test_lengths_beyond_the_keys_place_the_last_query_beyond_them():
+    spec = AttentionSpec(
+        q_heads=2, q_len=25, kv_len=43, qk_dim=16, q_offset="bottom_right",
+        mask=masks.causal(), kv_lengths=True, outputs=("out", "lse"),
+    )  # fmt: skip
+    path = api.stored(source_of(spec, q_chunk=16, k_chunk=16))
+    arrays = inputs.arrays(spec, nan=False)
+    for length in (0, 20, 43, 44, 143):
+        given = arrays | {"kv_lengths": np.array([length], np.int32)}
+        assert_equals_reference(spec, path, given)
+
+
+def assert_equals_reference(spec, path, given):
+    operands = {n: x for n, x in given.items() if n not in ("q", "k", "v")}
+    want = reference.attention(spec, given["q"], given["k"], given["v"], operands)
+    for name, x in zip(spec.outputs, interpreted.call(path, **given), strict=True):
+        y = want[name]  # heads first
+        y = y.transpose(0, 2, 1, 3) if name == "out" and spec.layout == "bthd" else y
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("loads", ["pointers", "descriptors"])
+def test_nan_where_nobody_looks_never_matters(loads):
+    even = attngen.score(lambda s, b, h, q, k: attngen.where(k % 2 == 0, s, -math.inf))
+    nothing = attngen.mask(lambda b, h, q, k: (k <= q - 5) & (k >= q - 3))
+    for spec, hidden in (
+        (dataclasses.replace(LIKE, score=(even,)), slice(1, None, 2)),
+        (dataclasses.replace(LIKE, mask=nothing), slice(None)),
+    ):
+        path = api.stored(source_of(spec, q_chunk=16, k_chunk=16, loads=loads))
+        clean = inputs.arrays(spec, nan=False)
+        given = {n: x.copy() for n, x in clean.items()}
+        given["k"][:, hidden] = given["v"][:, hidden] = np.nan
+        outputs = (interpreted.call(path, **arrays) for arrays in (clean, given))
+        for x, y in zip(*outputs, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_a_length_that_operands_do_not_allow_is_refused():
+    def mask_of(axes, text):
+        ids = attngen.operand("ids", axes=axes, dtype="int32")
+        return attngen.mask(eval(f"lambda b, h, q, k: {text}", {"ids": ids}))
+
+    cases = [  # axes of ids, the mask, other sizes, what is needed
+        (("b", "k"), "ids[b, q] == ids[b, k]", {"kv_len": 20}, "T <= S"),
+        (("q",), "ids[k] > 0", {"q_len": 20}, "S <= T"),
+        (("b", "k"), "ids[b, 30] >= ids[b, k]", {"kv_len": 20}, "S > 30"),
+        (("h",), "k <= q + ids[3]", {"q_heads": 2, "kv_heads": 1}, "H > 3"),
+        ((2,), "k <= q + ids[b]", {"batch": 3}, "at most"),
+        ((4,), "k <= q + ids[h]", {"q_heads": 8, "kv_heads": 4}, "at most"),
+    ]
+    for axes, text, sizes, needed in cases:
+        spec = dataclasses.replace(
+            LIKE, q_heads=4, kv_heads=2, mask=mask_of(axes, text), q_offset=0
+        )
+        path = api.stored(source_of(spec, q_chunk=16, k_chunk=16))
+        assert_equals_reference(spec, path, inputs.arrays(spec, nan=False))
+        other = {"batch": 2, "q_heads": 4, "kv_heads": 2, "q_len": 70, "kv_len": 70}
+        other |= sizes
+        q = np.zeros((other["batch"], other["q_len"], other["q_heads"], 32), np.float32)
+        k = np.zeros(
+            (other["batch"], other["kv_len"], other["kv_heads"], 32), np.float32
+        )
+        lengths = {"b": other["batch"], "h": other["q_heads"], "q": other["q_len"]}
+        lengths["k"] = other["kv_len"]
+        ids = np.zeros([lengths.get(a, a) for a in axes], np.int32)
+        with pytest.raises(interpreted.Failed, match=needed.replace(">", "[>]")):
+            interpreted.call(path, q=q, k=k, v=k, ids=ids)
 
 
 def test_pieces_cover_a_head_dim_with_little_padding():

@@ -26,7 +26,10 @@ choices   {"backend": "triton", "target": "l4", "algorithm": "running", "q_chunk
 """
 
 import math
+import operator
 import os
+import zlib
+from pathlib import Path
 
 import torch
 import triton
@@ -42,6 +45,8 @@ SCALE_LOG2 = tl.constexpr(0.12751743082459868)
 LN2 = tl.constexpr(0.6931471805599453)
 OUT_DTYPE = torch.float16
 NUM_WARPS, NUM_STAGES = 1, 2
+# of this very text: an edited copy is another operation to torch
+OPERATION = f"attngen::attention_{zlib.crc32(Path(__file__).read_bytes()):08x}"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, slowly
 # what changes between calls without another compilation
 RUNTIME = [
@@ -67,14 +72,15 @@ def attention(q, k, v, *, kv_lengths, q_offset):
     lse     (B, H, T) float32: log of the sum of exp(s)
     out is 0 where a query sees no key, lse -inf
     """
-    if isinstance(q_offset, int) or q_offset.dim() == 0:  # the same for all batches
-        q_offset = torch.as_tensor(q_offset, dtype=torch.int32, device=q.device)
-        q_offset = q_offset.expand(q.shape[0])
+    if not isinstance(q_offset, torch.Tensor):  # the same for all batches
+        q_offset = torch.tensor(operator.index(q_offset), device=q.device)
+    if q_offset.dim() == 0 and not q_offset.is_floating_point():
+        q_offset = q_offset.to(torch.int32).expand(q.shape[0])
     _check(q, k, v, kv_lengths=kv_lengths, q_offset=q_offset)
     return _attention(q, k, v, kv_lengths, q_offset)
 
 
-@torch.library.custom_op("attngen::attention_edda7245e336", mutates_args=())
+@torch.library.custom_op(OPERATION, mutates_args=())
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -152,6 +158,11 @@ def _check(q, k, v, **operands):
             raise TypeError(f"{name} is {got}, not {dtype}{list(shape)}")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}")
+    blocks = {"q": Q_BLOCK.value, "k": K_BLOCK.value, "v": K_BLOCK.value}
+    for name, block in blocks.items():  # within a block offsets have 32 bits
+        x = given[name]
+        if (block - 1) * x.stride(1) + x.shape[3] * x.stride(3) >= 2**31:
+            raise ValueError(f"{name} has strides {x.stride()}: too large for a block")
     if q.device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(f"q is on {q.device}; this kernel needs a GPU")
 

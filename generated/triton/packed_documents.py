@@ -24,6 +24,8 @@ choices   {"backend": "triton", "target": "mi300x", "algorithm": "running", "q_c
 
 import math
 import os
+import zlib
+from pathlib import Path
 
 import torch
 import triton
@@ -38,6 +40,8 @@ V_DIM = tl.constexpr(64)
 SCALE_LOG2 = tl.constexpr(0.18033688011112042)
 OUT_DTYPE = torch.bfloat16
 NUM_WARPS, NUM_STAGES = 2, 2
+# of this very text: an edited copy is another operation to torch
+OPERATION = f"attngen::attention_{zlib.crc32(Path(__file__).read_bytes()):08x}"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, slowly
 # what changes between calls without another compilation
 RUNTIME = [
@@ -65,7 +69,7 @@ def attention(q, k, v, *, document_ids):
     return _attention(q, k, v, document_ids)
 
 
-@torch.library.custom_op("attngen::attention_0c107a0da701", mutates_args=())
+@torch.library.custom_op(OPERATION, mutates_args=())
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -121,6 +125,8 @@ def _check(q, k, v, **operands):
         raise ValueError(f"{T} queries, {S} keys: no offset is known for them")
     if max(T, S) > 2**24:  # for which indices are proven
         raise ValueError(f"{T} queries, {S} keys: at most 2**24")
+    if not (T <= S):  # an operand would be read outside
+        raise ValueError(f"B, H, T, S are {(B, H, T, S)}, not T <= S")
     needed = {
         "q": ((B, T, H, 64), torch.bfloat16),
         "k": ((B, S, G, 64), torch.bfloat16),
@@ -134,6 +140,11 @@ def _check(q, k, v, **operands):
             raise TypeError(f"{name} is {got}, not {dtype}{list(shape)}")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}")
+    blocks = {"q": Q_BLOCK.value, "k": K_BLOCK.value, "v": K_BLOCK.value}
+    for name, block in blocks.items():  # within a block offsets have 32 bits
+        x = given[name]
+        if (block - 1) * x.stride(1) + x.shape[3] * x.stride(3) >= 2**31:
+            raise ValueError(f"{name} has strides {x.stride()}: too large for a block")
     if q.device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(f"q is on {q.device}; this kernel needs a GPU")
 

@@ -21,6 +21,8 @@ choices   {"backend": "triton", "target": "rtx4090", "algorithm": "running", "q_
 
 import math
 import os
+import zlib
+from pathlib import Path
 
 import torch
 import triton
@@ -35,6 +37,8 @@ V_DIM = tl.constexpr(64)
 SCALE_LOG2 = tl.constexpr(0.18033688011112042)
 OUT_DTYPE = torch.float32
 NUM_WARPS, NUM_STAGES = 8, 3
+# of this very text: an edited copy is another operation to torch
+OPERATION = f"attngen::attention_{zlib.crc32(Path(__file__).read_bytes()):08x}"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, slowly
 # what changes between calls without another compilation
 RUNTIME = [
@@ -60,7 +64,7 @@ def attention(q, k, v):
     return _attention(q, k, v)
 
 
-@torch.library.custom_op("attngen::attention_452e81fb73ff", mutates_args=())
+@torch.library.custom_op(OPERATION, mutates_args=())
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -125,6 +129,11 @@ def _check(q, k, v):
             raise TypeError(f"{name} is {got}, not {dtype}{list(shape)}")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}")
+    blocks = {"q": Q_BLOCK.value, "k": K_BLOCK.value, "v": K_BLOCK.value}
+    for name, block in blocks.items():  # within a block offsets have 32 bits
+        x = given[name]
+        if (block - 1) * x.stride(1) + x.shape[3] * x.stride(3) >= 2**31:
+            raise ValueError(f"{name} has strides {x.stride()}: too large for a block")
     if q.device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(f"q is on {q.device}; this kernel needs a GPU")
 

@@ -20,6 +20,8 @@ choices   {"backend": "triton", "target": "rtx3090", "algorithm": "running", "q_
 
 import math
 import os
+import zlib
+from pathlib import Path
 
 import torch
 import triton
@@ -34,6 +36,8 @@ V_DIM = tl.constexpr(40)
 SCALE_LOG2 = tl.constexpr(0.22811011491194377)
 OUT_DTYPE = torch.float16
 NUM_WARPS, NUM_STAGES = 1, 3
+# of this very text: an edited copy is another operation to torch
+OPERATION = f"attngen::attention_{zlib.crc32(Path(__file__).read_bytes()):08x}"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, slowly
 # what changes between calls without another compilation
 RUNTIME = [
@@ -59,7 +63,7 @@ def attention(q, k, v):
     return _attention(q, k, v)
 
 
-@torch.library.custom_op("attngen::attention_651da3f2cbc5", mutates_args=())
+@torch.library.custom_op(OPERATION, mutates_args=())
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -122,6 +126,11 @@ def _check(q, k, v):
             raise TypeError(f"{name} is {got}, not {dtype}{list(shape)}")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}")
+    blocks = {"q": Q_BLOCK.value, "k": K_BLOCK.value, "v": K_BLOCK.value}
+    for name, block in blocks.items():  # within a block offsets have 32 bits
+        x = given[name]
+        if (block - 1) * x.stride(1) + x.shape[3] * x.stride(3) >= 2**31:
+            raise ValueError(f"{name} has strides {x.stride()}: too large for a block")
     if q.device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(f"q is on {q.device}; this kernel needs a GPU")
 

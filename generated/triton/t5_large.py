@@ -24,6 +24,8 @@ choices   {"backend": "triton", "target": "a100", "algorithm": "running", "q_chu
 
 import math
 import os
+import zlib
+from pathlib import Path
 
 import torch
 import triton
@@ -38,6 +40,8 @@ SCALE = tl.constexpr(1.0)
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(s) is 2**(s * LOG2E)
 OUT_DTYPE = torch.bfloat16
 NUM_WARPS, NUM_STAGES = 8, 3
+# of this very text: an edited copy is another operation to torch
+OPERATION = f"attngen::attention_{zlib.crc32(Path(__file__).read_bytes()):08x}"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, slowly
 # what changes between calls without another compilation
 RUNTIME = [
@@ -65,7 +69,7 @@ def attention(q, k, v, *, relative_bias):
     return _attention(q, k, v, relative_bias)
 
 
-@torch.library.custom_op("attngen::attention_203f225d7b9f", mutates_args=())
+@torch.library.custom_op(OPERATION, mutates_args=())
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -134,6 +138,11 @@ def _check(q, k, v, **operands):
             raise TypeError(f"{name} is {got}, not {dtype}{list(shape)}")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}")
+    blocks = {"q": Q_BLOCK.value, "k": K_BLOCK.value, "v": K_BLOCK.value}
+    for name, block in blocks.items():  # within a block offsets have 32 bits
+        x = given[name]
+        if (block - 1) * x.stride(1) + x.shape[3] * x.stride(3) >= 2**31:
+            raise ValueError(f"{name} has strides {x.stride()}: too large for a block")
     if q.device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(f"q is on {q.device}; this kernel needs a GPU")
 
@@ -227,7 +236,14 @@ def forward(
         s *= SCALE
         s = s + relative_bias_at_i0
         m, total, p, rescale = _softmax(s, m, total, UNSEEN=True)
-        v = tl.load(v_head + c * v_block + v_at)
+        seen = s != float("-inf")
+        seen = tl.broadcast_to(seen, (Q_BLOCK, K_BLOCK)) & q_there[:, None]
+        there = tl.max(seen.to(tl.int32), 0) > 0  # else a NaN no query sees
+        v = tl.load(
+            v_head + c * v_block + v_at,
+            mask=there[:, None],
+            other=0.0,
+        )
         acc *= rescale[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc)
     for c in range(full_last, last):

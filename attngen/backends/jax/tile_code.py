@@ -331,7 +331,8 @@ def _letters(node: Expr) -> list[str]:
 
 def _slice_name(node: Expr) -> str:
     assert isinstance(node.value, Operand)
-    index = "".join(str(i.value) for i in node.args)
+    between = "_" if any(i.op == "const" for i in node.args) else ""
+    index = between.join(str(i.value) for i in node.args)
     return f"{node.value.name}_at_{index}"
 
 

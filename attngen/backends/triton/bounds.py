@@ -37,6 +37,12 @@ class Bounds:
     first: str = "0"
     there: str = ""
 
+    @property
+    def names(self) -> list[str]:
+        """The variables that bound the loops, of those that are defined."""
+        bounds = ("first", "last", "full_first", "full_last")
+        return [n for n in bounds if any(x.startswith(f"{n} = ") for x in self.lines)]
+
 
 def bounds(plan: Plan, env: Mapping[str, Interval], helpers: set[str]) -> Bounds:
     spec, span = plan.spec, analyse(plan.spec)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import textwrap
 from collections.abc import Mapping
@@ -13,8 +11,16 @@ from attngen.backends.triton.bounds import bounds, end_of_keys, offset_source
 from attngen.backends.triton.candidates import pieces, power_above
 from attngen.backends.triton.tile_code import Writer
 from attngen.expr import walk
-from attngen.intervals import Interval, domain, interval, proven
+from attngen.intervals import (
+    Interval,
+    domain,
+    interval,
+    limit_leaves_int32,
+    proven,
+)
+from attngen.operands import Operand
 from attngen.plans import Plan
+from attngen.regions import analyse
 from attngen.spec import AttentionSpec
 from attngen.spec_checks import relating
 
@@ -68,9 +74,11 @@ def context(plan: Plan) -> dict[str, Any]:
         else "",
         "scalar_offset": spec.q_offset == "operand",
         "same_length": spec.q_offset is None and bool(relating(spec)),
-        "longest": (spec.q_len, spec.kv_len) if limited else None,
+        "longest": (spec.batch, spec.q_heads, spec.q_len, spec.kv_len)
+        if limited
+        else None,
+        "sizes": _sizes(spec),
         "helpers": helpers,
-        "op_name": _op_name(plan),
     }
 
 
@@ -103,7 +111,33 @@ def _limited(spec: AttentionSpec) -> bool:
     )
 
 
+def _sizes(spec: AttentionSpec) -> list[str]:
+    """What must be true of B, H, T and S for operands to be read inside their axes.
+
+    Axes of a number are proven, or guarded; these are axes of batches, heads, queries, keys
+    that are read elsewhere than there.
+    """
+    found: list[str] = []
+    loads = (n for e in spec.expressions for n in walk(e) if n.op == "load")
+    for node in loads:
+        assert isinstance(node.value, Operand)
+        for axis, index in zip(node.value.axes, node.args, strict=True):
+            if not isinstance(axis, str) or (index.op, index.value) == ("var", axis):
+                continue
+            if index.op == "var":
+                found.append(f"{_SIZES[str(index.value)]} <= {_SIZES[axis]}")
+            elif index.op == "const":
+                found.append(f"{_SIZES[axis]} > {index.value}")
+            else:
+                own = spec.batch, spec.q_heads, spec.q_len, spec.kv_len
+                found.append(f"(B, H, T, S) == {own}")
+    return list(dict.fromkeys(found))
+
+
 def _leaves_int32(spec: AttentionSpec, env: Mapping[str, Interval]) -> bool:
+    limits = analyse(spec).limits
+    if any(limit_leaves_int32(limit, spec.kv_offset, env) for limit in limits):
+        return True
     for root in spec.expressions:
         for node in walk(root):
             if node.kind == "int":
@@ -184,11 +218,8 @@ def _arguments(plan: Plan, out: bool, lse: bool) -> dict[str, Any]:
         shown.append(("out", shape.format(spec.v_dim), spec.out_dtype_name))
     if lse:
         shown.append(("lse", "(B, H, T)", "float32: log of the sum of exp(s)"))
-    heads_first = ".transpose(1, 2)" if spec.layout == "bthd" else ""
     passed = [
-        x
-        if x not in tensors or x in pointed
-        else f'TensorDescriptor.from_tensor({x}{heads_first}, BLOCK_SHAPES["{x}"])'
+        x if x not in tensors or x in pointed else f'_describe("{x}", {x})'
         for x in pointers
     ]
     names = [
@@ -208,6 +239,12 @@ def _arguments(plan: Plan, out: bool, lse: bool) -> dict[str, Any]:
         "named": [f"{n}={n}" for n in operands],
         "arguments": ["q", "k", "v", *operands],
         "pointed": pointed,
+        "block_sizes": ", ".join(
+            f'"{x}": {"Q" if x == "q" else "K"}_BLOCK.value'
+            for x in pointed
+            if x != "out"
+        ),
+        "token_axis": axes.index("t"),
         "parameters": names + sizes + strides,
         "runtime_lines": textwrap.wrap(", ".join(f'"{n}"' for n in runtime) + ",", 84),
         "launch_arguments": launched,
@@ -262,9 +299,3 @@ def _pieces(letter: str, constant: str, dim: int, choice: Any) -> list[dict[str,
             }
         )
     return listed
-
-
-def _op_name(plan: Plan) -> str:
-    """A name for torch's registry that two different files don't share."""
-    data = json.dumps([plan.spec.to_dict(), plan.choice, plan.target], sort_keys=True)
-    return f"attention_{hashlib.sha256(data.encode()).hexdigest()[:12]}"

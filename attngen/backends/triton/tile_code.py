@@ -240,7 +240,8 @@ class Writer:
         """A name for the values of a read: of its indices where these are variables."""
         assert isinstance(node.value, Operand)
         if all(i.op in ("var", "const") for i in node.args):
-            index = "".join(str(i.value) for i in node.args)
+            between = "_" if any(i.op == "const" for i in node.args) else ""
+            index = between.join(str(i.value) for i in node.args)
             return f"{node.value.name}_at_{index}"
         if node not in self.gathered:
             self.gathered[node] = f"{node.value.name}_at_i{self.gathers}"

@@ -48,7 +48,7 @@ class Interpreted:
         with tempfile.TemporaryDirectory(prefix="attngen-") as name:
             folder = Path(name)
             job = {
-                "source": str(self.path),
+                "source": str(self.path.resolve()),
                 "folder": name,
                 "dtypes": interpreter.save(folder, given),
             }
