@@ -18,7 +18,8 @@ def explain(plan: Plan) -> str:
     size += f" over {_count(spec.kv_heads, 'kv head')}" if spec.repeats > 1 else ""
     size += f", batch {spec.batch}" if spec.batch > 1 else ""
     limit = "no budget given" if budget is None else f"budget {show_bytes(budget)}"
-    lines = [f"{size}, {spec.dtype}, on {plan.target} by {plan.backend}, {limit}", ""]
+    head = f"{size}, {spec.dtype}, on {plan.target} by {plan.backend}, {limit}"
+    lines = [*textwrap.wrap(head, 100), ""]
     chosen = textwrap.wrap(describe(plan.choice), 88)
     lines.append(f"chosen    {chosen[0]}")
     lines += [f"{'':10}{line}" for line in chosen[1:]]

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from commands import run
 
 import attngen
 from attngen import AttentionSpec, masks, offline, recalling, targets, wisdom
@@ -162,3 +163,10 @@ def test_tensor_descriptors_are_among_the_neighbours_where_a_target_has_them(com
     compiler.clear()
     attngen.tune(SPEC, target="a100")
     assert {c["loads"] for c in compiler} == {"pointers"}
+
+
+def test_wisdom_of_bounds_is_shown(compiler):
+    attngen.tune(SPEC, target="a100")
+    shown, _ = run("wisdom", "show")
+    assert "a100, not here" in shown
+    assert "≥" in shown

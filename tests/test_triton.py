@@ -470,17 +470,20 @@ def strided(x):
     view.copy_(x)
     return view
 
+if sys.argv[2] == "descriptors":
+    strided = torch.clone
 again = module.attention(*map(strided, (q, k, v)))
 assert torch.equal(again[0], out) and torch.equal(again[1], lse)
 print("right")
 """
 
 
-def test_torch_takes_it_as_one_operation_with_any_strides():
+@pytest.mark.parametrize("loads", ["pointers", "descriptors"])
+def test_torch_takes_it_as_one_operation_with_any_strides(loads):
     spec = dataclasses.replace(LIKE, mask=masks.causal())
-    path = api.stored(source_of(spec, q_chunk=32, k_chunk=32))
+    path = api.stored(source_of(spec, q_chunk=32, k_chunk=32, loads=loads))
     ran = subprocess.run(
-        [sys.executable, "-c", IN_TORCH, str(path)],
+        [sys.executable, "-c", IN_TORCH, str(path), loads],
         capture_output=True,
         text=True,
         env=os.environ | {"TRITON_INTERPRET": "1"},
@@ -498,6 +501,45 @@ def test_a_kernel_is_built_with_its_certificate_and_says_that_it_cannot_be_calle
     with pytest.raises(BackendError, match="can't be called here"):
         kernel(None, None, None)
     assert attngen.validate(kernel).passed
+
+
+COPIES = """
+import importlib.util, sys, torch
+def load(path):
+    made = importlib.util.spec_from_file_location(path[-12:-3], path)
+    module = sys.modules[path[-12:-3]] = importlib.util.module_from_spec(made)
+    made.loader.exec_module(module)
+    return module
+q, k, v = (torch.randn(2, 70, h, 32) for h in (2, 1, 1))
+own = load(sys.argv[1])
+before = own.attention(q, k, v)[0]
+edited = load(sys.argv[2])
+print(torch.equal(own.attention(q, k, v)[0], before))
+print(torch.equal(edited.attention(q, k, v)[0], before))
+"""
+
+
+def test_an_edited_copy_leaves_the_first_as_it_is(tmp_path):
+    text = source_of(LIKE, q_chunk=32, k_chunk=32).text
+    first, second = tmp_path / "a_first.py", tmp_path / "an_edited.py"
+    first.write_text(text)
+    second.write_text(
+        text.replace("SCALE_LOG2 = tl.constexpr(", "SCALE_LOG2 = tl.constexpr(2 * ")
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", COPIES, str(first), str(second)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
+    assert ran.stdout.split() == ["True", "False"], ran.stderr[-2000:]
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+def test_a_file_is_validated_where_its_path_is_relative(tmp_path, monkeypatch):
+    source_of(LIKE, q_chunk=32, k_chunk=32).write(tmp_path / "here.py")
+    monkeypatch.chdir(tmp_path)
+    assert attngen.validate("here.py").passed
 
 
 KEYS = """
