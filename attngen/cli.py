@@ -240,9 +240,10 @@ def certify(
 ) -> None:
     """Ask the target's own compiler what the best plan allocates.
 
-    Exit code 1 where that is more than the budget.
+    Exit code 1 where that is more than the budget, or where a GPU's kernel spills or doesn't
+    fit a multiprocessor.
     """
-    from attngen import api
+    from attngen import api, building
 
     spec = read_spec(given)
     made = api.plan(spec, target, backend, read_fix(fix))
@@ -254,11 +255,14 @@ def certify(
         or certificate.temp_bytes is None
         or certificate.temp_bytes <= budget
     )
+    unfit = building.unfit(certificate, made)
     if as_json:
-        print_json(certificate.to_dict() | {"fits": fits})
+        print_json(certificate.to_dict() | {"fits": fits and not unfit})
     else:
         click.echo(f"{certificate}{'' if fits else ': over the budget'}")
-    if not fits:
+    if unfit and not as_json:
+        click.echo(f"not to be used: {unfit}")
+    if unfit or not fits:
         sys.exit(CHECK_FAILED)
 
 

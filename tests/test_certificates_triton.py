@@ -1,9 +1,11 @@
 """Certificates of Triton kernels, compiled for GPUs that aren't here; nothing runs."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
+from commands import run
 from refusals import refused
 
 import attngen
@@ -179,3 +181,14 @@ def test_the_interior_of_a_mask_costs_what_no_mask_costs(target):
         counts.append(sum(mix.values()))
     plain, *masked = counts
     assert all(abs(n - plain) <= 0.05 * plain for n in masked), counts
+
+
+def test_a_plan_that_spills_is_certified_and_called_unfit():
+    spec = (
+        "--q-heads", 2, "--q-len", 512, "--qk-dim", 128, "--dtype", "float32",
+        "--target", "a100", "--fix", "q_chunk=64,k_chunk=32,num_warps=8,num_stages=3",
+    )  # fmt: skip
+    said, _ = run("certify", *spec, code=1)
+    assert "not to be used: 64 × 32 spills" in said
+    said, _ = run("certify", *spec, "--json", code=1)
+    assert json.loads(said)["fits"] is False
