@@ -503,6 +503,41 @@ def test_a_kernel_is_built_with_its_certificate_and_says_that_it_cannot_be_calle
     assert attngen.validate(kernel).passed
 
 
+OFFSETS = """
+import importlib.util, sys, torch, numpy as np
+made = importlib.util.spec_from_file_location("emitted", sys.argv[1])
+m = sys.modules["emitted"] = importlib.util.module_from_spec(made)
+made.loader.exec_module(m)
+q, k, v = (torch.randn(2, n, h, 32) for n, h in ((5, 2), (40, 1), (40, 1)))
+want = m.attention(q, k, v, q_offset=torch.full((2,), 35, dtype=torch.int32))[0]
+for offset in (35, np.int64(35), torch.tensor(35), torch.tensor(35, dtype=torch.int32)):
+    assert torch.equal(m.attention(q, k, v, q_offset=offset)[0], want)
+compiled = torch.compile(
+    lambda *a, o: m.attention(*a, q_offset=o)[0], backend="eager", fullgraph=True
+)
+assert torch.equal(compiled(q, k, v, o=35), want)
+for offset in (1.5, [1, 2], torch.tensor(1.7), 2**31, -(2**31), None):
+    try:
+        m.attention(q, k, v, q_offset=offset)
+    except (TypeError, ValueError):
+        print("refused")
+"""
+
+
+def test_what_q_offset_takes():
+    spec = dataclasses.replace(
+        LIKE, q_len=5, kv_len=40, mask=masks.causal(), q_offset="operand"
+    )
+    path = api.stored(source_of(spec, q_chunk=16, k_chunk=16))
+    ran = subprocess.run(
+        [sys.executable, "-c", OFFSETS, str(path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
+    assert ran.stdout.split() == ["refused"] * 6, ran.stderr[-2000:]
+
+
 COPIES = """
 import importlib.util, sys, torch
 def load(path):

@@ -73,7 +73,9 @@ def attention(q, k, v, *, kv_lengths, q_offset):
     out is 0 where a query sees no key, lse -inf
     """
     if not isinstance(q_offset, torch.Tensor):  # the same for all batches
-        q_offset = torch.tensor(operator.index(q_offset), device=q.device)
+        if abs(operator.index(q_offset)) > 2**30:
+            raise ValueError(f"q_offset is {q_offset}, not within 2**30")
+        q_offset = torch.tensor(q_offset, device=q.device)
     if q_offset.dim() == 0 and not q_offset.is_floating_point():
         q_offset = q_offset.to(torch.int32).expand(q.shape[0])
     _check(q, k, v, kv_lengths=kv_lengths, q_offset=q_offset)
