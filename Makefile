@@ -33,7 +33,8 @@ bench: $(INSTALLED)  ## the committed benchmark
 	$(BIN)/python benchmarks/targets_cpu.py
 
 gpu: $(INSTALLED)  ## all that needs a GPU: validate, tune, benchmark
-	@$(BIN)/python -m pytest tests/test_triton.py tests/test_gallery_triton.py
+	@$(BIN)/python -m pytest tests/test_triton.py tests/test_triton_files.py \
+		tests/test_gallery_triton.py
 	@$(BIN)/python benchmarks/gpu.py
 
 $(INSTALLED): pyproject.toml
