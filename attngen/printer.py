@@ -145,3 +145,12 @@ class ArrayPrinter:
         if isinstance(value, float) and math.isinf(value):
             return f"{'-' if value < 0 else ''}{self.namespace}.inf"
         return repr(value)
+
+
+def read_name(node: Expr, operand: str) -> str:
+    """A name for an operand's values where variables and numbers index it.
+
+    Numbers are kept apart: x[1, 12] isn't x[11, 2].
+    """
+    between = "_" if any(i.op == "const" for i in node.args) else ""
+    return f"{operand}_at_{between.join(str(i.value) for i in node.args)}"

@@ -11,7 +11,7 @@ from attngen.expr import Expr
 from attngen.intervals import domain, proven
 from attngen.operands import Operand
 from attngen.plans import Plan
-from attngen.printer import ArrayPrinter
+from attngen.printer import ArrayPrinter, read_name
 
 WIDTH = 88
 
@@ -331,9 +331,7 @@ def _letters(node: Expr) -> list[str]:
 
 def _slice_name(node: Expr) -> str:
     assert isinstance(node.value, Operand)
-    between = "_" if any(i.op == "const" for i in node.args) else ""
-    index = between.join(str(i.value) for i in node.args)
-    return f"{node.value.name}_at_{index}"
+    return read_name(node, node.value.name)
 
 
 def _times(start: str, factor: int) -> str:

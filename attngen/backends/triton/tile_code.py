@@ -16,6 +16,7 @@ from attngen.expr import Expr
 from attngen.intervals import Interval, proven
 from attngen.operands import Operand
 from attngen.plans import Plan
+from attngen.printer import read_name
 
 WIDTH = 88
 _NAMES = {"b": "b_index", "h": "h_index", "q": "q_pos", "k": "k_pos", "s": "s"}
@@ -240,9 +241,7 @@ class Writer:
         """A name for the values of a read: of its indices where these are variables."""
         assert isinstance(node.value, Operand)
         if all(i.op in ("var", "const") for i in node.args):
-            between = "_" if any(i.op == "const" for i in node.args) else ""
-            index = between.join(str(i.value) for i in node.args)
-            return f"{node.value.name}_at_{index}"
+            return read_name(node, node.value.name)
         if node not in self.gathered:
             self.gathered[node] = f"{node.value.name}_at_i{self.gathers}"
             self.gathers += 1
