@@ -81,7 +81,7 @@ class Candidate:
     def took(self) -> tuple[str, str]:
         """A call's time and its spread, for people."""
         if not self.samples_s:
-            return f"≥ {show_time(self.bound_s or 0)}", "–"
+            return self.least, "–"
         found = timing.spread(self.samples_s)
         several = len(self.samples_s) > 1
         return show_time(found.median), f"{found.relative:.0%}" if several else "–"

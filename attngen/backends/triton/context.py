@@ -195,7 +195,8 @@ def _arguments(plan: Plan, out: bool, lse: bool) -> dict[str, Any]:
     axes = ("b", "t", "h", "d") if spec.layout == "bthd" else ("b", "h", "t", "d")
     tensors = ["q", "k", *(["v", "out"] if out else [])]
     described = plan.option("loads") == "descriptors"
-    pointed = [x for x in tensors if not (described and x in ("k", "v"))]
+    blocks = [x for x in tensors if described and x in ("k", "v")]
+    pointed = [x for x in tensors if x not in blocks]
     strides = [f"{x}_stride_{a}" for x in pointed for a in axes]
     more = {
         o.name: [f"{o.name}_stride_{i}" for i in range(len(o.axes))]
@@ -218,14 +219,8 @@ def _arguments(plan: Plan, out: bool, lse: bool) -> dict[str, Any]:
         shown.append(("out", shape.format(spec.v_dim), spec.out_dtype_name))
     if lse:
         shown.append(("lse", "(B, H, T)", "float32: log of the sum of exp(s)"))
-    passed = [
-        x if x not in tensors or x in pointed else f'_describe("{x}", {x})'
-        for x in pointers
-    ]
-    names = [
-        f"{x}_ptr" if x not in tensors or x in pointed else f"{x}_desc"
-        for x in pointers
-    ]
+    passed = [f'_describe("{x}", {x})' if x in blocks else x for x in pointers]
+    names = [f"{x}_desc" if x in blocks else f"{x}_ptr" for x in pointers]
     launched = [
         *(f"{x}," for x in passed),
         "T,",
