@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from attngen import (
     backends,
     building,
+    compilers,
     files,
     offline,
     planner,
@@ -191,7 +192,8 @@ def certify(f: Any, *shapes: Any, target: str | None = None) -> Certificate:
     from attngen.backends.jax import exporting
 
     device, _ = building.where(target, "jax")
-    return exporting.certify(f, shapes, device.name)
+    compilers.check(device, "jax")
+    return exporting.certify(f, shapes, device)
 
 
 def tune(

@@ -124,7 +124,7 @@ def compare(
 def _here(target: str | None) -> targets.Target:
     """The target that this machine is, which alone can be timed."""
     here = targets.get()
-    if target in targets.PLANNED or targets.get(target).name != here.name:
+    if targets.get(target).name != here.name:
         raise TargetError(
             "bench times on the device, and this machine is another.",
             got=f"target {target!r}",

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attngen import backends, files, planner, targets
+from attngen import backends, compilers, files, planner, targets
 from attngen.backends import Backend
-from attngen.errors import CompileError, PlanError, ValidationError
+from attngen.errors import CompileError, InternalError, PlanError, ValidationError
 from attngen.plans import Option, Plan
 from attngen.records import EFFORTS
 from attngen.spec import AttentionSpec
@@ -168,18 +168,18 @@ def _size(plan: Plan) -> int:
 
 
 def certify(chosen: Plan, source: Source, target: str) -> Certificate:
-    """What the compiler of a target says of a plan's source."""
+    """What the compiler of a target says of a plan's source.
+
+    Raises:
+        BackendError: its compiler isn't installed here.
+        CompileError: it refused, crashed, or took too long.
+    """
     from attngen import certifier
 
-    program = _program(chosen, source)
-    return certifier.certify(
-        backends.get(chosen.backend).compiler,
-        target,
-        shapes=program.shapes,
-        source=program.source,
-        digest=program.digest,
-        x64=program.x64,
-    )
+    device, by = targets.get(target), backends.get(chosen.backend)
+    compilers.check(device, by.name)
+    program = vars(_program(chosen, source, by))
+    return plausible(certifier.certify(by.compiler, target, **program), chosen, device)
 
 
 def certify_many(
@@ -188,11 +188,37 @@ def certify_many(
     """`certify` for several, with few processes: what it returns, or raises."""
     from attngen import certifier
 
-    programs = [_program(*s) for s in sources]
-    return certifier.certify_many(by.compiler, target, programs)
+    device = targets.get(target)
+    compilers.check(device, by.name)
+    programs = [_program(*s, by) for s in sources]
+    answers = certifier.certify_many(by.compiler, target, programs)
+    return [
+        answer if isinstance(answer, CompileError) else plausible(answer, plan, device)
+        for (plan, _), answer in zip(sources, answers, strict=True)
+    ]
 
 
-def _program(chosen: Plan, source: Source) -> Program:
+LEAST = 0.98  # of the bound: tiles are counted by samples
+
+
+def plausible(certificate: Certificate, plan: Plan, device: Target) -> Certificate:
+    """The certificate, unless its estimate is one that no device could reach.
+
+    Raises:
+        InternalError: it is less than the products of the tiles that are visited take.
+    """
+    cycles, tpu = certificate.estimated_cycles, device.tpu
+    if cycles is not None and tpu is not None:
+        bound = plan.flop / tpu.flop_per_cycle
+        if cycles < LEAST * bound:
+            raise InternalError(
+                f"{device.name}: an estimate of {cycles} cycles is below the {bound:.0f} "
+                f"that its matrix units take: {dict(plan.choice)}."
+            )
+    return certificate
+
+
+def _program(chosen: Plan, source: Source, by: Backend) -> Program:
     from attngen import certifier
 
     spec = chosen.spec
@@ -202,6 +228,7 @@ def _program(chosen: Plan, source: Source) -> Program:
         source=source.text,
         digest=source.digest,
         x64=needs_x64(chosen),
+        facts=by.facts(chosen),
     )
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,14 @@ class Program:
         source: its text.
         digest: of the text.
         x64: whether 64-bit numbers are on.
+        facts: what the backend's compiler is told beside: plain values.
     """
 
     shapes: Sequence[Shape]
     source: str
     digest: str | None = None
     x64: bool = False
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def certify(
@@ -53,13 +55,14 @@ def certify(
     digest: str | None = None,
     exported: bytes | None = None,
     x64: bool = False,
+    facts: Mapping[str, Any] | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> Certificate:
     """What the target's compiler says of an emitted source, or of an exported function.
 
     Args:
         compiler: the module whose `certify(job)` runs in the child.
-        shapes, source, digest, x64: see `Program`; or
+        shapes, source, digest, x64, facts: see `Program`; or
         exported: a function that the backend has serialised.
 
     Raises:
@@ -69,7 +72,7 @@ def certify(
     _check(compiler, target)
     with tempfile.TemporaryDirectory(prefix="attngen-") as name:
         folder = Path(name)
-        job: dict[str, Any] = {"target": target, "shapes": list(shapes), "x64": x64}
+        job = {"target": target, "shapes": list(shapes), "x64": x64} | dict(facts or {})
         if source is not None:
             job["source"] = _file(folder / "emitted.py", source.encode())
         if exported is not None:
@@ -104,6 +107,7 @@ def certify_many(
                 "x64": p.x64,
                 "source": _file(folder / f"emitted_{i}.py", p.source.encode()),
             }
+            | dict(p.facts)
             for i, p in enumerate(programs)
         ]
         while len(found) < len(jobs):

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
+from attngen import machine
 from attngen.cli_bench import bench
 from attngen.cli_output import print_json, progressing, shown, status, table, wrapped
 from attngen.cli_spec import plan_options, read_fix, read_spec
@@ -27,6 +28,7 @@ from attngen.errors import (
 from attngen.version import __version__
 
 CHECK_FAILED, WRONG_REQUEST = 1, 2
+RUNS_JAX = ("build", "validate", "tune", "bench")  # other commands start without jax
 
 
 class Group(click.Group):
@@ -34,6 +36,9 @@ class Group(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta["attngen.json"] = "--json" in args
+        machine.quiet_jax()
+        if args[:1] and args[0] in RUNS_JAX and "--help" not in args:
+            machine.start_jax()
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -270,11 +275,17 @@ def certify(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def targets(as_json: bool) -> None:
     """List the targets, what is known of them, and who certifies for them."""
+    from attngen import compilers
     from attngen import targets as known
 
     listed = [known.get(name) for name in known.names()]
     if as_json:
-        print_json([t.to_dict() for t in listed])
+        print_json(
+            [
+                t.to_dict() | {"certifiers": [c.to_dict() for c in compilers.all_of(t)]}
+                for t in listed
+            ]
+        )
         return
     from attngen.units import show_bytes
 
@@ -282,14 +293,17 @@ def targets(as_json: bool) -> None:
         (
             t.name,
             t.description,
-            f"{t.cores} cores",
+            str(t.cores),
             "?" if t.memory_bytes is None else show_bytes(t.memory_bytes),
-            t.certifier,
+            ", ".join(t.backends),
+            ", ".join(c.name for c in compilers.all_of(t)),
         )
         for t in listed
     ]
-    table(("target", "what", "cores", "memory", "certified by"), rows)
-    click.echo("planned: " + ", ".join(known.PLANNED), err=True)
+    table(("target", "what", "cores", "memory", "backends", "certified by"), rows)
+    absent = dict.fromkeys(c for t in listed for c in compilers.all_of(t) if c.missing)
+    for compiler in absent:
+        click.echo(f"{compiler.name} isn't installed: {compiler.install}", err=True)
 
 
 @main.command()

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from attngen.errors import FileError
-from attngen.units import show_bytes
+from attngen.units import show_bytes, show_count
 
 T = TypeVar("T")
 
@@ -104,6 +104,7 @@ class Certificate:
         scratch_bytes: the part of temp_bytes that the compiler's own figure leaves out (see
             backends/jax/scratch.py).
         argument_bytes, output_bytes: of inputs and outputs.
+        on_chip_bytes: of a TPU's own memory, which temp_bytes leaves out.
         spill_bytes: of a thread's registers that didn't suffice and went to memory.
         estimated_cycles: the compiler's own estimate, weighted by the plan.
         compile_s: how long the compiler took.
@@ -128,6 +129,7 @@ class Certificate:
     scratch_bytes: int | None = None
     argument_bytes: int | None = None
     output_bytes: int | None = None
+    on_chip_bytes: int | None = None
     spill_bytes: int | None = None
     estimated_cycles: int | None = None
     compile_s: float | None = None
@@ -161,7 +163,16 @@ class Certificate:
         known = "unknown" if self.temp_bytes is None else show_bytes(self.temp_bytes)
         exact = "" if self.temp_bytes is None else f" ({self.temp_bytes} bytes)"
         first = f"{self.target}: {known} of temporaries{exact}, says {self.compiler}"
-        return "\n".join([first, *self._kernel()])
+        return "\n".join([first, *self._tpu(), *self._kernel()])
+
+    def _tpu(self) -> list[str]:
+        """What a TPU's compiler says beside, in a line."""
+        parts = []
+        if self.on_chip_bytes:
+            parts.append(f"{show_bytes(self.on_chip_bytes)} on the chip")
+        if self.estimated_cycles is not None:
+            parts.append(f"about {show_count(self.estimated_cycles)}cycles (estimated)")
+        return ["  " + ", ".join(parts)] if parts else []
 
     def _kernel(self) -> list[str]:
         """A GPU's kernel in a line, and its main loop in another."""

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from attngen import gpus
-from attngen.errors import BackendError, NotBuiltError, TargetError
+from attngen.errors import BackendError, TargetError
 from attngen.gpus import Gpu
+from attngen.tpus import TPUS, Tpu
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,9 @@ class Target:
     """A device and its limits.
 
     model is what the device calls itself, "unknown" where it doesn't; memory_bytes is None
-    where it can't be told; cores are those that this process may use, or a GPU's
-    multiprocessors; gpu is None where the device is none.
+    where it can't be told; cores are those that this process may use, a GPU's
+    multiprocessors, or those of a chip that JAX calls one device. gpu and tpu are None where
+    the device is none. backends are those that make kernels for it, its own first.
     """
 
     name: str
@@ -28,8 +30,15 @@ class Target:
     memory_bytes: int | None
     cores: int
     backends: tuple[str, ...]
-    certifier: str
     gpu: Gpu | None = None
+    tpu: Tpu | None = None
+
+    @property
+    def kind(self) -> str:
+        """cpu, tpu, cuda or hip: what its compilers are for."""
+        if self.gpu is not None:
+            return self.gpu.backend
+        return "cpu" if self.tpu is None else "tpu"
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -47,7 +56,6 @@ def _cpu() -> Target:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count() or 1,
         backends=("jax",),
-        certifier="XLA:CPU",
     )
 
 
@@ -81,16 +89,31 @@ def _gpu(name: str) -> Target:
         model=model,
         memory_bytes=gpu.memory_bytes,
         cores=gpu.multiprocessors,
-        backends=("triton",),
-        certifier="Triton's compiler",
+        backends=("triton", "jax") if gpu.backend == "cuda" else ("triton",),
         gpu=gpu,
     )
 
 
-BUILT: dict[str, Callable[[], Target]] = {"cpu": _cpu} | {
-    name: functools.partial(_gpu, name) for name in (*gpus.GPUS, *gpus.REPRESENTATIVES)
-}
-PLANNED = tuple(f"tpu-{g}" for g in ("v2", "v3", "v4", "v5e", "v5p", "v6e", "v7x"))
+def _tpu(name: str) -> Target:
+    tpu = TPUS[name]
+    cores = "a chip" if tpu.cores == 2 or tpu.generation in ("v5e", "v6e") else "a core"
+    return Target(
+        name=name,
+        architecture=name,
+        description=f"Google TPU {tpu.generation}, {cores}",
+        model=tpu.kind,
+        memory_bytes=tpu.memory_bytes,
+        cores=tpu.cores,
+        backends=("jax",),
+        tpu=tpu,
+    )
+
+
+BUILT: dict[str, Callable[[], Target]] = (
+    {"cpu": _cpu}
+    | {name: functools.partial(_tpu, name) for name in TPUS}
+    | {n: functools.partial(_gpu, n) for n in (*gpus.GPUS, *gpus.REPRESENTATIVES)}
+)
 # of attngen's own backends; another says itself which targets it takes
 OWN_BACKENDS = ("jax", "triton")
 
@@ -104,43 +127,31 @@ def get(name: str | None = None) -> Target:
     """The target of that name; None: the machine that this runs on.
 
     Raises:
-        NotBuiltError: the contract has it, this version doesn't.
         TargetError: there is no such target.
     """
     name = "cpu" if name is None else name
     if name in BUILT:
         return BUILT[name]()
-    if name in PLANNED:
-        raise NotBuiltError(
-            f"Target {name!r} isn't built yet.",
-            got=name,
-            needed="one of " + ", ".join(BUILT),
-            hint="the emitted JAX file runs there; its bytes and its speed are unknown here",
-        )
     raise TargetError(
         f"There is no target {name!r}.", got=name, needed="one of " + ", ".join(BUILT)
     )
 
 
 def check(target: Target, backend: str) -> None:
-    """Refuse a target for which one of attngen's backends isn't built.
+    """Refuse a target for which one of attngen's backends makes no kernels.
 
     Raises:
-        NotBuiltError: JAX on a GPU: the contract has it, this version doesn't.
-        BackendError: Triton where there is no GPU.
+        BackendError: Triton where there is no GPU; JAX on AMD's.
     """
     if backend not in OWN_BACKENDS or backend in target.backends:
         return
-    if target.gpu is None:
-        raise BackendError(
-            f"The {backend} backend doesn't make kernels for {target.name}.",
-            got=f"target {target.name}, backend {backend}",
-            needed="a GPU as the target, say target='h100', or backend="
-            + " or ".join(repr(b) for b in target.backends),
-        )
-    raise NotBuiltError(
-        f"The {backend} backend isn't built yet for {target.name}.",
+    raise BackendError(
+        f"The {backend} backend doesn't make kernels for {target.name}.",
         got=f"target {target.name}, backend {backend}",
-        needed="backend=" + " or ".join(repr(b) for b in target.backends),
-        hint="the emitted JAX file runs there; its bytes and its speed are unknown here",
+        needed=("" if target.gpu else "a GPU as the target, say target='h100', or ")
+        + "backend="
+        + " or ".join(repr(b) for b in target.backends),
+        hint="the emitted JAX file runs there; its bytes and its speed are unknown here"
+        if target.gpu
+        else None,
     )

@@ -69,6 +69,9 @@ class Backend(Protocol):
     def trial_s(self, plan: Plan) -> float:
         """About how long that takes at the plan's own size, in seconds."""
 
+    def facts(self, plan: Plan) -> Mapping[str, Any]:
+        """What its compiler is told beside the source, in plain values."""
+
     def small(
         self, plan: Plan, *, rebuild: bool
     ) -> tuple[AttentionSpec, dict[str, Any]] | None:

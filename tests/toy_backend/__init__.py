@@ -76,6 +76,9 @@ class NumpyBackend:
         seconds = executed_flop(spec, tiles, q, k) / FLOP_PER_S
         return Cost(8 * tile + 2**14, seconds + heads * tiles.visited * TILE_S)
 
+    def facts(self, plan: Plan) -> Mapping[str, Any]:
+        return {}
+
     def describe(self, choice: Choice) -> str:
         return f"running · {choice['q_chunk']} queries × {choice['k_chunk']} keys"
 

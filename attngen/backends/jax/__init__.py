@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from attngen.backends.jax import candidates, context, model
+from attngen.backends.jax.turns import turns
 from attngen.cost import Cost
 from attngen.files import template_folder
 from attngen.plans import Choice, Option, Plan
@@ -52,7 +53,11 @@ class JaxBackend:
         return f"{plan.algorithm}.py.jinja", context.context(plan)
 
     def is_here(self, target: Target) -> bool:
-        return target.gpu is None
+        if target.kind == "cpu":
+            return True
+        from attngen.backends.jax.loader import is_here
+
+        return is_here(target)
 
     def load(self, path: Path) -> Callable[..., Any]:
         from attngen.backends.jax.loader import load
@@ -63,7 +68,11 @@ class JaxBackend:
         return function
 
     def trial_s(self, plan: Plan) -> float:
-        return plan.time_s
+        """On this machine's processor, where the target isn't here."""
+        return model.time_s(plan.spec, plan.choice, plan.tiles)
+
+    def facts(self, plan: Plan) -> Mapping[str, Any]:
+        return {"turns": turns(plan)}
 
     def array(self, values: Any, dtype: str) -> Any:
         import jax.numpy as jnp

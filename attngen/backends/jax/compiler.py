@@ -7,31 +7,62 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from attngen import targets
+from attngen.backends.jax import devices
+from attngen.backends.jax.cycles import estimated_cycles
 from attngen.backends.jax.scratch import scratch_bytes
+from attngen.targets import Target
+from attngen.version import installed
+
+COMPILERS = {"cpu": "XLA:CPU", "tpu": "XLA:TPU", "cuda": "XLA:GPU"}
+PACKAGES = {
+    "cpu": ("jax", "jaxlib"),
+    "tpu": ("jax", "jaxlib", "libtpu"),
+    "cuda": ("jax", "jaxlib", "jax-cuda12-pjrt"),
+}
 
 
 def certify(job: dict[str, Any]) -> dict[str, Any]:
-    """Compile a job's program for its target and report the compiler's figures."""
-    import importlib.metadata
+    """Compile a job's program for its target and report the compiler's figures.
 
-    import jax
-
+    Args:
+        job: "target", "shapes"; "source" or "exported", as a path; "x64"; "turns" of its
+            loops (see cycles.py).
+    """
+    target = targets.get(job["target"])
+    if target.kind != "cpu":
+        devices.quiet()
     start = time.perf_counter()
-    compiled = _compile(job)
+    compiled = _compile(job, target)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    scratch = scratch_bytes(compiled.as_text())
-    return {
-        "compiler": f"XLA:{jax.default_backend().upper()}",
-        "temp_bytes": int(memory.temp_size_in_bytes) + scratch,
-        "scratch_bytes": scratch,
+    found: dict[str, Any] = {
+        "compiler": COMPILERS[target.kind],
+        "temp_bytes": int(memory.temp_size_in_bytes),
         "argument_bytes": int(memory.argument_size_in_bytes),
         "output_bytes": int(memory.output_size_in_bytes),
         "compile_s": round(seconds, 3),
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("jax", "jaxlib")
-        },
+        "versions": installed(PACKAGES[target.kind]),
     }
+    text = compiled.as_text()
+    if target.kind == "cpu":
+        scratch = scratch_bytes(text)
+        found |= {"temp_bytes": found["temp_bytes"] + scratch, "scratch_bytes": scratch}
+    if target.tpu is not None:
+        found |= {
+            "on_chip_bytes": _on_chip(memory),
+            "estimated_cycles": estimated_cycles(
+                text, target.tpu.bytes_per_cycle, job.get("turns")
+            ),
+        }
+    return found
+
+
+def _on_chip(memory: Any) -> int:
+    """What is alive at the worst moment beside HBM's temporaries, inputs and outputs."""
+    peak = int(getattr(memory, "peak_memory_in_bytes", 0))
+    known = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+    return max(0, peak - int(known + memory.output_size_in_bytes))
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
@@ -40,7 +71,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     import jax.numpy as jnp
 
     figures = certify(job)
-    compiled = _compile(job)
+    compiled = _compile(job, targets.get(job["target"]))
     arrays = []
     for i, (_, shape, dtype) in enumerate(job["shapes"]):
         arrays.append(
@@ -66,20 +97,30 @@ def _peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _compile(job: dict[str, Any]) -> Any:
+def _compile(job: dict[str, Any], target: Target) -> Any:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", bool(job.get("x64")))
+    where = None if target.kind == "cpu" else devices.one_device(target)
+
+    def placed(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
     if "exported" in job:
         import jax.export
 
         exported = jax.export.deserialize(bytearray(Path(job["exported"]).read_bytes()))
-        return jax.jit(exported.call).lower(*exported.in_avals).compile()
-    shapes = {n: jax.ShapeDtypeStruct(tuple(s), d) for n, s, d in job["shapes"]}
-    named = {n: x for n, x in shapes.items() if n not in ("q", "k", "v")}
-    function = _function(job)
-    return jax.jit(function).lower(*(shapes[n] for n in "qkv"), **named).compile()
+        function, given = exported.call, [placed(x) for x in exported.in_avals]
+        named = {}
+    else:
+        shapes = {
+            n: placed(jax.ShapeDtypeStruct(tuple(s), d)) for n, s, d in job["shapes"]
+        }
+        function, given = _function(job), [shapes.pop(n) for n in "qkv"]
+        named = shapes
+    jitted = jax.jit(function, out_shardings=where) if where else jax.jit(function)
+    return jitted.lower(*given, **named).compile()
 
 
 def _function(job: dict[str, Any]) -> Callable[..., Any]:

@@ -8,11 +8,14 @@ from typing import Any
 from attngen import certifier
 from attngen.errors import CallError
 from attngen.reports import Certificate
+from attngen.targets import Target
 
 COMPILER = "attngen.backends.jax.compiler"
 
 
-def certify(f: Callable[..., Any], shapes: Sequence[Any], target: str) -> Certificate:
+def certify(
+    f: Callable[..., Any], shapes: Sequence[Any], target: Target
+) -> Certificate:
     """Trace here, compile in a child process. Raises as `api.certify`."""
     import jax
     import jax.export
@@ -29,10 +32,10 @@ def certify(f: Callable[..., Any], shapes: Sequence[Any], target: str) -> Certif
     def flat(*arguments: Any) -> Any:
         return f(*jax.tree.unflatten(tree, arguments))
 
-    exported = jax.export.export(jax.jit(flat), platforms=["cpu"])(*leaves)
+    exported = jax.export.export(jax.jit(flat), platforms=[target.kind])(*leaves)
     return certifier.certify(
         COMPILER,
-        target,
+        target.name,
         shapes=[(f"x{i}", x.shape, str(x.dtype)) for i, x in enumerate(leaves)],
         exported=bytes(exported.serialize()),
         x64=bool(jax.config.jax_enable_x64),

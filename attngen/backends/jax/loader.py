@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from attngen import files
 from attngen.backends.emitted import attention_of, running
 from attngen.errors import BackendError
+from attngen.machine import GPU_DRIVERS, TPU_DRIVERS, may_have
+from attngen.targets import Target
 
 
 def load(path: Path) -> Callable[..., Any]:
@@ -39,6 +42,22 @@ def load_function(path: Path) -> Callable[..., Any]:
     with running(path):
         exec(compile(text, shown, "exec", dont_inherit=True), module.__dict__)
     return attention_of(module, path)
+
+
+def is_here(target: Target) -> bool:
+    """Whether JAX's own device is the target: a TPU of its generation, a GPU of its model.
+
+    Where no driver is, jax isn't asked: it would look for devices, and warn.
+    """
+    if not may_have(TPU_DRIVERS if target.tpu else GPU_DRIVERS):
+        return False
+    import jax
+
+    kind = str(jax.devices()[0].device_kind)
+    if target.tpu is not None:
+        return kind == target.model
+    words = re.split(r"[\s-]+", kind.lower())
+    return jax.default_backend() in ("gpu", "cuda") and target.model in words
 
 
 def check_x64(what: str) -> None:

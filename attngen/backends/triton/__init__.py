@@ -87,6 +87,9 @@ class TritonBackend:
     ) -> tuple[AttentionSpec, dict[str, Any]] | None:
         return small.small(plan, rebuild=rebuild)
 
+    def facts(self, plan: Plan) -> Mapping[str, Any]:
+        return {}
+
     def array(self, values: Any, dtype: str) -> Any:
         from attngen.backends.triton.loader import array
 

@@ -1,0 +1,87 @@
+"""The devices that XLA compiles for, described to it where none is here. In a child process."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from attngen.errors import InternalError
+from attngen.gpus import Gpu
+from attngen.targets import Target
+
+# Of XLA's GpuDeviceInfoProto; what gpus.py doesn't have is from NVIDIA's occupancy tables.
+_GPU = """gpu_device_info {{
+  threads_per_block_limit: 1024  threads_per_warp: {gpu.warp_size}
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {gpu.shared_per_multiprocessor}
+  shared_memory_per_block_optin: {gpu.shared_bytes}
+  threads_per_core_limit: {threads}  core_count: {gpu.multiprocessors}
+  fpus_per_core: {gpu.fma_per_cycle}
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth}  l2_cache_size: {gpu.l2_bytes}
+  clock_rate_ghz: {clock}  device_memory_size: {gpu.memory_bytes}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: {gpu.registers}  registers_per_block_limit: {gpu.registers}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
+device_description_str: "{name}"
+"""
+
+
+def quiet() -> None:
+    """What has to be set before jax is imported: no device is looked for."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # else two compilers at once collide at a lock file
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+def topology(target: Target, shape: str | None = None) -> Any:
+    """The target as jax.experimental.topologies describes it.
+
+    Args:
+        shape: of a TPU slice, "4x4"; None: the smallest.
+    """
+    from jax.experimental import topologies
+
+    if target.tpu is not None:
+        tpu = target.tpu
+        name = tpu.topology
+        if shape is not None:
+            name = f"{name.partition(':')[0]}:{shape}"
+        more = {"chip_config_name": tpu.chip_config} if tpu.chip_config else {}
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **more)
+    if target.gpu is None:
+        raise InternalError(f"{target.name} isn't described, but here.")
+    import jax
+
+    jax.devices()  # finds the plug-ins
+    return topologies.get_topology_desc(
+        platform="cuda",
+        topology_name=target.model,
+        target_config=_described(target.model, target.gpu),
+        topology="1x1x1",
+    )
+
+
+def _described(name: str, gpu: Gpu) -> str:
+    capability = gpu.architecture.removeprefix("sm")
+    return _GPU.format(
+        gpu=gpu,
+        name=name,
+        threads=gpu.max_warps * gpu.warp_size,
+        bandwidth=int(gpu.bandwidth_bytes_s),
+        clock=gpu.clock_hz / 1e9,
+        major=capability[:-1],
+        minor=capability[-1],
+    )
+
+
+def one_device(target: Target) -> Any:
+    """Where a program for one such device lies: a sharding over it alone."""
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    devices = topology(target).devices
+    return NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())

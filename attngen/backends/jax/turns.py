@@ -1,0 +1,83 @@
+"""How often the loops of an emitted file call their function, by the plan."""
+
+from __future__ import annotations
+
+from attngen.backends.jax.bounds import Lengths, bounds
+from attngen.backends.jax.candidates import bounded
+from attngen.backends.jax.tile import Starts, chosen, tile
+from attngen.plans import Plan
+from attngen.regions import analyse, chunk_limits
+
+Turns = dict[str, list[float]]
+
+
+def turns(plan: Plan) -> Turns:
+    """For each function that key loops call, the turns of each of these loops.
+
+    In the order of the emitted file, averaged over the chunks of queries. Empty where no
+    loop goes over chunks, and where lengths or offsets that come at run time decide.
+    """
+    spec = plan.spec
+    run_time = spec.kv_lengths or spec.q_lengths or spec.static_q_offset is None
+    if plan.algorithm == "dense" or (run_time and bounded(spec)):
+        return {}
+    at = tile(plan)
+    ragged = spec.kv_len % plan.k_chunk != 0 and not chosen(plan, "diagonal")
+    starts = Starts("b", "g", "q_start", "k_start")
+    loops = bounds(plan, at, starts, ragged, Lengths(plan, at, starts))["loops"]
+    chunks = _chunks(plan)
+    found: Turns = {}
+    for index, (kind, first, last) in enumerate(loops):
+        counts = [max(0, at[last] - at[first]) for at in _named(chunks, first, last)]
+        for name, own in _grouped(plan, kind, index, loops, counts):
+            found.setdefault(name, []).append(sum(own) / max(1, len(own)))
+    return found
+
+
+def _named(chunks: list[dict[str, int]], first: str, last: str) -> list[dict[str, int]]:
+    """The bounds of each chunk of queries, by the text that the emitted file has."""
+    digits = {text: int(text) for text in (first, last) if text.isdigit()}
+    return [at | digits for at in chunks]
+
+
+def _chunks(plan: Plan) -> list[dict[str, int]]:
+    """The key chunks that each chunk of queries visits, by the names in the file."""
+    spec, k = plan.spec, plan.k_chunk
+    limits = chunk_limits(spec, analyse(spec), plan.q_chunk, exact=False)
+    found = []
+    for low, high, full_low, full_high in limits:
+        first = low // k
+        last = max(first, -(-high // k))
+        full_first = min(max(-(-full_low // k), first), last)
+        full_last = min(max(full_high // k, full_first), last)
+        found.append(
+            {
+                "first": first,
+                "last": last,
+                "full_first": full_first,
+                "full_last": full_last,
+            }
+        )
+    return found
+
+
+def _grouped(
+    plan: Plan,
+    kind: str,
+    index: int,
+    loops: list[tuple[str, str, str]],
+    counts: list[int],
+) -> list[tuple[str, list[int]]]:
+    """A loop's turns, where it goes several chunks at a time: of these, and the rest."""
+    several, name = 1, kind
+    if kind == "interior" and chosen(plan, "unroll") != 1 and bounded(plan.spec):
+        several, name = int(chosen(plan, "unroll")), "interiors"
+    elif chosen(plan, "parts") != 1:
+        kinds = [k for k, _, _ in loops]
+        dealt = kinds.index("interior") if "interior" in kinds else 0
+        if index == dealt:
+            several, name = int(chosen(plan, "parts")), "together"
+    if several == 1:
+        return [(kind, counts)]
+    whole = (name, [n // several for n in counts])
+    return [whole, (kind, [n % several for n in counts])]
