@@ -31,9 +31,9 @@ import numpy as np
 
 from attngen import AttentionSpec, api, backends, inputs, masks, scores, targets
 from attngen.backends.jax import model
-from attngen.backends.jax.candidates import space
 from attngen.backends.jax.loader import load_function
 from attngen.backends.jax.scratch import scratch_bytes
+from attngen.backends.jax.spaces import space
 from attngen.plans import Plan
 from attngen.regions import analyse, count_tiles
 
@@ -87,7 +87,7 @@ CLASSES = {
 
 def random_choice(spec: AttentionSpec, generator: random.Random) -> dict[str, Any]:
     """A legal candidate that a person might wait for, of all that can be emitted."""
-    usual, whole = space(spec), space(spec, whole=True)
+    usual, whole = space(spec, CPU), space(spec, CPU, whole=True)
     while True:
         kind = generator.choices(list(ALGORITHMS), list(ALGORITHMS.values()))[0]
         choice: dict[str, Any] = {"algorithm": kind}

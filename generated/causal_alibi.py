@@ -21,8 +21,8 @@ spec      {"q_heads": 8, "kv_heads": 8, "q_len": 1000, "kv_len": 1000, "qk_dim":
 choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 256,
           "k_chunk": 128, "head_chunk": 8, "batch_chunk": 1, "loop": "fori", "exp":
           "polynomial", "product_dtype": "float32", "guard": false, "scale": "queries",
-          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "unroll":
-          2, "diagonal": 0}
+          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "blank":
+          "scores", "unroll": 2, "diagonal": 0}
 """
 
 import jax

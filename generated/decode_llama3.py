@@ -19,8 +19,8 @@ spec      {"q_heads": 32, "kv_heads": 8, "q_len": 1, "kv_len": 32768, "qk_dim": 
 choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 1,
           "k_chunk": 1024, "head_chunk": 1, "batch_chunk": 1, "loop": "fori", "exp":
           "polynomial", "product_dtype": "float32", "guard": true, "scale": "queries",
-          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "unroll":
-          2, "diagonal": 0}
+          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "blank":
+          "scores", "unroll": 2, "diagonal": 0}
 """
 
 import jax

@@ -20,8 +20,8 @@ spec      {"q_heads": 16, "kv_heads": 8, "q_len": 8192, "kv_len": 8192, "qk_dim"
 choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 512,
           "k_chunk": 512, "head_chunk": 1, "batch_chunk": 1, "loop": "fori", "exp":
           "polynomial", "product_dtype": "float32", "guard": true, "scale": "queries",
-          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "unroll":
-          2, "diagonal": 0}
+          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "blank":
+          "scores", "unroll": 2, "diagonal": 0}
 """
 
 import jax

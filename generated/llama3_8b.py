@@ -17,8 +17,8 @@ spec      {"q_heads": 32, "kv_heads": 8, "q_len": 4096, "kv_len": 4096, "qk_dim"
 choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 512,
           "k_chunk": 256, "head_chunk": 1, "batch_chunk": 1, "loop": "fori", "exp":
           "polynomial", "product_dtype": "float32", "guard": false, "scale": "queries",
-          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "unroll":
-          1, "diagonal": 128}
+          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "blank":
+          "scores", "unroll": 1, "diagonal": 128}
 """
 
 import jax

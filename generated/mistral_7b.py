@@ -18,8 +18,8 @@ spec      {"q_heads": 32, "kv_heads": 8, "q_len": 16384, "kv_len": 16384, "qk_di
 choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 256,
           "k_chunk": 256, "head_chunk": 4, "batch_chunk": 1, "loop": "fori", "exp":
           "polynomial", "product_dtype": "float32", "guard": true, "scale": "queries",
-          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "unroll":
-          2, "diagonal": 0}
+          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "blank":
+          "scores", "unroll": 2, "diagonal": 0}
 """
 
 import jax

@@ -20,8 +20,8 @@ spec      {"batch": 2, "q_heads": 4, "kv_heads": 4, "q_len": 2048, "kv_len": 204
 choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 512,
           "k_chunk": 512, "head_chunk": 1, "batch_chunk": 1, "loop": "fori", "exp":
           "polynomial", "product_dtype": "float32", "guard": true, "scale": "queries",
-          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "unroll":
-          1, "diagonal": 0}
+          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "blank":
+          "scores", "unroll": 1, "diagonal": 0}
 """
 
 import jax

@@ -17,8 +17,8 @@ spec      {"q_heads": 1, "kv_heads": 1, "q_len": 16384, "kv_len": 16384, "qk_dim
 choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 2048,
           "k_chunk": 256, "head_chunk": 1, "batch_chunk": 1, "loop": "fori", "exp":
           "polynomial", "product_dtype": "float32", "guard": true, "scale": "queries",
-          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "unroll":
-          1, "diagonal": 0}
+          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "blank":
+          "scores", "unroll": 1, "diagonal": 0}
 """
 
 import jax

@@ -18,8 +18,8 @@ spec      {"q_heads": 8, "kv_heads": 8, "q_len": 2048, "kv_len": 2048, "qk_dim":
 choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 512,
           "k_chunk": 512, "head_chunk": 1, "batch_chunk": 1, "loop": "fori", "exp":
           "polynomial", "product_dtype": "float32", "guard": false, "scale": "queries",
-          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "unroll":
-          2, "diagonal": 0}
+          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "blank":
+          "scores", "unroll": 2, "diagonal": 0}
 """
 
 import jax

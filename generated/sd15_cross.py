@@ -16,8 +16,8 @@ spec      {"q_heads": 8, "kv_heads": 8, "q_len": 4096, "kv_len": 77, "qk_dim": 4
 choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 2048,
           "k_chunk": 77, "head_chunk": 1, "batch_chunk": 1, "loop": "fori", "exp":
           "polynomial", "product_dtype": "float32", "guard": true, "scale": "queries",
-          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "unroll":
-          1, "diagonal": 0}
+          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "blank":
+          "scores", "unroll": 1, "diagonal": 0}
 """
 
 import jax

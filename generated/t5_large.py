@@ -21,8 +21,8 @@ spec      {"q_heads": 16, "kv_heads": 16, "q_len": 512, "kv_len": 512, "qk_dim":
 choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 512,
           "k_chunk": 512, "head_chunk": 2, "batch_chunk": 1, "loop": "fori", "exp":
           "polynomial", "product_dtype": "float32", "guard": false, "scale": "queries",
-          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "unroll":
-          1, "diagonal": 0}
+          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "blank":
+          "scores", "unroll": 1, "diagonal": 0}
 """
 
 import jax

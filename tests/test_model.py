@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from attngen import AttentionSpec, api, backends, masks, scores, targets
-from attngen.backends.jax import candidates, model
+from attngen.backends.jax import model
 from attngen.backends.jax.loader import load_function
 from attngen.backends.jax.scratch import scratch_bytes
 from attngen.regions import Tiles
@@ -93,11 +93,14 @@ def choices(spec, generator, count):
 
 def any_choices(spec, generator, count):
     """Of all algorithms, each choice usual or of all its values."""
-    usual, whole = candidates.space(spec), candidates.space(spec, whole=True)
+    usual, whole = JAX.space(spec, CPU), JAX.space(spec, CPU, whole=True)
     while count:
         kind = generator.choices(list(KINDS), list(KINDS.values()))[0]
         choice = {"algorithm": kind}
         for name, values in whole[kind].items():
+            if name == "blank":  # of one value here
+                choice[name] = values[0]
+                continue
             chunk = name.endswith("_chunk") or name == "parts"
             rare = chunk or generator.random() < RARE.get(name, 0.3)
             choice[name] = generator.choice(values if rare else usual[kind][name][:1])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attngen.backends.jax import candidates, context, model
+from attngen.backends.jax import candidates, context, model, spaces
 from attngen.backends.jax.turns import turns
 from attngen.cost import Cost
 from attngen.files import template_folder
@@ -34,7 +34,7 @@ class JaxBackend:
     def space(
         self, spec: AttentionSpec, target: Target, *, whole: bool = False
     ) -> Mapping[str, Mapping[str, Sequence[Option]]]:
-        return candidates.space(spec, whole=whole)
+        return spaces.space(spec, target, whole=whole)
 
     def illegal(
         self, spec: AttentionSpec, target: Target, choice: Choice

@@ -38,27 +38,39 @@ class Lengths:
 def bounds(
     plan: Plan, at: Tile, starts: Starts, ragged: bool, lengths: Lengths
 ) -> dict[str, Any]:
-    """The key chunks to visit: statements, and the loops with their ends as text."""
-    spec, span = plan.spec, analyse(plan.spec)
+    """The key chunks to visit: statements, and the loops with their ends as text.
+
+    "limits" spells more of the limits that these are made of, among the same statements.
+    """
     lines: list[str] = []
+    limits = Limits(plan, lines, lengths)
+    found = _bounds(plan, starts, ragged, lengths, lines, limits)
+    return {"lines": lines, "limits": limits} | found
+
+
+def _bounds(
+    plan: Plan,
+    starts: Starts,
+    ragged: bool,
+    lengths: Lengths,
+    lines: list[str],
+    limits: Limits,
+) -> dict[str, Any]:
+    spec, span = plan.spec, analyse(plan.spec)
+    if not span.some:
+        return {"loops": [], "about": ["No query sees any key."]}
+    if spec.kv_len <= plan.k_chunk and not chosen(plan, "diagonal"):
+        # nothing to skip: the only chunk, with its mask if there is one
+        edge = bounded(spec) or not span.any_full
+        return {"loops": [("edge" if edge else "interior", "0", "1")], "about": []}
     if spec.kv_lengths:
         lines.append(f"kv_count = {lengths.part('kv_lengths')}")
     if spec.q_lengths:
         lines.append(f"q_count = {lengths.part('q_lengths')}")
     whole = spec.kv_len // plan.k_chunk
     chunks = whole + ragged
-    if not span.some:
-        return {"lines": [], "loops": [], "about": ["No query sees any key."]}
     if chosen(plan, "diagonal"):
-        return _above_triangle(plan, lines, lengths)
-    if chunks == 1:  # nothing to skip: the only chunk, with its mask if there is one
-        edge = bounded(spec) or not span.any_full
-        return {
-            "lines": [],
-            "loops": [("edge" if edge else "interior", "0", "1")],
-            "about": [],
-        }
-    limits = Limits(plan, lines, lengths)
+        return _above_triangle(plan, lines, limits)
     first = limits.chunk("first", span.low, up=False, otherwise="0")
     low_edge = span.any_full and span.full_low is not None
     high_edge = span.full_high is not None or spec.kv_lengths
@@ -70,7 +82,7 @@ def bounds(
         last = "last"
     if not span.any_full:
         about = [f"Key chunks [{first}, {last}) hold what any query here sees."]
-        return {"lines": lines, "loops": [("edge", first, last)], "about": about}
+        return {"loops": [("edge", first, last)], "about": about}
     inner_first, inner_last = first, last
     if low_edge:
         text = limits.text(span.full_low, up=True)
@@ -99,19 +111,18 @@ def bounds(
         f"Key chunks [{first}, {last}) hold what any query here sees, and",
         f"[{inner_first}, {inner_last}) only what every one of them sees.",
     ]
-    return {"lines": lines, "loops": [x for x in loops if x[1] != x[2]], "about": about}
+    return {"loops": [x for x in loops if x[1] != x[2]], "about": about}
 
 
-def _above_triangle(plan: Plan, lines: list[str], lengths: Lengths) -> dict[str, Any]:
+def _above_triangle(plan: Plan, lines: list[str], limits: Limits) -> dict[str, Any]:
     """The chunks before a diagonal: `regions.rises` says that each is whole."""
-    limits = Limits(plan, lines, lengths)
     full = analyse(plan.spec).full_high
     about = [
         "Key chunks [0, full_last) hold only what every query here sees; each query"
     ]
     about += ["sees one key more than the one before it, the first of them one more."]
     lines.append(f"full_last = {limits.text(full, up=False)}")
-    return {"lines": lines, "loops": [("interior", "0", "full_last")], "about": about}
+    return {"loops": [("interior", "0", "full_last")], "about": about}
 
 
 class Limits:
@@ -177,6 +188,10 @@ class Limits:
         if self._range(limit)[1] > self.spec.kv_len:
             return (f"jnp.minimum({text}, S)", 1)
         return (text, level)
+
+    def index(self, limit: Expr) -> str:
+        """A limit in key indices, as an operand of a comparison."""
+        return self._index(limit)[0]
 
     def _step(self, text: str) -> tuple[str, int]:
         """A call as it is, or by the name of a step where it is long."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 
 from attngen.errors import NotBuiltError
+from attngen.intervals import examine
 from attngen.plans import Choice, Option
-from attngen.regions import analyse, rises
+from attngen.regions import analyse, hull_is_seen, rises
 from attngen.spec import AttentionSpec
 
 LOOPS = ("fori", "scan", "unrolled")
@@ -21,10 +23,9 @@ DEFAULTS: dict[str, Option] = {
     "steps": "fori",
     "diagonal": 0,
     "parts": 1,
+    "blank": "scores",
 }
-FEW = 64  # rows of a kv head: so few queries leave a processor waiting for keys
 UNROLLED = 16  # key chunks, at most: each is compiled on its own
-LARGEST_CHUNK = 8192  # that the planner considers by itself
 
 # field → (the values that are built, what to do instead)
 _BUILT: dict[str, tuple[tuple[object, ...], str]] = {
@@ -51,75 +52,6 @@ def refuse(spec: AttentionSpec) -> None:
             )
 
 
-def space(
-    spec: AttentionSpec, *, whole: bool = False
-) -> Mapping[str, Mapping[str, Sequence[Option]]]:
-    """For each algorithm, the values of each choice that are worth considering.
-
-    Args:
-        whole: all that can be emitted, also what seldom pays on a processor: for a search
-            that goes from a plan to its neighbours, since the product is too large.
-    """
-    product = products(spec) if whole else products(spec)[:1]
-    guard = (products(spec)[0] != spec.dtype,)
-    rare = {
-        "scale": ("queries", "scores"),
-        "denominator": ("sum", "ones"),
-        "qk": ("once", "twice"),
-        "slices": ("nd", "dn"),
-        "steps": ("fori", "map"),
-    }
-    dense: dict[str, Sequence[Option]] = {
-        "q_chunk": (spec.q_len,),
-        "k_chunk": (spec.kv_len,),
-        "head_chunk": (spec.kv_heads,),
-        "batch_chunk": (spec.batch,),
-        "loop": ("unrolled",),
-        "exp": ("exp",),
-        "product_dtype": product,
-        "guard": (False,),
-        "scale": rare["scale"] if whole or len(products(spec)) > 1 else ("queries",),
-    }
-    common: dict[str, Sequence[Option]] = {
-        "q_chunk": _chunks(spec.q_len),
-        "k_chunk": _chunks(spec.kv_len),
-        "head_chunk": _parts(spec.kv_heads),
-        "batch_chunk": tuple(dict.fromkeys((1, spec.batch))),
-        "loop": ("fori",),
-        "exp": exponentials(spec) if whole else exponentials(spec)[:1],
-        "product_dtype": product,
-        "guard": (True, False) if whole else guard,
-    }
-    common |= {n: v if whole else v[:1] for n, v in rare.items()}
-    if len(products(spec)) > 1:
-        common["scale"] = rare["scale"]
-    diagonal = (0, 128, 256, 512) if whole else (0, 128, 256)
-    unroll = (1, 2, 4, 8) if whole else (1, 2)
-    running = common | {
-        "loop": LOOPS
-        if whole
-        else ("fori",)
-        if bounded(spec)
-        else ("fori", "unrolled"),
-        "unroll": unroll if unrollable(spec) else (1,),
-        "diagonal": diagonal if rises(spec, 2, 2) else (0,),
-    }
-    few = {
-        "q_chunk": tuple(n for n in (1024,) if n < spec.q_len) or (spec.q_len,),
-        "k_chunk": tuple(n for n in (64, 512, 4096) if 2 * n <= spec.kv_len)[-2:]
-        or (1,),
-    }
-    split = common if whole or spec.q_len * spec.repeats <= FEW else common | few
-    return {
-        "running": running,
-        "dense": dense,
-        "split_kv": split | {"parts": (2, 4, 8, 16) if whole else (2, 8)},
-        "summaries": common
-        | ({} if whole else few)
-        | {"loop": ("fori", "map") if whole else ("fori",)},
-    }
-
-
 def products(spec: AttentionSpec) -> tuple[str, ...]:
     """The dtypes that the matrix products can be made in, the wider first."""
     return tuple(dict.fromkeys((spec.stats_dtype, spec.dtype)))
@@ -133,20 +65,6 @@ def exponentials(spec: AttentionSpec) -> tuple[str, ...]:
     """
     own = ("polynomial",) if spec.stats_dtype == "float32" else ()
     return (*own, "exp", "exp2")
-
-
-def _chunks(length: int) -> tuple[int, ...]:
-    powers = [2**i for i in range(14) if 2**i < min(length, 2 * LARGEST_CHUNK)]
-    return (*powers, length) if length <= LARGEST_CHUNK else tuple(powers)
-
-
-def _parts(heads: int) -> tuple[int, ...]:
-    """A few divisors: 1, the powers of two, all."""
-    return tuple(
-        n
-        for n in range(1, heads + 1)
-        if heads % n == 0 and (n & (n - 1) == 0 or n == heads)
-    )
 
 
 def option(choice: Choice, name: str) -> Option:
@@ -201,16 +119,30 @@ def _bad_word(spec: AttentionSpec, choice: Choice) -> str | None:
         "slices": ("nd", "dn"),
         "steps": ("fori", "map"),
         "unroll": (1, 2, 4, 8),
+        "blank": ("scores", "limits"),
     }
     for name, values in words.items():
         if (value := choice.get(name, values[0])) not in values or value is True:
             return f"{name} must be " + " or ".join(str(v) for v in values)
     if not isinstance(choice["guard"], bool):
         return "guard must be true or false"
-    wide = choice["product_dtype"] == spec.stats_dtype
-    if option(choice, "scale") == "queries" and not wide:
-        return f"only products in {spec.stats_dtype} take queries that are scaled"
+    if option(choice, "scale") == "queries" and not scalable(spec, choice):
+        return (
+            f"only products in {spec.stats_dtype} take queries that are scaled, or a "
+            "scale that is a power of two"
+        )
     return None
+
+
+def scalable(spec: AttentionSpec, choice: Choice) -> bool:
+    """Whether queries can be scaled with no other rounding than scores would have.
+
+    A power of two rounds nothing, unless it comes in units of log 2.
+    """
+    if choice["product_dtype"] == spec.stats_dtype:
+        return True
+    exact = math.frexp(spec.scale_value)[0] == 0.5
+    return exact and (choice["exp"] == "exp" or bool(spec.score))
 
 
 def _bad_dense(choice: Choice) -> str | None:
@@ -266,6 +198,12 @@ def _bad_tile(spec: AttentionSpec, choice: Choice) -> str | None:
     twice = option(choice, "qk") == "twice"
     if twice and choice["algorithm"] == "summaries":
         return "qk = twice is for a running maximum, which summaries don't have"
+    many = int(choice["batch_chunk"]) > 1
+    if option(choice, "blank") == "limits" and not limited(spec, many):
+        return (
+            "blank = limits needs each key between a chunk's limits to be seen by one of "
+            "its queries"
+        )
     diagonal, q_chunk = option(choice, "diagonal"), int(choice["q_chunk"])
     if diagonal == 0 and diagonal is not False:
         return None
@@ -281,6 +219,19 @@ def _bad_tile(spec: AttentionSpec, choice: Choice) -> str | None:
             "k_chunk"
         )
     return None
+
+
+def limited(spec: AttentionSpec, many: bool) -> bool:
+    """Whether a chunk's limits tell which keys none of its queries sees.
+
+    Args:
+        many: whether a tile has several batches, whose limits may differ at run time.
+    """
+    run_time = spec.kv_lengths or spec.static_q_offset is None
+    bare = spec.mask is None and not spec.kv_lengths
+    if bare or (run_time and many) or examine(spec).drops_keys:
+        return False
+    return hull_is_seen(spec)
 
 
 def unrollable(spec: AttentionSpec) -> bool:

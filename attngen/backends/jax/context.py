@@ -181,6 +181,7 @@ def _keys(plan: Plan, at: Tile) -> dict[str, Any]:
         "ones_axis": "-2" if dn else "-1",
         "there_order": _inverse_keys(keys, at.letters),
         "there_axes": "None, :" if dn else "None",
+        "there_keys": "" if dn else f"[:{', None' * (len(keys) - keys.index('k'))}]",
         "dn": ("(0, 2, 3, 1)" if spec.layout == "bthd" else "(0, 1, 3, 2)")
         if dn
         else "",

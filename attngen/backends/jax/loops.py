@@ -17,6 +17,7 @@ from attngen.backends.jax.tile import (
     without_keys,
 )
 from attngen.backends.jax.tile_code import tile_code
+from attngen.backends.jax.unseen import unseen
 from attngen.plans import Plan
 from attngen.regions import rises
 from attngen.spec import AttentionSpec
@@ -43,6 +44,9 @@ def chunked(plan: Plan, at: Tile) -> dict[str, Any]:
     visited = bounds(plan, at, starts, ragged, Lengths(plan, at, starts))
     loops = visited["loops"]
     kinds = {kind for kind, _, _ in loops}
+    there = None
+    if "edge" in kinds and not diagonal:
+        there = unseen(plan, visited["limits"], ragged)
     steps = " * ".join(count for _, count in levels)
     ones = chosen(plan, "denominator") == "ones"
     v = _value_dim(spec)
@@ -58,6 +62,7 @@ def chunked(plan: Plan, at: Tile) -> dict[str, Any]:
         "q_ragged": spec.q_len % plan.q_chunk != 0,
         "ragged": ragged,
         "edge_start": any("k_start" in line for line in code.edge),
+        "there": there,
         "tile_shape": part.shape(at.letters),
         "starts": starts,
         "guard": bool(plan.option("guard")),

@@ -1,0 +1,195 @@
+"""Which candidates are worth considering on a target: the values of each choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from attngen.backends.jax.candidates import (
+    LOOPS,
+    bounded,
+    exponentials,
+    limited,
+    products,
+    unrollable,
+)
+from attngen.plans import Option
+from attngen.regions import rises
+from attngen.spec import AttentionSpec
+from attngen.targets import Target
+
+Space = Mapping[str, Mapping[str, Sequence[Option]]]
+FEW = 64  # rows of a kv head: so few queries leave a processor waiting for keys
+LARGEST_CHUNK = 8192  # that the planner considers by itself
+LARGEST_KEYS = 16384  # on an accelerator
+SMALL_CHUNKS = (1, 8, 32)  # where little memory is left
+LANES = 128  # a TPU's: chunks of fewer leave them empty
+
+
+def space(spec: AttentionSpec, target: Target, *, whole: bool = False) -> Space:
+    """For each algorithm, the values of each choice that are worth considering.
+
+    Args:
+        whole: all that can be emitted, also what seldom pays: for a search that goes from
+            a plan to its neighbours, since the product is too large.
+    """
+    if target.kind == "cpu":
+        return _processor(spec, whole=whole)
+    return _accelerator(spec, target, whole=whole)
+
+
+def _processor(
+    spec: AttentionSpec, *, whole: bool
+) -> Mapping[str, Mapping[str, Sequence[Option]]]:
+    """What pays on a processor; whole: also what seldom does."""
+    product = products(spec) if whole else products(spec)[:1]
+    guard = (products(spec)[0] != spec.dtype,)
+    rare = {
+        "scale": ("queries", "scores"),
+        "denominator": ("sum", "ones"),
+        "qk": ("once", "twice"),
+        "slices": ("nd", "dn"),
+        "steps": ("fori", "map"),
+        "blank": ("scores",),
+    }
+    dense: dict[str, Sequence[Option]] = {
+        "q_chunk": (spec.q_len,),
+        "k_chunk": (spec.kv_len,),
+        "head_chunk": (spec.kv_heads,),
+        "batch_chunk": (spec.batch,),
+        "loop": ("unrolled",),
+        "exp": ("exp",),
+        "product_dtype": product,
+        "guard": (False,),
+        "scale": rare["scale"] if whole or len(products(spec)) > 1 else ("queries",),
+    }
+    common: dict[str, Sequence[Option]] = {
+        "q_chunk": _chunks(spec.q_len),
+        "k_chunk": _chunks(spec.kv_len),
+        "head_chunk": _parts(spec.kv_heads),
+        "batch_chunk": tuple(dict.fromkeys((1, spec.batch))),
+        "loop": ("fori",),
+        "exp": exponentials(spec) if whole else exponentials(spec)[:1],
+        "product_dtype": product,
+        "guard": (True, False) if whole else guard,
+    }
+    common |= {n: v if whole else v[:1] for n, v in rare.items()}
+    if len(products(spec)) > 1:
+        common["scale"] = rare["scale"]
+    diagonal = (0, 128, 256, 512) if whole else (0, 128, 256)
+    unroll = (1, 2, 4, 8) if whole else (1, 2)
+    running = common | {
+        "loop": LOOPS
+        if whole
+        else ("fori",)
+        if bounded(spec)
+        else ("fori", "unrolled"),
+        "unroll": unroll if unrollable(spec) else (1,),
+        "diagonal": diagonal if rises(spec, 2, 2) else (0,),
+    }
+    few = {
+        "q_chunk": tuple(n for n in (1024,) if n < spec.q_len) or (spec.q_len,),
+        "k_chunk": tuple(n for n in (64, 512, 4096) if 2 * n <= spec.kv_len)[-2:]
+        or (1,),
+    }
+    split = common if whole or spec.q_len * spec.repeats <= FEW else common | few
+    return {
+        "running": running,
+        "dense": dense,
+        "split_kv": split | {"parts": (2, 4, 8, 16) if whole else (2, 8)},
+        "summaries": common
+        | ({} if whole else few)
+        | {"loop": ("fori", "map") if whole else ("fori",)},
+    }
+
+
+def _chunks(length: int) -> tuple[int, ...]:
+    powers = [2**i for i in range(14) if 2**i < min(length, 2 * LARGEST_CHUNK)]
+    return (*powers, length) if length <= LARGEST_CHUNK else tuple(powers)
+
+
+def _parts(heads: int) -> tuple[int, ...]:
+    """A few divisors: 1, the powers of two, all."""
+    return tuple(
+        n
+        for n in range(1, heads + 1)
+        if heads % n == 0 and (n & (n - 1) == 0 or n == heads)
+    )
+
+
+def _accelerator(spec: AttentionSpec, target: Target, *, whole: bool) -> Space:
+    """What pays on a TPU, or on a GPU by XLA; whole: also what seldom does.
+
+    Products in the narrow dtype, which the matrix units take; a column of ones where lse
+    isn't asked for, so that no exponential is made twice; queries scaled where that is
+    exact; keys that aren't seen told by the limits.
+    """
+    narrow = products(spec)[::-1]
+    exps = ("exp", *(e for e in exponentials(spec) if e != "exp"))
+    tpu = target.tpu is not None
+    ones = tpu and (len(narrow) == 1 or "lse" not in spec.outputs)
+    exact = len(narrow) == 1 or math.frexp(spec.scale_value)[0] == 0.5
+    first: dict[str, tuple[Option, Option]] = {
+        "scale": ("queries", "scores") if exact else ("scores", "queries"),
+        "denominator": ("ones", "sum") if ones else ("sum", "ones"),
+        "slices": ("nd", "dn"),
+        "steps": ("fori", "map"),
+        "blank": ("limits", "scores") if limited(spec, False) else ("scores", "limits"),
+    }
+    lesser: dict[str, Sequence[Option]] = {
+        "exp": exps if whole else exps[:1],
+        "product_dtype": narrow if whole else narrow[:1],
+        "guard": (False, True) if whole else (False,),
+        **{n: v if whole else v[:1] for n, v in first.items()},
+    }
+    common: dict[str, Sequence[Option]] = {
+        "q_chunk": _lanes(spec.q_len, LARGEST_CHUNK),
+        "k_chunk": _lanes(spec.kv_len, LARGEST_KEYS),
+        "head_chunk": _parts(spec.kv_heads),
+        "batch_chunk": tuple(dict.fromkeys((1, spec.batch))),
+        "loop": ("fori",),
+        **lesser,
+        "qk": ("once", "twice") if tpu or whole else ("once",),
+    }
+    static = LOOPS if whole else ("fori",)
+    diagonal = (0, 128, 256, 512, 1024) if whole else (0, 512)
+    running = common | {
+        "loop": static,
+        "unroll": ((1, 2, 4) if whole else (1, 2)) if unrollable(spec) else (1,),
+        "diagonal": diagonal if rises(spec, 2, 2) else (0,),
+    }
+    few: dict[str, Sequence[Option]] = {
+        "q_chunk": (min(1024, spec.q_len),),
+        "k_chunk": tuple(n for n in (512, 4096) if 2 * n <= spec.kv_len) or (1,),
+    }
+    parts = {"parts": (2, 4, 8, 16) if whole else (2, 8)}
+    dense: dict[str, Sequence[Option]] = {
+        "q_chunk": (spec.q_len,),
+        "k_chunk": (spec.kv_len,),
+        "head_chunk": (spec.kv_heads,),
+        "batch_chunk": (spec.batch,),
+        "loop": ("unrolled",),
+        "exp": ("exp",),
+        "product_dtype": lesser["product_dtype"],
+        "guard": (False,),
+        "scale": lesser["scale"],
+    }
+    return {
+        "running": running,
+        "dense": dense,
+        "split_kv": common | ({} if whole else few) | parts,
+        "summaries": common
+        | ({} if whole else few)
+        | {"loop": ("fori", "map") if whole else ("fori",)},
+    }
+
+
+def _lanes(length: int, most: int) -> tuple[int, ...]:
+    """Chunks of whole lanes, a few smaller ones, and the whole length where it is short."""
+    whole = []
+    n = LANES
+    while n <= most:
+        whole.append(n)
+        n *= 2
+    found = [n for n in (*SMALL_CHUNKS, *whole) if n < length]
+    return (*found, length) if length <= most else tuple(found)
