@@ -210,38 +210,13 @@ def forward(
     v_1_at = cols[:, None] * v_step + e_1[None, :] * v_stride_d
     v_block = v_step.to(tl.int64) * K_BLOCK
 
-    # Key blocks [0, last) hold what any query here sees, and
-    # [full_first, full_last) only what every one of them sees.
-    # q_lo and q_hi: positions, half-open
-    q_lo = q_start
-    q_hi = tl.minimum(q_start + Q_BLOCK, q_len)
+    # Key blocks [0, last) hold what any query here sees.
     last = tl.cdiv(kv_len, K_BLOCK)
-    full_first = tl.minimum(tl.maximum(tl.cdiv(q_hi - 1, K_BLOCK), 0), last)
-    full_last = tl.minimum(q_lo + 1, kv_len) // K_BLOCK
-    full_last = tl.maximum(full_last, full_first)
     m = tl.full((Q_BLOCK,), float("-inf"), tl.float32)  # in units of log 2
     total = tl.zeros((Q_BLOCK,), tl.float32)
     acc_0 = tl.zeros((Q_BLOCK, 32), tl.float32)
     acc_1 = tl.zeros((Q_BLOCK, 16), tl.float32)
-    for c in range(full_first, full_last):
-        k_0 = tl.load(k_head + c * k_block + k_0_at)
-        k_1 = tl.load(k_head + c * k_block + k_1_at)
-        s = tl.dot(q_0, k_0, input_precision="ieee")
-        s = tl.dot(q_1, k_1, s, input_precision="ieee")
-        m, total, p, rescale = _softmax(s, m, total, UNSEEN=False)
-        v_0 = tl.load(v_head + c * v_block + v_0_at)
-        acc_0 *= rescale[:, None]
-        acc_0 = tl.dot(p.to(v_0.dtype), v_0, acc_0, input_precision="ieee")
-        v_1 = tl.load(
-            v_head + c * v_block + v_1_at,
-            mask=e_1_there[None, :],
-            other=0.0,
-        )
-        acc_1 *= rescale[:, None]
-        acc_1 = tl.dot(p.to(v_1.dtype), v_1, acc_1, input_precision="ieee")
-    low_edges = full_first - 0
-    for i in range(low_edges + last - full_last):  # on both sides of the interior
-        c = i + tl.where(i < low_edges, 0, full_last - low_edges)
+    for c in range(last):
         k_index = c * K_BLOCK + cols[None, :]
         k_0 = tl.load(
             k_head + c * k_block + k_0_at,

@@ -6,12 +6,14 @@ are there, and the last, ragged block is always an edge.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from attngen.backends.triton.printer import TritonPrinter
 from attngen.expr import POSTFIX, Expr, variables
 from attngen.expr import level as tightness
+from attngen.fullness import none_full
 from attngen.intervals import Interval, interval
 from attngen.plans import Plan
 from attngen.regions import Span, analyse, hull_is_seen
@@ -49,6 +51,8 @@ def bounds(plan: Plan, env: Mapping[str, Interval], helpers: set[str]) -> Bounds
     if not span.some:
         about = ["No query sees any key."]
         return Bounds(about=about, interior=False, some=False)
+    if none_full(spec, plan.q_chunk, plan.k_chunk):  # an edge tile is right of any kind
+        span = dataclasses.replace(span, any_full=False)
     made = Bounds(interior=span.any_full)
     limits = _Limits(plan, env, helpers, made.lines)
     limits.define(span)
