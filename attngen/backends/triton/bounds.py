@@ -39,6 +39,11 @@ class Bounds:
     first: str = "0"
     there: str = ""
 
+    def only_where(self, condition: str) -> None:
+        """Leave the interior empty where a condition doesn't hold: all tiles are edges."""
+        inner = "full_first" if self.low_edge else self.first
+        self.lines.append(f"full_last = tl.where({condition}, full_last, {inner})")
+
     @property
     def names(self) -> list[str]:
         """The variables that bound the loops, of those that are defined."""
