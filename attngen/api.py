@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from attngen import (
     backends,
     building,
+    descent,
     files,
     offline,
     planner,
@@ -114,9 +115,9 @@ def build(
     found = None
     if known is not None:
         found = *known, building.certify(*known, device.name)
-    if found is None or not building.within(found[2], spec):
-        ranked = planner.rank(spec, device, by, fixed, smallest=building.TRIES)
-        found = building.first_certified(ranked, by)
+    if found is None or not descent.within(found[2], spec):
+        ranked = planner.rank(spec, device, by, fixed, smallest=descent.TRIES)
+        found = descent.first_certified(ranked, by)
     chosen, source, certificate = found
     function = by.load(stored(source))
     report = building.passed(chosen, by, source, function)

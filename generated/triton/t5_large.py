@@ -1,4 +1,4 @@
-"""Attention in chunks of 128 queries and 128 keys, with a running softmax.
+"""Attention in chunks of 128 queries and 32 keys, with a running softmax.
 
 made by   attngen 0.1.0 for a100; `attngen emit --check` compares this file
           with what would be emitted now. It is yours: attngen claims no rights in it.
@@ -11,14 +11,14 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1.0
           v       [1, 512, 16, 64]  bfloat16
           relative_bias [16, 32]  float32
           out     [1, 512, 16, 64]  bfloat16
-plan      running · 128 queries × 128 keys · 8 warps · 3 stages
-          tiles of a head: 16; 16 full, 0 on an edge, 0 empty and never visited
+plan      running · 128 queries × 32 keys · 8 warps · 3 stages
+          tiles of a head: 64; 64 full, 0 on an edge, 0 empty and never visited
 cost      1.07 GFLOP, 0 B of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen
 spec      {"q_heads": 16, "kv_heads": 16, "q_len": 512, "kv_len": 512, "qk_dim": 64,
           "v_dim": 64, "dtype": "bfloat16", "scale": 1.0, "score": ["relative_buckets"]}
 choices   {"backend": "triton", "target": "a100", "algorithm": "running", "q_chunk":
-          128, "k_chunk": 128, "num_warps": 8, "num_stages": 3, "order": "forward",
+          128, "k_chunk": 32, "num_warps": 8, "num_stages": 3, "order": "forward",
           "head_dim": "padded", "loads": "pointers"}
 """
 
@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 
 Q_BLOCK = tl.constexpr(128)  # queries of a tile
-K_BLOCK = tl.constexpr(128)  # keys of a tile
+K_BLOCK = tl.constexpr(32)  # keys of a tile
 R = tl.constexpr(1)  # query heads that share a kv head
 QK_DIM = tl.constexpr(64)
 V_DIM = tl.constexpr(64)

@@ -61,9 +61,9 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
     )
     programs = spec.batch * spec.q_heads * -(-spec.q_len // q)
     fitting = gpu.resident(
-        registers=registers(spec, choice, gpu),
+        registers=min(registers(spec, choice, gpu), gpu.max_registers),
         warps=warps,
-        shared_bytes=shared_bytes(spec, choice),
+        shared_bytes=shared_bytes(spec, choice, gpu),
     )
     resident = max(1, min(fitting, -(-programs // gpu.multiprocessors)))
     hidden = min(1.0, resident * warps / 8)  # enough warps to fill waiting with work
