@@ -170,7 +170,7 @@ def _undescribed(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> str | None:
 def shared_bytes(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     """Modelled: tiles of keys and values for each stage but the one at work, and queries.
 
-    AMD's that load past the registers keep that one, too, in rows that are padded, and no
+    AMD's that load past the registers keep that one, too, in rows that are padded, but no
     queries.
     """
     size = BYTES[spec.dtype]
@@ -179,8 +179,13 @@ def shared_bytes(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     each, stages = size * int(choice["k_chunk"]) * (qk + v), int(choice["num_stages"])
     if gpu.backend == "hip" and gpu.copies_to_shared:
         return each * stages * 33 // 32
-    queries = int(choice["q_chunk"]) * qk * size if gpu.backend == "cuda" else 0
-    return each * max(1, stages - 1) + queries
+    more = 0
+    if gpu.backend == "cuda":
+        q = int(choice["q_chunk"])
+        more = q * qk * size
+        if q < 16 * int(choice["num_warps"]):  # warps that share rows exchange weights
+            more += q * int(choice["k_chunk"]) * size
+    return each * max(1, stages - 1) + more
 
 
 # architecture → (registers of a thread that no tile accounts for, of each 16 bytes that it
@@ -235,22 +240,27 @@ def gathers(spec: AttentionSpec) -> int:
     )
 
 
-def crowded(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> bool:
-    """Whether a plan likely spills: tune may try it, but it is ranked as slow.
+def crowding(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> float:
+    """What a thread holds, modelled, over what it can: from 1 on a plan likely spills.
+
+    Tune may try such a plan, but it is ranked as slow.
 
     Whole float32 products on NVIDIA's are multiply-adds, and their factors are loaded for
     many at once. What was compiled (Triton 3.9, head dims 64 and 128) spills from 16 scores
     or 32 weighted sums a thread on, and with keys fewer than half of a head dim; where
-    scores read positions from half of that on.
+    scores read positions from half of that on, where they read a table from a quarter.
     """
     if spec.dtype != "float32" or gpu.backend != "cuda":
-        return registers(spec, choice, gpu) > _most(choice, gpu)
+        return registers(spec, choice, gpu) / (_most(choice, gpu) + 1)
     v = sum(width for _, width in pieces(spec.v_dim, choice["head_dim"]))
     q, k = int(choice["q_chunk"]), int(choice["k_chunk"])
     threads = int(choice["num_warps"]) * gpu.warp_size
-    if any("k" in variables(score.expr) for score in spec.score):
+    if gathers(spec):
+        threads //= 4
+    elif any("k" in variables(score.expr) for score in spec.score):
         threads //= 2
-    return q * k > 8 * threads or q * v > 16 * threads or 2 * k < v
+    held = (q * k / (8 * threads + 1), q * v / (16 * threads + 1), v / (2 * k + 1))
+    return max(held)
 
 
 def _most(choice: Choice, gpu: Gpu) -> int:
