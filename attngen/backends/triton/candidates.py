@@ -189,13 +189,13 @@ def shared_bytes(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
 
 
 # architecture → (registers of a thread that no tile accounts for, of each 16 bytes that it
-# loads). Fitted to what spills when Triton 3.9 compiles presets in 16 bits, head dims 40 to
-# 256, some 60 of the model's best plans on sm80 and sm90 each, 50 on gfx942, 11 on the others:
-# misjudged are 2 of 58 on sm90, and on sm80 8 of 63, which spill 8 bytes or none. Cards with
-# slow matrix units lose nothing by a larger margin.
+# loads). Fitted to which of the model's best plans for presets in 16 bits (head dims 40 to
+# 256) spill when Triton 3.9 compiles them: 58 on sm90, of which 2 are misjudged, 63 on sm80
+# (10, most of these spill 8 bytes), 84 on gfx942 (20, of which 15 don't spill); on the others
+# to the first plan of each preset. Cards with slow matrix units lose nothing by a margin.
 _OWN = {
     "sm80": (55, 3), "sm86": (105, 3), "sm89": (105, 3), "sm90": (28, 4), "sm100": (40, 2),
-    "sm120": (105, 3), "gfx942": (130, 4), "gfx950": (100, 0),
+    "sm120": (105, 3), "gfx942": (130, 4), "gfx950": (100, 4),
 }  # fmt: skip
 
 
@@ -205,7 +205,8 @@ def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     Hopper's and Blackwell's products read the queries from shared memory; scores come out
     of Blackwell's tensor memory into registers of their own, and AMD's are there twice. On
     NVIDIA's others weights take the place of the scores. Where nothing copies into shared
-    memory but by way of registers, keys and values of the stages are there, too.
+    memory but by way of registers, keys and values of the stages are there, too; AMD's have
+    them there with one stage.
     """
     qk = sum(width for _, width in pieces(spec.qk_dim, choice["head_dim"]))
     v = sum(width for _, width in pieces(spec.v_dim, choice["head_dim"]))
@@ -221,9 +222,9 @@ def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     own, each = _OWN[gpu.architecture]
     if gpu.architecture == "sm90" and stages > 2:
         own += 16
-    if gpu.backend == "hip":
-        each *= 3 if stages > 1 else 1
-    elif choice["loads"] == "descriptors":
+    if gpu.backend == "hip" and stages > 1:
+        each *= 0 if gpu.copies_to_shared else 3
+    if choice["loads"] == "descriptors":
         each = 0
     # whole float32 products on NVIDIA's are multiply-adds, whose factors lie in registers
     if spec.dtype == "float32" and gpu.backend == "cuda":
