@@ -11,6 +11,7 @@ from attngen import (
     backends,
     building,
     compilers,
+    descent,
     files,
     offline,
     planner,
@@ -115,9 +116,9 @@ def build(
     found = None
     if known is not None:
         found = *known, building.certify(*known, device.name)
-    if found is None or not building.within(found[2], spec):
-        ranked = planner.rank(spec, device, by, fixed, smallest=building.TRIES)
-        found = building.first_certified(ranked, by)
+    if found is None or not descent.within(found[2], spec):
+        ranked = planner.rank(spec, device, by, fixed, smallest=descent.TRIES)
+        found = descent.first_certified(ranked, by)
     chosen, source, certificate = found
     function = by.load(stored(source))
     report = building.passed(chosen, by, source, function)

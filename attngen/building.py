@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,111 +60,6 @@ def emit(plan: Plan) -> Source:
     by = backends.get(plan.backend)
     planner.check(plan, targets.get(plan.target), by)
     return emitter.emit(plan, by)
-
-
-def first_certified(
-    ranked: tuple[Plan, ...], by: Backend
-) -> tuple[Plan, Source, Certificate]:
-    """The first plan down the ranking whose certificate is within the budget.
-
-    The first has the compiler's process to itself: it nearly always fits. Of the others a
-    process certifies GROUP, so that at most GROUP - 1 more are certified than are needed.
-
-    Raises:
-        BudgetError: none was.
-        PlanError: none compiles without spills, within the shared memory.
-        CompileError: the compiler refused one that came before, or crashed at it.
-    """
-    tried = _tried(ranked)
-    groups = [tried[:1]] + [tried[i : i + GROUP] for i in range(1, len(tried), GROUP)]
-    least: tuple[Plan, int] | None = None
-    reasons: list[str] = []
-    for candidate, source, certificate in _certified(groups, by):
-        if reason := unfit(certificate, candidate):
-            reasons.append(reason)
-        elif within(certificate, candidate.spec):
-            return candidate, source, certificate
-        else:
-            need = certificate.temp_bytes
-            assert need is not None
-            if least is None or need < least[1]:
-                least = (candidate, need)
-    if least is None:
-        raise PlanError(
-            f"No plan compiles for {tried[0].target} as it should.",
-            got="; ".join(dict.fromkeys(reasons)),
-            needed="a kernel that neither spills nor exceeds shared memory",
-            hint="fix smaller chunks or more warps",
-        )
-    spec = least[0].spec
-    raise planner.no_fit(spec, targets.get(least[0].target), by, certified=least)
-
-
-def unfit(certificate: Certificate, plan: Plan) -> str | None:
-    """Why a compiled kernel isn't to be used on its target, whatever the budget; or None."""
-    gpu = targets.get(plan.target).gpu
-    if gpu is None:
-        return None
-    size = f"{plan.q_chunk} × {plan.k_chunk}"
-    if certificate.spill_bytes:
-        return f"{size} spills {certificate.spill_bytes} bytes of registers"
-    if (certificate.shared_bytes or 0) > gpu.shared_bytes:
-        return f"{size} takes {certificate.shared_bytes} bytes of shared memory"
-    if certificate.blocks_per_multiprocessor == 0:
-        threads = f"{certificate.warps} warps of {certificate.registers} registers"
-        return f"{size} doesn't fit a multiprocessor: {threads}"
-    return None
-
-
-GROUP = 2
-
-
-def _certified(
-    groups: Iterable[Sequence[Plan]], by: Backend
-) -> Iterator[tuple[Plan, Source, Certificate]]:
-    """Each plan of some groups with its source and certificate, a process a group.
-
-    Raises:
-        CompileError: of a plan, when its turn comes.
-    """
-    for group in groups:
-        made = [(plan, emit(plan)) for plan in group]
-        answers = certify_many(made, by, group[0].target)
-        for (plan, source), answer in zip(made, answers, strict=True):
-            if isinstance(answer, CompileError):
-                if len(group) == 1:
-                    raise answer
-                # the others of its process may have left it too little time or memory
-                answer = certify(plan, source, plan.target)
-            yield plan, source, answer
-
-
-def within(certificate: Certificate, spec: AttentionSpec) -> bool:
-    """Whether what is known of the bytes is within the spec's budget."""
-    budget, need = spec.budget_bytes, certificate.temp_bytes
-    return budget is None or need is None or need <= budget
-
-
-TRIES = 8
-
-
-def _tried(ranked: tuple[Plan, ...]) -> list[Plan]:
-    """The fastest few, then ever smaller ones: each with a quarter less memory."""
-    tried = list(ranked[: TRIES // 2])
-    for candidate in ranked[TRIES // 2 :]:
-        if _size(candidate) <= 0.75 * min(map(_size, tried)):
-            tried.append(candidate)
-        if len(tried) == TRIES:
-            break
-    smallest = min(ranked, key=_size)
-    return tried if smallest in tried else [*tried, smallest]
-
-
-def _size(plan: Plan) -> int:
-    """What has to fit: temporaries; where there are none, what a warp holds of a tile."""
-    width = plan.k_chunk + plan.spec.qk_dim + plan.spec.v_dim
-    warps = int(plan.choice.get("num_warps", 1))
-    return plan.temp_bytes or plan.q_chunk * width // warps
 
 
 def certify(chosen: Plan, source: Source, target: str) -> Certificate:

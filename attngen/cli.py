@@ -118,6 +118,7 @@ def emit(
 ) -> None:
     """Print or write the source of the best plan; --check compares emitted files."""
     from attngen import api
+    from attngen import targets as known
 
     if check:
         named = [Path(given["spec"])] if given["spec"] else []
@@ -129,7 +130,14 @@ def emit(
             got=", ".join(map(str, more)),
             needed="one SPEC.toml",
         )
-    source = api.emit(api.plan(read_spec(given), target, backend, read_fix(fix)))
+    plan = api.plan(read_spec(given), target, backend, read_fix(fix))
+    source = api.emit(plan)
+    if known.get(plan.target).gpu and not as_json:
+        click.echo(
+            f"not certified: whether it compiles for {plan.target} without spilling "
+            "registers, `attngen certify` says, and `attngen build` sees to",
+            err=True,
+        )
     if output is not None:
         source.write(output)
         click.echo(f"wrote {output}", err=True)
@@ -248,7 +256,7 @@ def certify(
     Exit code 1 where that is more than the budget, or where a GPU's kernel spills or doesn't
     fit a multiprocessor.
     """
-    from attngen import api, building
+    from attngen import api, descent
 
     spec = read_spec(given)
     made = api.plan(spec, target, backend, read_fix(fix))
@@ -260,7 +268,7 @@ def certify(
         or certificate.temp_bytes is None
         or certificate.temp_bytes <= budget
     )
-    unfit = building.unfit(certificate, made)
+    unfit = descent.unfit(certificate, made)
     if as_json:
         print_json(certificate.to_dict() | {"fits": fits and not unfit})
     else:

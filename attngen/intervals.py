@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from attngen import expr
@@ -22,6 +22,7 @@ Interval = tuple[float, float]
 INT_LIMITS = {"int32": 2**30 - 1, "int64": 2**62 - 1}
 EVERYTHING: Interval = (-math.inf, math.inf)
 SCORES: Interval = (-1e30, 1e30)  # where q·k is taken to lie
+TAME = 1e6  # floats of an operand within ±TAME: times SCORES they are finite in float32
 
 
 def interval(node: Expr, env: Mapping[str, Interval]) -> Interval:
@@ -213,12 +214,29 @@ def examine(spec: AttentionSpec, limits: Iterable[Expr] = ()) -> Ranges:
                 _check_divisor(node, env)
             if node.op == "load":
                 _check_index(node, env)
+    return Ranges("int64" if wide else "int32", drops_keys(spec, env))
+
+
+def drops_keys(
+    spec: AttentionSpec, env: Mapping[str, Interval], tame: Collection[Expr] = ()
+) -> bool:
+    """Whether a score can be −inf.
+
+    Args:
+        env: where variables can lie.
+        tame: reads of operands whose floats are taken to lie within ±TAME.
+    """
+
+    def tamed(node: Expr) -> Expr | None:
+        return expr.var("tame", "float") if node in tame else None
+
     limit = math.inf if spec.stats_dtype == "float64" else FLOAT32_LIMIT
-    drops, env["s"] = False, SCORES
+    around = {**env, "s": SCORES, "tame": (-TAME, TAME)}
     for score in spec.score:
-        env["s"] = interval(score.expr, env)
-        drops = drops or not env["s"][0] > -limit
-    return Ranges("int64" if wide else "int32", drops)
+        around["s"] = interval(expr.substitute(score.expr, tamed), around)
+        if not around["s"][0] > -limit:
+            return True
+    return False
 
 
 def limit_leaves_int32(

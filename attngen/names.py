@@ -29,7 +29,7 @@ _TRITON = """
     torch triton tl math os forward strides
     Q_BLOCK K_BLOCK SCALE_LOG2 LN2
     NUM_WARPS NUM_STAGES INTERPRETED RUNTIME CONSTEXPRS ALIGN
-    BLOCK_SHAPES TensorDescriptor OUT_DTYPE OPERATION zlib operator Path
+    BLOCK_SHAPES TensorDescriptor OUT_DTYPE OPERATION zlib operator Path tame
 """
 _TAKEN = (*_OWN.split(), *_JAX.split(), *_TRITON.split())
 RESERVED = frozenset((*_TAKEN, *dir(builtins)))

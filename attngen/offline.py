@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from attngen import building, planner, shortlist, tuner
+from attngen import building, descent, planner, shortlist, tuner
 from attngen.backends import Backend
 from attngen.errors import CompileError
 from attngen.keys import canonical
@@ -51,7 +51,7 @@ def tune(
     search = _Search(spec, target, by, wisdom.find(key) or Record(key=key))
     search.allowance = tuner.SECONDS[effort] if seconds is None else float(seconds)
     search.say = say or search.say
-    ranked = planner.rank(spec, target, by, fix, smallest=building.TRIES)
+    ranked = planner.rank(spec, target, by, fix, smallest=descent.TRIES)
     search.compile(shortlist.different(ranked, tuner.MOST[effort]))
     leader = search.leader(fix)
     while leader is not None and effort != "estimate":
@@ -122,9 +122,9 @@ class _Search:
         if isinstance(answer, CompileError):
             return dataclasses.replace(known, failed=str(answer))
         known = dataclasses.replace(known, temp_bytes=answer.temp_bytes)
-        if reason := building.unfit(answer, plan):
+        if reason := descent.unfit(answer, plan):
             return dataclasses.replace(known, failed=reason)
-        bound = bound_s(plan, answer, self.target)
+        bound = descent.bound_s(plan, answer, self.target)
         if bound is None:
             return dataclasses.replace(known, failed="no bound of its loop is known")
         self.say(f"{bound:.3g} s or more: {self.by.describe(plan.choice)}")
@@ -145,21 +145,3 @@ class _Search:
 
         self.record = self.record.merged(more)
         wisdom.add(self.record)
-
-
-def bound_s(plan: Plan, certificate: Certificate, target: Target) -> float | None:
-    """Seconds below which the compiled kernel can't end on the target; None: unknown.
-
-    Programs go in waves of as many as the multiprocessors hold at once; those that share
-    one share its pipes.
-    """
-    gpu, cycles = target.gpu, certificate.bound_cycles
-    together = certificate.blocks_per_multiprocessor
-    if gpu is None or cycles is None or not together:
-        return None
-    spec = plan.spec
-    blocks = -(-spec.q_len // plan.q_chunk)
-    programs = spec.batch * spec.q_heads * blocks
-    together = min(together, -(-programs // gpu.multiprocessors))
-    waves = -(-programs // (gpu.multiprocessors * together))
-    return waves * together * plan.tiles.visited / blocks * cycles / gpu.clock_hz

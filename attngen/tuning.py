@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from attngen import planner
 from attngen.backends import Backend
-from attngen.building import TRIES, certify_many, emit, passed, stored
+from attngen.building import certify_many, emit, passed, stored
+from attngen.descent import TRIES
 from attngen.errors import (
     CALL_FAULTS,
     CompileError,

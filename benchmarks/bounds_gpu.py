@@ -31,8 +31,8 @@ import attngen
 from attngen import (
     AttentionSpec,
     backends,
-    building,
     certifier,
+    descent,
     masks,
     planner,
     targets,
@@ -73,8 +73,8 @@ def of_attngen(target: str, dim: int, causal: bool) -> dict[str, Any]:
         mask=masks.causal() if causal else None,
     )
     device, by = targets.get(target), backends.get("triton")
-    ranked = planner.rank(spec, device, by, None, smallest=building.TRIES)
-    plan, _, certificate = building.first_certified(ranked, by)
+    ranked = planner.rank(spec, device, by, None, smallest=descent.TRIES)
+    plan, _, certificate = descent.first_certified(ranked, by)
     figures = {name: getattr(certificate, name) for name in SHOWN}
     return {"choice": dict(plan.choice)} | figures
 

@@ -107,11 +107,14 @@ def source(name: str):
 
 
 class Entry(NamedTuple):
-    """What a Triton file is emitted from; fix: choices that are made for it."""
+    """What a Triton file is emitted from; fix: choices that are made for it.
+
+    Where the model's first plan spills on the target, those that `attngen build` comes to.
+    """
 
     spec: Callable[[], AttentionSpec]
     target: str
-    fix: Mapping[str, str] = MappingProxyType({})
+    fix: Mapping[str, str | int] = MappingProxyType({})
 
 
 # Triton: file → entry
@@ -125,13 +128,19 @@ TRITON = {
     "gpt_oss_20b": Entry(of_preset("gpt-oss-20b"), "rtx5090"),
     "t5_large": Entry(of_preset("t5-large", dtype="bfloat16"), "a100"),
     "sd15_cross": Entry(of_preset("sd15-cross", dtype="float16"), "rtx3090"),
-    "causal_alibi": Entry(causal_alibi, "a100"),
+    "causal_alibi": Entry(
+        causal_alibi,
+        "a100",
+        {"q_chunk": 16, "k_chunk": 16, "num_warps": 1, "num_stages": 1},
+    ),
     "packed_documents": Entry(packed_documents, "mi300x"),
     "prefix_lm": Entry(prefix_lm, "rtx4090"),
     "decode_step": Entry(
         lambda: dataclasses.replace(decode_step(), dtype="float16"), "l4"
     ),
-    "checkerboard": Entry(checkerboard, "mi355x"),
+    "checkerboard": Entry(
+        checkerboard, "mi355x", {"q_chunk": 16, "k_chunk": 64, "num_warps": 1}
+    ),
 }
 
 

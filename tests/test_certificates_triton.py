@@ -183,6 +183,22 @@ def test_the_interior_of_a_mask_costs_what_no_mask_costs(target):
     assert all(abs(n - plain) <= 0.05 * plain for n in masked), counts
 
 
+def test_without_an_interior_the_loop_that_evaluates_the_mask_is_certified():
+    board = attngen.mask(lambda b, h, q, k: ((q // 64 + k // 64) % 2 == 0) | (q == k))
+    fix = {"q_chunk": 64, "k_chunk": 64, "num_warps": 4, "num_stages": 2}
+    counts = []
+    for mask in (None, board):
+        spec = AttentionSpec(
+            q_heads=2, q_len=500, qk_dim=64, dtype="float16", mask=mask
+        )
+        plan = attngen.plan(spec, target="a100", backend="triton", fix=fix)
+        mix = api.certify(plan).mix
+        counts.append(sum(mix.values()))
+    plain, masked = counts
+    scores = 64 * 64 // (4 * 32)
+    assert masked > plain + 2 * scores  # a position divided, a selection, at the least
+
+
 def test_a_plan_that_spills_is_certified_and_called_unfit():
     spec = (
         "--q-heads", 2, "--q-len", 512, "--qk-dim", 128, "--dtype", "float32",

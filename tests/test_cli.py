@@ -64,6 +64,16 @@ def test_emit_is_the_source(tmp_path):
     assert json.loads(out)["path"] == str(path)
 
 
+def test_emit_says_that_a_gpus_plan_is_not_certified(tmp_path):
+    out, err = run("emit", *SMALL, "--target", "a100")
+    assert out.startswith('"""')
+    assert "not certified" in err
+    assert "a100" in err
+    path = tmp_path / "new.py"
+    assert "not certified" in run("emit", *SMALL, "--target", "a100", "-o", path)[1]
+    assert "certified" not in run("emit", *SMALL, "-o", path)[1]
+
+
 def test_emit_check_says_which_files_differ(emitted):
     other = edit(emitted, "SCALE = 0.3535533905932738", "SCALE = 0.3535533905932737")
     out, err = run("emit", "--check", emitted)

@@ -14,13 +14,13 @@ import functools
 import interpreted
 
 import attngen
-from attngen import api, backends, building, gpus, planner, targets, validator
+from attngen import api, backends, building, descent, gpus, planner, targets, validator
 from attngen.emitter import read_header
 from attngen.errors import CompileError
 
 FOLDER = gallery.FOLDER / "triton"
 NAMES = tuple(gallery.TRITON)
-PLAIN = tuple(n for n in NAMES if not gallery.TRITON[n].fix)
+PLAIN = tuple(n for n in NAMES if "loads" not in gallery.TRITON[n].fix)
 ARCHITECTURES = (*gpus.REPRESENTATIVES, "mi300x", "mi355x")
 
 
@@ -67,6 +67,16 @@ def test_a_smaller_spec_in_the_same_blocks_is_computed(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_compiles_for_the_target_of_its_header_without_spills(name):
+    path = FOLDER / f"{name}.py"
+    plan = api.plan_of(path)
+    source = attngen.emitter.Source(path.read_text(), "triton")
+    certificate = building.certify(plan, source, read_header(path).target)
+    assert descent.unfit(certificate, plan) is None
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ARCHITECTURES)
 def test_every_kernel_compiles_for_every_architecture_without_spills(target):
     """The model's first plan of each, or the first down the ranking that doesn't spill."""
@@ -76,8 +86,8 @@ def test_every_kernel_compiles_for_every_architecture_without_spills(target):
     answers = building.certify_many(firsts, by, target)
     for (name, ranked), certificate in zip(plans.items(), answers, strict=True):
         plan = ranked[0]
-        if isinstance(certificate, CompileError) or building.unfit(certificate, plan):
-            plan, _, certificate = building.first_certified(ranked, by)
+        if isinstance(certificate, CompileError) or descent.unfit(certificate, plan):
+            plan, _, certificate = descent.first_certified(ranked, by)
         assert certificate.spill_bytes == 0, (name, plan.choice)
         assert certificate.shared_bytes <= device.gpu.shared_bytes, (name, plan.choice)
         assert certificate.matrix_instruction or plan.spec.dtype == "float32", name

@@ -6,7 +6,7 @@ import pytest
 from commands import run
 
 import attngen
-from attngen import AttentionSpec, masks, offline, recalling, targets, wisdom
+from attngen import AttentionSpec, descent, masks, offline, recalling, targets, wisdom
 from attngen.errors import PlanError
 from attngen.keys import canonical
 from attngen.reports import Certificate
@@ -33,9 +33,9 @@ def test_a_bound_counts_waves_tiles_and_cycles():
     assert A100.gpu.multiprocessors == 108 > 8 * 8  # a wave of one program each
     tiles = made.tiles.visited / 8
     want = pytest.approx(tiles * 1000 / A100.gpu.clock_hz)
-    assert offline.bound_s(made, one, A100) == want
+    assert descent.bound_s(made, one, A100) == want
     twice = dataclasses.replace(one, bound_cycles=2000.0)
-    assert offline.bound_s(made, twice, A100) == pytest.approx(
+    assert descent.bound_s(made, twice, A100) == pytest.approx(
         2 * tiles * 1000 / A100.gpu.clock_hz
     )
 
@@ -46,7 +46,7 @@ def test_a_bound_counts_waves_tiles_and_cycles():
 def test_what_is_not_known_is_no_bound(change):
     known = {"bound_cycles": 1.0, "blocks_per_multiprocessor": 1}
     certificate = dataclasses.replace(KERNEL, **known | change)
-    assert offline.bound_s(plan(), certificate, A100) is None
+    assert descent.bound_s(plan(), certificate, A100) is None
 
 
 def compiled(made, by, target):
@@ -142,7 +142,7 @@ def test_where_nothing_compiles_building_says_so(monkeypatch):
         lambda made, by, target: [spilling] * len(made),
     )
     monkeypatch.setattr(
-        "attngen.building._certified",
+        "attngen.descent._certified",
         lambda groups, by: [(p, None, spilling) for group in groups for p in group],
     )
     record = attngen.tune(SPEC, target="a100")

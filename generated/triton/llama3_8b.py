@@ -8,14 +8,14 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           k       [1, 8192, 8, 128]  bfloat16
           v       [1, 8192, 8, 128]  bfloat16
           out     [1, 8192, 32, 128]  bfloat16
-plan      running · 128 queries × 128 keys · 8 warps · 3 stages · last queries first
+plan      running · 128 queries × 128 keys · 8 warps · 2 stages · last queries first
           tiles of a head: 4096; 2016 full, 64 on an edge, 2016 empty and never visited
 cost      558 GFLOP (1.1 TFLOP without skipping), 0 B of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen
 spec      {"q_heads": 32, "kv_heads": 8, "q_len": 8192, "kv_len": 8192, "qk_dim": 128,
           "v_dim": 128, "dtype": "bfloat16", "mask": "causal"}
 choices   {"backend": "triton", "target": "h100", "algorithm": "running", "q_chunk":
-          128, "k_chunk": 128, "num_warps": 8, "num_stages": 3, "order": "reverse",
+          128, "k_chunk": 128, "num_warps": 8, "num_stages": 2, "order": "reverse",
           "head_dim": "padded", "loads": "pointers"}
 """
 
@@ -36,7 +36,7 @@ V_DIM = tl.constexpr(128)
 # 0.08838834764831845, times log2(e): exp(s) is 2**(s * log2(e))
 SCALE_LOG2 = tl.constexpr(0.12751743082459868)
 OUT_DTYPE = torch.bfloat16
-NUM_WARPS, NUM_STAGES = 8, 3
+NUM_WARPS, NUM_STAGES = 8, 2
 # of this very text: an edited copy is another operation to torch
 OPERATION = f"attngen::attention_{zlib.crc32(Path(__file__).read_bytes()):08x}"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, slowly

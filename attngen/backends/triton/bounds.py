@@ -6,12 +6,14 @@ are there, and the last, ragged block is always an edge.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from attngen.backends.triton.printer import TritonPrinter
 from attngen.expr import POSTFIX, Expr, variables
 from attngen.expr import level as tightness
+from attngen.fullness import none_full
 from attngen.intervals import Interval, interval
 from attngen.plans import Plan
 from attngen.regions import Span, analyse, hull_is_seen
@@ -37,6 +39,11 @@ class Bounds:
     first: str = "0"
     there: str = ""
 
+    def only_where(self, condition: str) -> None:
+        """Leave the interior empty where a condition doesn't hold: all tiles are edges."""
+        inner = "full_first" if self.low_edge else self.first
+        self.lines.append(f"full_last = tl.where({condition}, full_last, {inner})")
+
     @property
     def names(self) -> list[str]:
         """The variables that bound the loops, of those that are defined."""
@@ -49,6 +56,8 @@ def bounds(plan: Plan, env: Mapping[str, Interval], helpers: set[str]) -> Bounds
     if not span.some:
         about = ["No query sees any key."]
         return Bounds(about=about, interior=False, some=False)
+    if none_full(spec, plan.q_chunk, plan.k_chunk):  # an edge tile is right of any kind
+        span = dataclasses.replace(span, any_full=False)
     made = Bounds(interior=span.any_full)
     limits = _Limits(plan, env, helpers, made.lines)
     limits.define(span)

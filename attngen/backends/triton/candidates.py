@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from attngen.dtypes import BYTES
 from attngen.errors import NotBuiltError
+from attngen.expr import variables, walk
 from attngen.gpus import Gpu
 from attngen.plans import Choice, Option
 from attngen.regions import analyse
@@ -18,6 +19,7 @@ STAGES = (1, 2, 3, 4, 5)
 DESCRIBED = 16  # bytes that divide the strides of what a tensor descriptor takes
 LOADS = ("pointers", "descriptors")  # of keys and values
 DTYPES = ("float16", "bfloat16", "float32")
+UNSURE = 1.25  # times the registers that there are: the model may be wrong by so much
 
 # field → (the values that are built, what to do instead)
 _BUILT: dict[str, tuple[tuple[object, ...], str]] = {
@@ -136,15 +138,14 @@ def illegal(spec: AttentionSpec, target: Target, choice: Choice) -> str | None:
         return f"{choice['num_warps']} warps are {threads} threads; a block has 1024"
     if choice["loads"] == "descriptors" and (reason := _undescribed(spec, choice, gpu)):
         return reason.format(target.name)
-    shared = shared_bytes(spec, choice)
+    shared = shared_bytes(spec, choice, gpu)
     if shared > gpu.shared_bytes:
         return (
             f"tiles need {shared} bytes of shared memory; "
             f"{target.name} has {gpu.shared_bytes} a block"
         )
-    need = registers(spec, choice, gpu)
-    most = min(gpu.max_registers, gpu.registers // threads)
-    if need > most:
+    need, most = registers(spec, choice, gpu), _most(choice, gpu)
+    if need > UNSURE * most:
         return (
             f"tiles need {need} registers a thread; {target.name} has {most} for each"
         )
@@ -166,53 +167,107 @@ def _undescribed(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> str | None:
     return None
 
 
-def shared_bytes(spec: AttentionSpec, choice: Choice) -> int:
-    """Modelled: tiles of keys and values for each stage, and the queries."""
+def shared_bytes(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
+    """Modelled: tiles of keys and values for each stage but the one at work, and queries.
+
+    AMD's that load past the registers keep that one, too, in rows that are padded, but no
+    queries.
+    """
     size = BYTES[spec.dtype]
     qk = sum(width for _, width in pieces(spec.qk_dim, choice["head_dim"]))
     v = sum(width for _, width in pieces(spec.v_dim, choice["head_dim"]))
-    stages = max(1, int(choice["num_stages"]) - 1)
-    return size * stages * int(choice["k_chunk"]) * (qk + v)
+    each, stages = size * int(choice["k_chunk"]) * (qk + v), int(choice["num_stages"])
+    if gpu.backend == "hip" and gpu.copies_to_shared:
+        return each * stages * 33 // 32
+    more = 0
+    if gpu.backend == "cuda":
+        q = int(choice["q_chunk"])
+        more = q * qk * size
+        if q < 16 * int(choice["num_warps"]):  # warps that share rows exchange weights
+            more += q * int(choice["k_chunk"]) * size
+    return each * max(1, stages - 1) + more
+
+
+# architecture → (registers of a thread that no tile accounts for, of each 16 bytes that it
+# loads). Fitted to which of the model's best plans for presets in 16 bits (head dims 40 to
+# 256) spill when Triton 3.9 compiles them: 58 on sm90, of which 2 are misjudged, 63 on sm80
+# (10, most of these spill 8 bytes), 84 on gfx942 (20, of which 15 don't spill); on the others
+# to the first plan of each preset. Cards with slow matrix units lose nothing by a margin.
+_OWN = {
+    "sm80": (55, 3), "sm86": (105, 3), "sm89": (105, 3), "sm90": (28, 4), "sm100": (40, 2),
+    "sm120": (105, 3), "gfx942": (130, 4), "gfx950": (100, 4),
+}  # fmt: skip
 
 
 def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
-    """Modelled, of a thread: weighted sums, scores, weights, queries, and addresses.
+    """Modelled, of a thread: weighted sums, scores, weights, queries, addresses of loads.
 
     Hopper's and Blackwell's products read the queries from shared memory; scores come out
-    of Blackwell's tensor memory into registers of their own. Where nothing copies into
-    shared memory but by way of registers, keys and values of the stages are there, too.
+    of Blackwell's tensor memory into registers of their own, and AMD's are there twice. On
+    NVIDIA's others weights take the place of the scores. Where nothing copies into shared
+    memory but by way of registers, keys and values of the stages are there, too; AMD's have
+    them there with one stage.
     """
     qk = sum(width for _, width in pieces(spec.qk_dim, choice["head_dim"]))
     v = sum(width for _, width in pieces(spec.v_dim, choice["head_dim"]))
     size, q, k = BYTES[spec.dtype], int(choice["q_chunk"]), int(choice["k_chunk"])
     threads = int(choice["num_warps"]) * gpu.warp_size
-    narrow = k if gpu.architecture in ("sm90", "sm100") else k + qk
-    tile = q * (4 * (v + k) + size * narrow) // 4
-    if gpu.architecture == "sm100":
-        tile += q * k
-    if gpu.backend == "hip":
-        staged = not gpu.copies_to_shared and int(choice["num_stages"]) > 1
-        tile += k * (qk + v) * size // 4 * (3 if staged else 1)
-        return tile // threads + 100
+    stages = int(choice["num_stages"])
+    from_shared = gpu.architecture in ("sm90", "sm100")
+    narrow = k if from_shared else qk
+    narrow += k if gpu.backend == "hip" else 0
+    twice = gpu.architecture == "sm100" or gpu.backend == "hip"
+    tile = q * (4 * (v + k + k * twice) + size * narrow) // 4
+    tile += q * k * gathers(spec) * (2 if from_shared else 4)  # an address, an index
+    own, each = _OWN[gpu.architecture]
+    if gpu.architecture == "sm90" and stages > 2:
+        own += 16
+    if gpu.backend == "hip" and stages > 1:
+        each *= 0 if gpu.copies_to_shared else 3
+    if choice["loads"] == "descriptors":
+        each = 0
     # whole float32 products on NVIDIA's are multiply-adds, whose factors lie in registers
-    factors = 64 if spec.dtype == "float32" else 0
-    addresses = 56 if choice["loads"] == "pointers" else 24
-    return tile // threads + addresses + factors
+    if spec.dtype == "float32" and gpu.backend == "cuda":
+        own, each = own + 64, 0
+    return (tile + each * k * (qk + v) * size // 16) // threads + own
 
 
-def crowded(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> bool:
-    """Whether a plan likely spills as it multiplies whole float32 numbers on NVIDIA's.
+def gathers(spec: AttentionSpec) -> int:
+    """How many reads of its scores differ for each of them."""
+    return sum(
+        node.op == "load" and variables(node) >= {"q", "k"}
+        for score in spec.score
+        for node in walk(score.expr)
+    )
 
-    These products are multiply-adds, and their factors are loaded for many at once. What was
-    compiled (Triton 3.9, head dims 64 and 128) spills from 16 scores or 32 weighted sums a
-    thread on, and with keys fewer than half of a head dim.
+
+def crowding(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> float:
+    """What a thread holds, modelled, over what it can: from 1 on a plan likely spills.
+
+    Tune may try such a plan, but it is ranked as slow.
+
+    Whole float32 products on NVIDIA's are multiply-adds, and their factors are loaded for
+    many at once. What was compiled (Triton 3.9, head dims 64 and 128) spills from 16 scores
+    or 32 weighted sums a thread on, and with keys fewer than half of a head dim; where
+    scores read positions from half of that on, where they read a table from a quarter.
     """
     if spec.dtype != "float32" or gpu.backend != "cuda":
-        return False
+        return registers(spec, choice, gpu) / (_most(choice, gpu) + 1)
     v = sum(width for _, width in pieces(spec.v_dim, choice["head_dim"]))
     q, k = int(choice["q_chunk"]), int(choice["k_chunk"])
     threads = int(choice["num_warps"]) * gpu.warp_size
-    return q * k > 8 * threads or q * v > 16 * threads or 2 * k < v
+    if gathers(spec):
+        threads //= 4
+    elif any("k" in variables(score.expr) for score in spec.score):
+        threads //= 2
+    held = (q * k / (8 * threads + 1), q * v / (16 * threads + 1), v / (2 * k + 1))
+    return max(held)
+
+
+def _most(choice: Choice, gpu: Gpu) -> int:
+    """Registers that a thread can have."""
+    threads = int(choice["num_warps"]) * gpu.warp_size
+    return min(gpu.max_registers, gpu.registers // threads)
 
 
 def describe(choice: Choice) -> str:

@@ -9,11 +9,13 @@ from typing import Any
 
 from attngen.backends.triton.bounds import bounds, end_of_keys, offset_source
 from attngen.backends.triton.candidates import pieces, power_above
+from attngen.backends.triton.guards import Guards, guards
 from attngen.backends.triton.tile_code import Writer
 from attngen.expr import walk
 from attngen.intervals import (
     Interval,
     domain,
+    drops_keys,
     interval,
     limit_leaves_int32,
     proven,
@@ -40,6 +42,11 @@ def context(plan: Plan) -> dict[str, Any]:
     where = bounds(plan, env, helpers)
     interior = writer.write(edge=False)
     edge = writer.write(edge=True)
+    guard = (
+        guards(writer, env) if where.interior else Guards(edge=drops_keys(spec, env))
+    )
+    if guard.lines:
+        where.only_where("tame")
     out, lse = "out" in spec.outputs, "lse" in spec.outputs
     folded = not spec.score and spec.scale_value > 0
     return {
@@ -55,7 +62,7 @@ def context(plan: Plan) -> dict[str, Any]:
         "lse": lse,
         "interior": interior,
         "edge": edge,
-        "rows_code": writer.rows,
+        "rows_code": [*writer.rows, *guard.lines],
         "bounds": where,
         "begins": "" if where.first == "0" else "first, ",
         "end": end_of_keys(spec),
@@ -63,7 +70,7 @@ def context(plan: Plan) -> dict[str, Any]:
         "reverse": plan.option("order") == "reverse",
         "folded": folded,
         "factor": "SCALE_LOG2" if folded else "LOG2E",
-        "drops_keys": plan.drops_keys,
+        "guard": guard,
         "precision": ', input_precision="ieee"' if spec.dtype == "float32" else "",
         "precise_tanh": spec.dtype == "float32",
         "sink": spec.sink,

@@ -7,7 +7,7 @@ arithmetic, memory); programs are dealt out over multiprocessors in waves.
 from __future__ import annotations
 
 from attngen.backends.triton.candidates import (
-    crowded,
+    crowding,
     pieces,
     registers,
     shared_bytes,
@@ -61,9 +61,9 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
     )
     programs = spec.batch * spec.q_heads * -(-spec.q_len // q)
     fitting = gpu.resident(
-        registers=registers(spec, choice, gpu),
+        registers=min(registers(spec, choice, gpu), gpu.max_registers),
         warps=warps,
-        shared_bytes=shared_bytes(spec, choice),
+        shared_bytes=shared_bytes(spec, choice, gpu),
     )
     resident = max(1, min(fitting, -(-programs // gpu.multiprocessors)))
     hidden = min(1.0, resident * warps / 8)  # enough warps to fill waiting with work
@@ -71,8 +71,8 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
     full *= max(1.0, ROWS[gpu.backend] * warps / q)
     if gpu.architecture in GROUPED and (warps < GROUP or q < GROUP_ROWS):
         full += products / rate  # the older instructions, at half the rate
-    if crowded(spec, choice, gpu):
-        full *= SPILLING
+    if (held := crowding(spec, choice, gpu)) >= 1:
+        full *= SPILLING * held
     full += SLOTS * warps / gpu.issue_per_cycle
     full += WAIT_CYCLES / resident / min(3, int(choice["num_stages"]))
     edge = full + elements * MASKED / gpu.fma_per_cycle

@@ -157,7 +157,7 @@ class Writer:
             lines = self.rows
         if "s" in reads:
             lines = self.code.score
-        name = self._name(node)
+        name = self.name(node)
         known = self.rows_defined if lines is self.rows else self.defined
         if name in known:
             return
@@ -213,6 +213,21 @@ class Writer:
         lines.append(f"{there} = {keywords[0][5:]}")
         return [*lines, f"{name} = tl.load({name}, mask={there}, {keywords[1]}){cast}"]
 
+    def read_whole(self, node: Expr, axis: int, lines: list[str]) -> str:
+        """Define all values of an axis of its own length, in place of a read of one."""
+        assert isinstance(node.value, Operand)
+        length = node.value.axes[axis]
+        assert isinstance(length, int)
+        every = f"tl.arange(0, {1 << (length - 1).bit_length()})"
+        steps = []
+        for i, index in enumerate(node.args):
+            text = every if i == axis else self._index(index, lines)
+            steps.append(f"{text} * {node.value.name}_stride_{i}")
+        conditions = [f"{every} < {length}"] if length & (length - 1) else []
+        name = f"{node.value.name}_at_all"
+        lines += self._statement(name, node, steps, conditions, "0.0")
+        return name
+
     def _cast(self, node: Expr) -> str:
         assert isinstance(node.value, Operand)
         wanted = {"float": "float32", "int": self.index_dtype}.get(node.kind)
@@ -237,7 +252,7 @@ class Writer:
         lines += self._printer(step).lines(step, index, width=self.width)
         return step
 
-    def _name(self, node: Expr) -> str:
+    def name(self, node: Expr) -> str:
         """A name for the values of a read: of its indices where these are variables."""
         assert isinstance(node.value, Operand)
         if all(i.op in ("var", "const") for i in node.args):
@@ -248,4 +263,4 @@ class Writer:
         return self.gathered[node]
 
     def _load(self, node: Expr) -> str:
-        return self._name(node)
+        return self.name(node)

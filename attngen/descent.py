@@ -1,0 +1,189 @@
+"""Down the ranked plans, until the target's compiler certifies one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from attngen import building, planner, targets
+from attngen.backends import Backend
+from attngen.errors import CompileError, PlanError
+from attngen.plans import Plan
+from attngen.spec import AttentionSpec
+from attngen.targets import Target
+
+if TYPE_CHECKING:
+    from attngen.emitter import Source
+    from attngen.reports import Certificate
+
+Certified = tuple[Plan, "Source", "Certificate"]
+
+TRIES = 8  # plans that a build compiles, at most, before the smallest
+GROUP = 2  # of them a process
+FEW = 3  # that compile: of these the one with the least bound is taken
+
+
+def first_certified(ranked: tuple[Plan, ...], by: Backend) -> Certified:
+    """The first plan whose certificate is within the budget; on a GPU of a few the best.
+
+    The first has the compiler's process to itself: it nearly always fits. Of the others a
+    process certifies GROUP. Where a GPU's first plan isn't to be used, the next that are
+    take turns: of FEW that compile the one whose main loops end first, by their bound.
+
+    Raises:
+        BudgetError: none was.
+        PlanError: none compiles without spills, within the shared memory.
+        CompileError: the compiler refused one that came before, or crashed at it.
+    """
+    target = targets.get(ranked[0].target)
+    failed: list[Plan] = []
+    reasons: list[str] = []
+    usable: list[Certified] = []
+    least: tuple[Plan, int] | None = None
+    groups = _several(ranked, failed) if target.gpu else _smaller(ranked)
+    for candidate, source, certificate in _certified(groups, by):
+        if reason := unfit(certificate, candidate):
+            reasons.append(reason)
+            failed.append(candidate)
+        elif within(certificate, candidate.spec):
+            usable.append((candidate, source, certificate))
+            if len(usable) == FEW or not failed:
+                break
+        else:
+            need = certificate.temp_bytes
+            assert need is not None
+            if least is None or need < least[1]:
+                least = (candidate, need)
+    if usable:
+        return min(usable, key=lambda c: bound_s(c[0], c[2], target) or float("inf"))
+    if least is None:
+        raise PlanError(
+            f"No plan compiles for {target.name} as it should.",
+            got="; ".join(dict.fromkeys(reasons)),
+            needed="a kernel that neither spills nor exceeds shared memory",
+            hint="fix smaller chunks or more warps",
+        )
+    raise planner.no_fit(least[0].spec, target, by, certified=least)
+
+
+def within(certificate: Certificate, spec: AttentionSpec) -> bool:
+    """Whether what is known of the bytes is within the spec's budget."""
+    budget, need = spec.budget_bytes, certificate.temp_bytes
+    return budget is None or need is None or need <= budget
+
+
+def unfit(certificate: Certificate, plan: Plan) -> str | None:
+    """Why a compiled kernel isn't to be used on its target, whatever the budget; or None."""
+    gpu = targets.get(plan.target).gpu
+    if gpu is None:
+        return None
+    size = f"{plan.q_chunk} × {plan.k_chunk}"
+    if certificate.spill_bytes:
+        return f"{size} spills {certificate.spill_bytes} bytes of registers"
+    if (certificate.shared_bytes or 0) > gpu.shared_bytes:
+        return f"{size} takes {certificate.shared_bytes} bytes of shared memory"
+    if certificate.blocks_per_multiprocessor == 0:
+        threads = f"{certificate.warps} warps of {certificate.registers} registers"
+        return f"{size} doesn't fit a multiprocessor: {threads}"
+    return None
+
+
+def bound_s(plan: Plan, certificate: Certificate, target: Target) -> float | None:
+    """Seconds below which the compiled kernel can't end on the target; None: unknown.
+
+    Programs go in waves of as many as the multiprocessors hold at once; those that share
+    one share its pipes.
+    """
+    gpu, cycles = target.gpu, certificate.bound_cycles
+    together = certificate.blocks_per_multiprocessor
+    if gpu is None or cycles is None or not together:
+        return None
+    spec = plan.spec
+    blocks = -(-spec.q_len // plan.q_chunk)
+    programs = spec.batch * spec.q_heads * blocks
+    together = min(together, -(-programs // gpu.multiprocessors))
+    waves = -(-programs // (gpu.multiprocessors * together))
+    return waves * together * plan.tiles.visited / blocks * cycles / gpu.clock_hz
+
+
+# Which plans are tried, and in what order.
+
+
+def _certified(groups: Iterable[Sequence[Plan]], by: Backend) -> Iterator[Certified]:
+    """Each plan of some groups with its source and certificate, a process a group.
+
+    Raises:
+        CompileError: of a plan, when its turn comes.
+    """
+    for group in groups:
+        made = [(plan, building.emit(plan)) for plan in group]
+        answers = building.certify_many(made, by, group[0].target)
+        for (plan, source), answer in zip(made, answers, strict=True):
+            if isinstance(answer, CompileError):
+                if len(group) == 1:
+                    raise answer
+                # the others of its process may have left it too little time or memory
+                answer = building.certify(plan, source, plan.target)
+            yield plan, source, answer
+
+
+def _smaller(ranked: Sequence[Plan]) -> list[list[Plan]]:
+    """The fastest few, then ever smaller ones: each with a quarter less memory."""
+    tried = list(ranked[: TRIES // 2])
+    for candidate in ranked[TRIES // 2 :]:
+        if candidate.temp_bytes <= 0.75 * min(p.temp_bytes for p in tried):
+            tried.append(candidate)
+        if len(tried) == TRIES:
+            break
+    smallest = min(ranked, key=lambda p: p.temp_bytes)
+    tried += [smallest] if smallest not in tried else []
+    return [tried[:1]] + [tried[i : i + GROUP] for i in range(1, len(tried), GROUP)]
+
+
+def _several(ranked: Sequence[Plan], failed: Sequence[Plan]) -> Iterator[list[Plan]]:
+    """The fastest whose tiles differ, without what holds as much as one that failed.
+
+    Args:
+        failed: grows while groups are taken.
+    """
+    tried: list[Plan] = []
+    while len(tried) < TRIES:
+        group: list[Plan] = []
+        for plan in ranked:
+            known = [*tried, *group]
+            if any(plan is p for p in known) or any(_holds(plan, p) for p in failed):
+                continue
+            if any(
+                _tile(plan) == _tile(p)
+                for p in known
+                if not any(p is x for x in failed)
+            ):
+                continue
+            group.append(plan)
+            if len(group) == (min(GROUP, TRIES - len(tried)) if tried else 1):
+                break
+        if not group:
+            break
+        tried += group
+        yield group
+    smallest = min(ranked, key=lambda p: (_rows(p) * p.k_chunk, p.q_chunk))
+    if smallest not in tried and len(tried) == len(failed):
+        yield [smallest]
+
+
+def _rows(plan: Plan) -> float:
+    return plan.q_chunk / int(plan.choice["num_warps"])
+
+
+def _tile(plan: Plan) -> tuple[object, ...]:
+    return plan.q_chunk, plan.k_chunk, plan.choice["num_warps"], plan.choice["head_dim"]
+
+
+def _holds(plan: Plan, other: Plan) -> bool:
+    """Whether a warp surely holds as much as in another plan: rows, keys, stages."""
+    return (
+        _rows(plan) >= _rows(other)
+        and plan.k_chunk >= other.k_chunk
+        and plan.choice["num_stages"] >= other.choice["num_stages"]  # type: ignore[operator]
+        and plan.choice["loads"] == other.choice["loads"]
+    )
