@@ -1,6 +1,7 @@
 """Triton's interpreter as a process that stays: to judge many kernels without a GPU.
 
-attngen itself starts a process for each call; that costs seconds, most of it imports.
+attngen itself starts a process for each call; that costs seconds, most of it imports. This
+one also refuses every load outside of the tensors that it was given.
 """
 
 import atexit
@@ -18,8 +19,27 @@ from attngen.backends.triton import interpreter
 
 _SERVER = """
 import json, sys, traceback
-from attngen.backends.triton import interpreter
+import numpy as np
+from attngen.backends.triton import interpreter, loader
+from triton.runtime.interpreter import InterpreterBuilder
+
+inside, plain_tensor = [], loader.tensor  # where the arrays of a call lie
+plain_load = InterpreterBuilder.create_masked_load
+
+def tensor(values, dtype):
+    made = plain_tensor(values, dtype)
+    inside.append((made.data_ptr(), made.data_ptr() + made.nbytes))
+    return made
+
+def load(self, pointers, mask, *rest, **named):
+    at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+    if not np.any([(at >= low) & (at < high) for low, high in inside], axis=0).all():
+        raise IndexError("a load outside of every tensor")
+    return plain_load(self, pointers, mask, *rest, **named)
+
+loader.tensor, InterpreterBuilder.create_masked_load = tensor, load
 for line in sys.stdin:
+    inside.clear()
     try:
         answer = {"dtypes": interpreter.call(json.loads(line))}
     except Exception as error:

@@ -254,6 +254,24 @@ def test_what_is_read_outside_a_table_is_nan(index):
     assert np.isnan(out[:, ~inside]).all()
 
 
+@pytest.mark.parametrize("dtype", ["int32", "float32"])
+@pytest.mark.parametrize("end", ["q", "k"])
+def test_no_tile_reads_a_table_beyond_the_last_token(end, dtype):
+    """Indices are proven for tokens that are there; a ragged tile has more of them."""
+    table = attngen.operand("table", axes=(20, "h"), dtype=dtype)
+    other = attngen.operand("other", axes=("h", 20), dtype="int32")
+    index = {
+        "q": (lambda q, k: q, lambda q, k: 19 - q, lambda q, k: (2 * q + 1) // 2),
+        "k": (lambda q, k: k, lambda q, k: 19 - k, lambda q, k: (k - q + 19) // 2),
+    }[end]
+    for at in index:
+        mask = attngen.mask(
+            lambda b, h, q, k, at=at: table[at(q, k), h] + other[h, at(q, k)] > 1
+        )
+        spec = dataclasses.replace(LIKE, q_len=20, kv_len=20, mask=mask, q_offset=0)
+        interpreted.judge(spec, q_chunk=16, k_chunk=16)
+
+
 def test_lengths_may_differ_where_no_mask_relates_them():
     mask = attngen.mask(lambda b, h, q, k: (q < 40) & (k > 3))
     spec = dataclasses.replace(LIKE, mask=mask, kv_len=50)
