@@ -54,7 +54,7 @@ class JaxBackend:
     def is_here(self, target: Target) -> bool:
         return target.gpu is None
 
-    def load(self, path: Path) -> Callable[..., Any]:
+    def load(self, path: Path, target: Target | None = None) -> Callable[..., Any]:
         from attngen.backends.jax.loader import load
 
         return load(path)
@@ -62,10 +62,13 @@ class JaxBackend:
     def trial(self, path: Path, function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
+    def ran(self, target: Target) -> str:
+        return ""
+
     def trial_s(self, plan: Plan) -> float:
         return plan.time_s
 
-    def array(self, values: Any, dtype: str) -> Any:
+    def array(self, values: Any, dtype: str, target: Target | None = None) -> Any:
         import jax.numpy as jnp
 
         from attngen.backends.jax.loader import check_x64
