@@ -28,7 +28,7 @@ def small_blocks(spec):
 
 
 def source_of(spec, **fix):
-    return attngen.emit(attngen.plan(spec, target="h100", backend="triton", fix=fix))
+    return attngen.emit(interpreted.plan(spec, **fix))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

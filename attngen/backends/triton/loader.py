@@ -87,6 +87,16 @@ def gpu_here() -> tuple[str, str | None] | None:
     return architecture, next((known for known in GPUS if known in names), None)
 
 
+def target_here() -> str | None:
+    """The target that the GPU here is, or one of its architecture; None: there is none."""
+    found = gpu_here()
+    if found is None:
+        return None
+    architecture, model = found
+    of_it = (n for n, gpu in GPUS.items() if gpu.architecture == architecture)
+    return model or next(of_it, None)
+
+
 def runs_here(target: Target | None) -> bool:
     """Whether a kernel for the target runs on the GPU here: it has its architecture.
 
