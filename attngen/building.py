@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from attngen import backends, files, planner, targets
 from attngen.backends import Backend
 from attngen.errors import CompileError, PlanError, ValidationError
-from attngen.plans import Option, Plan
+from attngen.plans import Alternative, Option, Plan
 from attngen.records import EFFORTS
 from attngen.spec import AttentionSpec
+from attngen.units import show_bytes, show_time
 
 if TYPE_CHECKING:
     from attngen.certifier import Program
@@ -80,14 +81,17 @@ def first_certified(
     groups = [tried[:1]] + [tried[i : i + GROUP] for i in range(1, len(tried), GROUP)]
     least: tuple[Plan, int] | None = None
     reasons: list[str] = []
+    before: list[Alternative] = []
     for candidate, source, certificate in _certified(groups, by):
         if reason := unfit(certificate, candidate):
             reasons.append(reason)
+            before.append(_left(candidate, certificate))
         elif within(certificate, candidate.spec):
-            return candidate, source, certificate
+            return _after(candidate, before), source, certificate
         else:
             need = certificate.temp_bytes
             assert need is not None
+            before.append(_left(candidate, certificate))
             if least is None or need < least[1]:
                 least = (candidate, need)
     if least is None:
@@ -99,6 +103,38 @@ def first_certified(
         )
     spec = least[0].spec
     raise planner.no_fit(spec, targets.get(least[0].target), by, certified=least)
+
+
+def _left(plan: Plan, certificate: Certificate) -> Alternative:
+    """A plan that was compiled and not taken, with why in a few words."""
+    if certificate.spill_bytes:
+        reason = f"spills {show_bytes(certificate.spill_bytes)}"
+    elif unfit(certificate, plan):
+        reason = "doesn't fit, compiled"
+    else:
+        reason = f"certified {show_bytes(certificate.temp_bytes or 0)}"
+    return Alternative(plan.choice, plan.temp_bytes, plan.time_s, reason)
+
+
+def _after(chosen: Plan, before: Sequence[Alternative]) -> Plan:
+    """A plan that others came before, with why they weren't taken among its alternatives.
+
+    What the ranking said of the others was said beside its first.
+    """
+    if not before:
+        return chosen
+    said = [chosen.choice, *(a.choice for a in before)]
+    others = []
+    for a in chosen.alternatives:
+        if a.choice in said:
+            continue
+        budget = chosen.spec.budget_bytes
+        if a.temp_bytes is not None and (budget is None or a.temp_bytes <= budget):
+            late = (a.time_s or 0.0) - chosen.time_s
+            reason = f"slower by {show_time(late)}" if late > 0 else "not compiled"
+            a = dataclasses.replace(a, reason=reason)
+        others.append(a)
+    return dataclasses.replace(chosen, alternatives=(*before, *others))
 
 
 def unfit(certificate: Certificate, plan: Plan) -> str | None:

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton", reason="needs attngen[triton]")
 
 import interpreted
+from refusals import refused
 from test_conformance import SPECS
 
 import attngen
@@ -361,6 +362,13 @@ def test_what_is_not_built_says_so(change):
 def test_illegal_choices_have_reasons(fix, words):
     with pytest.raises(PlanError, match=words):
         attngen.plan(LIKE, target="h100", backend="triton", fix=fix)
+
+
+def test_a_head_dim_that_nothing_holds_is_refused_as_such():
+    spec = dataclasses.replace(LIKE, qk_dim=1000, v_dim=900)
+    with refused(PlanError, match="No plan is legal on l4") as caught:
+        attngen.plan(spec, target="l4", backend="triton")
+    assert "head dims 1000 and 900, float32: tiles need" in caught.value.got
 
 
 def test_a_plan_with_any_choice_fixed_is_explained():
