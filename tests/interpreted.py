@@ -61,6 +61,11 @@ class Failed(Exception):
     """The emitted function raised an error in the interpreter."""
 
 
+def _end(process):
+    process.kill()
+    process.communicate()  # waits for it, and closes its pipes
+
+
 @functools.cache
 def _server():
     kept = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
@@ -71,7 +76,7 @@ def _server():
         stdout=subprocess.PIPE,
         text=True,
     )
-    atexit.register(process.kill)
+    atexit.register(_end, process)
     return process
 
 
