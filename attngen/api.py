@@ -120,7 +120,7 @@ def build(
         ranked = planner.rank(spec, device, by, fixed, smallest=descent.TRIES)
         found = descent.first_certified(ranked, by)
     chosen, source, certificate = found
-    function = by.load(stored(source))
+    function = by.load(stored(source), device)
     report = building.passed(chosen, by, source, function)
     return building.kernel(chosen, source, function, report, certificate)
 
@@ -144,8 +144,9 @@ def validate(kernel: Kernel | Source | str | Path, *, seed: int = 0) -> Report:
     path = stored(kernel) if isinstance(kernel, Source) else Path(kernel)
     made = plan_of(path)
     by = backends.get(made.backend)
+    function = by.load(path, targets.get(made.target))
     edited = emit(made).text != files.read(path)
-    return building.validate(made, by, path, by.load(path), seed, rebuild=not edited)
+    return building.validate(made, by, path, function, seed, rebuild=not edited)
 
 
 def plan_of(path: Path) -> Plan:
@@ -260,7 +261,7 @@ def _kernel_of(
     if known is None:
         chosen = plan(spec, target, "jax", dict(fix))
         known = chosen, emit(chosen)
-    function = by.load(stored(known[1]))
+    function = by.load(stored(known[1]), device)
     return building.kernel(*known, function, None, None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,26 +160,27 @@ def validate(
     """
     from attngen import validator
 
+    target = targets.get(chosen.target)
     judged = by.trial(path, function)
 
     def remade(spec: AttentionSpec, choice: Fix) -> Any:
         if by.any_size and spec.mask == chosen.spec.mask:
             return judged
-        target = targets.get(chosen.target)
         file = stored(emit(planner.rank(spec, target, by, choice)[0]))
-        return by.trial(file, by.load(file))
+        return by.trial(file, by.load(file, target))
 
-    return validator.validate(
+    report = validator.validate(
         chosen.spec,
         chosen,
         judged,
-        to_array=by.array,
+        to_array=lambda values, dtype: by.array(values, dtype, target),
         rebuild=remade if rebuild or by.any_size else None,
         small=(lambda: by.small(chosen, rebuild=rebuild)) if by.any_size else None,
         time_s=by.trial_s(chosen),
         seed=seed,
         seconds=seconds,
     )
+    return dataclasses.replace(report, ran=by.ran(target))
 
 
 def passed(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from attngen import building, planner, targets
 from attngen.backends import Backend
 from attngen.errors import CompileError, PlanError
-from attngen.plans import Plan
+from attngen.plans import Alternative, Plan
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
+from attngen.units import show_bytes, show_time
 
 if TYPE_CHECKING:
     from attngen.emitter import Source
@@ -39,12 +41,15 @@ def first_certified(ranked: tuple[Plan, ...], by: Backend) -> Certified:
     failed: list[Plan] = []
     reasons: list[str] = []
     usable: list[Certified] = []
+    before: list[Alternative] = []
     least: tuple[Plan, int] | None = None
-    groups = _several(ranked, failed) if target.gpu else _smaller(ranked)
+    triton = by.name == "triton"
+    groups = _several(ranked, failed) if triton else _smaller(ranked)
     for candidate, source, certificate in _certified(groups, by):
         if reason := unfit(certificate, candidate):
             reasons.append(reason)
             failed.append(candidate)
+            before.append(_left(candidate, certificate))
         elif within(certificate, candidate.spec):
             usable.append((candidate, source, certificate))
             if len(usable) == FEW or not failed:
@@ -52,10 +57,12 @@ def first_certified(ranked: tuple[Plan, ...], by: Backend) -> Certified:
         else:
             need = certificate.temp_bytes
             assert need is not None
+            before.append(_left(candidate, certificate))
             if least is None or need < least[1]:
                 least = (candidate, need)
     if usable:
-        return min(usable, key=lambda c: bound_s(c[0], c[2], target) or float("inf"))
+        best = min(usable, key=lambda c: bound_s(c[0], c[2], target) or float("inf"))
+        return _after(best[0], before), *best[1:]
     if least is None:
         raise PlanError(
             f"No plan compiles for {target.name} as it should.",
@@ -64,6 +71,38 @@ def first_certified(ranked: tuple[Plan, ...], by: Backend) -> Certified:
             hint="fix smaller chunks or more warps",
         )
     raise planner.no_fit(least[0].spec, target, by, certified=least)
+
+
+def _left(plan: Plan, certificate: Certificate) -> Alternative:
+    """A plan that was compiled and not taken, with why in a few words."""
+    if certificate.spill_bytes:
+        reason = f"spills {show_bytes(certificate.spill_bytes)}"
+    elif unfit(certificate, plan):
+        reason = "doesn't fit, compiled"
+    else:
+        reason = f"certified {show_bytes(certificate.temp_bytes or 0)}"
+    return Alternative(plan.choice, plan.temp_bytes, plan.time_s, reason)
+
+
+def _after(chosen: Plan, before: Sequence[Alternative]) -> Plan:
+    """A plan that others came before, with why they weren't taken among its alternatives.
+
+    What the ranking said of the others was said beside its first.
+    """
+    if not before:
+        return chosen
+    said = [chosen.choice, *(a.choice for a in before)]
+    others = []
+    for a in chosen.alternatives:
+        if a.choice in said:
+            continue
+        budget = chosen.spec.budget_bytes
+        if a.temp_bytes is not None and (budget is None or a.temp_bytes <= budget):
+            late = (a.time_s or 0.0) - chosen.time_s
+            reason = f"slower by {show_time(late)}" if late > 0 else "not compiled"
+            a = dataclasses.replace(a, reason=reason)
+        others.append(a)
+    return dataclasses.replace(chosen, alternatives=(*before, *others))
 
 
 def within(certificate: Certificate, spec: AttentionSpec) -> bool:

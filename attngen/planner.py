@@ -52,7 +52,7 @@ def rank(
     fix = check_fix(fix)
     legal, refused = _split(spec, target, backend, fix)
     if not legal:
-        raise _nothing_legal(fix, refused)
+        raise _nothing_legal(spec, target, fix, refused)
     of = _Pricing(spec, target, backend, fix)
     priced = [of.price(choice) for choice in legal]
     priced.sort(key=_by_time)
@@ -270,8 +270,20 @@ def _has(
     }
 
 
-def _nothing_legal(fix: Mapping[str, Option], refused: list[Alternative]) -> PlanError:
+def _nothing_legal(
+    spec: AttentionSpec,
+    target: Target,
+    fix: Mapping[str, Option],
+    refused: list[Alternative],
+) -> PlanError:
     reasons = list(dict.fromkeys(a.reason for a in refused))
+    if not fix:
+        return PlanError(
+            f"No plan is legal on {target.name}.",
+            got=f"head dims {spec.qk_dim} and {spec.v_dim}, {spec.dtype}: {reasons[0]}",
+            needed=f"tiles that {target.name} has room for",
+            hint="smaller head dims, a smaller dtype, or a larger target",
+        )
     reasons.sort(
         key=lambda r: not any(name in r for name in fix)
     )  # about what is fixed

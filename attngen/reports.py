@@ -55,10 +55,12 @@ class Report:
     Args:
         checks: of each output, in each case that was run.
         cases: what each case was, in words.
+        ran: where, in words: on which GPU, or in an interpreter; "" on this processor.
     """
 
     checks: tuple[OutputCheck, ...]
     cases: tuple[str, ...]
+    ran: str = ""
 
     @property
     def passed(self) -> bool:
@@ -83,7 +85,9 @@ class Report:
         return _decode(text, cls)
 
     def __str__(self) -> str:
-        lines = [f"{'passed' if self.passed else 'FAILED'}: {'; '.join(self.cases)}"]
+        said = "passed" if self.passed else "FAILED"
+        where = f" {self.ran}" if self.ran else ""
+        lines = [f"{said}{where}: {'; '.join(self.cases)}"]
         for c in self.checks:
             error = "NaN or infinity astray" if c.error is None else f"{c.error:.2e}"
             lines.append(

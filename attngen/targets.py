@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
 from collections.abc import Callable
@@ -132,8 +133,12 @@ def get(name: str | None = None) -> Target:
     name = "cpu" if name is None else name
     if name in BUILT:
         return BUILT[name]()
+    close = difflib.get_close_matches(str(name).lower(), BUILT, n=1)
     raise TargetError(
-        f"There is no target {name!r}.", got=name, needed="one of " + ", ".join(BUILT)
+        f"There is no target {name!r}.",
+        got=name,
+        needed="one of " + ", ".join(BUILT),
+        hint=f"did you mean {close[0]!r}?" if close else None,
     )
 
 

@@ -143,7 +143,10 @@ class _Preparer:
         spec = self.spec
         try:
             given = inputs.arrays(spec)
-            return {n: self.by.array(x, spec.dtype_of(n)) for n, x in given.items()}
+            return {
+                n: self.by.array(x, spec.dtype_of(n), self.target)
+                for n, x in given.items()
+            }
         except (MemoryError, RuntimeError) as error:
             raise _no_room(f"{type(error).__name__}: {error!s:.200}") from error
 
@@ -220,7 +223,7 @@ class _Preparer:
             self.over.append((plan, known.temp_bytes or 0))
             return tuner.Prepared(known, None)
         self.fitted = True
-        function = self.by.load(stored(source))
+        function = self.by.load(stored(source), self.target)
         if not known.samples_s:  # what was timed once was validated
             passed(plan, self.by, source, function, LONG_S)
         arrays, block = self.arrays, self.by.block

@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in one command: `make gpu`.
 
 For each file of the gallery: the kernel is built for the GPU that is here, validated
-compiled, tuned, and timed in turns beside torch's scaled_dot_product_attention and compiled
-flex_attention where these can say the same. Writes results/gpu_<target>.json.
+compiled, tuned, and timed in turns beside compiled flex_attention, and torch's
+scaled_dot_product_attention where it can say the same. Writes results/gpu_<target>.json.
 
     python benchmarks/gpu.py [--only llama3_8b,t5_large] [--rounds 15] [--seconds 30]
 """
@@ -10,6 +10,7 @@ flex_attention where these can say the same. Writes results/gpu_<target>.json.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -23,57 +24,111 @@ import gallery
 
 import attngen
 from attngen import AttentionSpec, backends, gpus, inputs, masks
-from attngen.backends.triton.loader import gpu_here
-from attngen.errors import AttngenError
+from attngen.backends.triton.loader import gpu_here, has_gpu, target_here
+from attngen.errors import CALL_FAULTS, AttngenError
+from attngen.peers import torch_peers
 
 RESULTS = Path(__file__).parent / "results"
 Call = Callable[[], Any]
 
 
-def target_here() -> str:
-    """The target that the GPU here is, or the representative of its architecture."""
-    found = gpu_here()
-    if found is None:
+def here() -> str:
+    """The target that the GPU here is, or one of its architecture."""
+    if not has_gpu():
         raise SystemExit("make gpu needs a GPU that torch sees; there is none here")
-    architecture, model = found
-    if model is not None:
-        return model
-    for known, gpu in gpus.GPUS.items():
-        if gpu.architecture == architecture:
-            return known
-    raise SystemExit(f"no target has the architecture of this GPU, {architecture}")
+    target = target_here()
+    if target is None:
+        raise SystemExit(f"no target has the architecture of this GPU: {gpu_here()}")
+    return target
 
 
-def contenders(spec: AttentionSpec, arrays: dict[str, Any]) -> dict[str, Call]:
-    """torch's own, where they compute the spec: no operands, a mask they can say."""
+def heads_first(spec: AttentionSpec, arrays: dict[str, Any]) -> dict[str, Any]:
+    """q, k and v as torch's own are at home: contiguous [b, h, t, d]; operands as they are."""
+    if spec.layout == "bhtd":
+        return arrays
+    moved = {n: arrays[n].transpose(1, 2).contiguous() for n in "qkv"}
+    return arrays | moved
+
+
+def sdpa(spec: AttentionSpec, given: dict[str, Any]) -> Call | None:
+    """scaled_dot_product_attention; None where it can't say the spec without a matrix."""
     import torch
     import torch.nn.functional as F
 
-    plain = not spec.score and not spec.operands and spec.mask in (None, masks.causal())
-    if not plain or (spec.mask is not None and spec.q_len != spec.kv_len):
-        return {}
-    order = (0, 2, 1, 3) if spec.layout == "bthd" else (0, 1, 2, 3)
-    q, k, v = (arrays[n].permute(order) for n in "qkv")
-    causal, scale, gqa = spec.mask is not None, spec.scale_value, spec.repeats > 1
+    causal = spec.mask == masks.causal() and spec.q_len == spec.kv_len
+    said = spec.outputs == ("out",) and not (spec.score or spec.operands)
+    if not said or not (spec.mask is None or causal):
+        return None
+    q, k, v = (given[n] for n in "qkv")
+    dtype = getattr(torch, spec.out_dtype_name)
+    options = {"is_causal": causal, "scale": spec.scale_value}
+    options["enable_gqa"] = spec.repeats > 1
+    return lambda: (F.scaled_dot_product_attention(q, k, v, **options).to(dtype),)
 
-    def sdpa() -> Any:
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=causal, scale=scale, enable_gqa=gqa
-        )
 
+def flex_attention(
+    spec: AttentionSpec,
+    given: dict[str, Any],
+    compiled: Callable[..., Any] | None = None,
+) -> Call:
+    """flex_attention with the spec's own expressions as mask_mod and score_mod.
+
+    A sink is applied with its lse, as its users do.
+
+    Args:
+        compiled: None: torch.compile, for these shapes alone.
+    """
+    import torch
     from torch.nn.attention import flex_attention as flex
 
-    block_mask = None
-    if causal:
-        block_mask = flex.create_block_mask(
-            lambda b, h, i, j: i >= j, None, None, spec.q_len, spec.kv_len, q.device
-        )
-    compiled = torch.compile(flex.flex_attention)
+    compiled = compiled or functools.partial(torch.compile, dynamic=False)
+    torch.compiler.reset()  # what was compiled for another spec counts as a variant
+    q, k, v = (given[n] for n in "qkv")
+    dtype = getattr(torch, spec.out_dtype_name)
+    options = torch_peers.flex_options(spec, given)
+    options["block_mask"] = torch_peers.flex_block_mask(
+        spec, given, compiled(flex.create_block_mask)
+    )
+    if spec.sink or "lse" in spec.outputs:
+        options |= lse_asked(flex)
+    attend = compiled(flex.flex_attention)
 
-    def flex_attention() -> Any:
-        return compiled(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=gqa)
+    def call() -> Any:
+        made = attend(q, k, v, **options)
+        if not isinstance(made, tuple):
+            return (made.to(dtype),)
+        out, lse = made[0], getattr(made[1], "lse", made[1])
+        if spec.sink:
+            out = out * torch.sigmoid(lse - given["sink"][:, None])[..., None]
+        found = {"out": out.to(dtype), "lse": lse.float()}
+        return tuple(found[name] for name in spec.outputs)
 
-    return {"torch SDPA": sdpa, "flex_attention": flex_attention}
+    return call
+
+
+CONTENDERS: dict[str, Callable[..., Call | None]] = {
+    "torch SDPA": sdpa,
+    "flex_attention": flex_attention,
+}
+
+
+def lse_asked(flex: Any) -> dict[str, Any]:
+    """How flex_attention is asked for its lse: newer ones have a word for it."""
+    if hasattr(flex, "AuxRequest"):
+        return {"return_aux": flex.AuxRequest(lse=True)}
+    return {"return_lse": True}
+
+
+def difference(spec: AttentionSpec, call: Call, ours: Any) -> float:
+    """The largest of a contender's outputs to attngen's: what says that both do the same."""
+    ours = ours if isinstance(ours, tuple) else (ours,)
+    largest = 0.0
+    for name, x, y in zip(spec.outputs, call(), ours, strict=True):
+        if name == "out" and spec.layout == "bthd":
+            x = x.transpose(1, 2)
+        apart = (x.float() - y.float()).abs()
+        largest = max(largest, float(apart[x != y].max()) if (x != y).any() else 0.0)
+    return largest
 
 
 def seconds(call: Call, repeats: int) -> float:
@@ -101,6 +156,7 @@ def in_turns(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
 
 
 def measured(name: str, target: str, rounds: int, allowance: float) -> dict[str, Any]:
+    """A kernel of the gallery built, tuned, and timed beside the contenders."""
     entry = gallery.TRITON[name]
     spec, fix = entry.spec(), dict(entry.fix)
     by = backends.get("triton")
@@ -112,18 +168,29 @@ def measured(name: str, target: str, rounds: int, allowance: float) -> dict[str,
     calls: dict[str, Call] = {"attngen": lambda: tuned(**arrays)}
     if estimate.plan.choice != tuned.plan.choice:
         calls["attngen, estimate"] = lambda: estimate(**arrays)
-    samples = in_turns(calls | contenders(spec, arrays), rounds)
-    ours = samples["attngen"]
+    given, ours = heads_first(spec, arrays), tuned(**arrays)
+    apart, left_out = {}, {}
+    for other, make in CONTENDERS.items():
+        try:
+            if (call := make(spec, given)) is not None:
+                apart[other] = difference(spec, call, ours)
+                calls[other] = call
+        except CALL_FAULTS as error:  # no memory for a block mask, say
+            left_out[other] = f"{type(error).__name__}: {error!s:.300}"
+    samples = in_turns(calls, rounds)
+    own = samples["attngen"]
     return {
         "plan": tuned.plan.choice,
         "estimated_plan": estimate.plan.choice,
         "report": tuned.report.to_dict() if tuned.report else None,
         "certificate": tuned.certificate.to_dict() if tuned.certificate else None,
-        "flop_per_s": tuned.plan.flop / statistics.median(ours),
+        "flop_per_s": tuned.plan.flop / statistics.median(own),
         "samples_s": samples,
+        "largest_difference": apart,
+        "left_out": left_out,
         "times_as_fast_as": {
             other: statistics.quantiles(
-                [t / o for t, o in zip(times, ours, strict=True)], n=4
+                [t / o for t, o in zip(times, own, strict=True)], n=4
             )
             for other, times in samples.items()
             if other != "attngen"
@@ -137,7 +204,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=30, help="of each tuning")
     given = parser.parse_args()
-    target = target_here()
+    target = here()
     import torch
     import triton
 
@@ -163,6 +230,8 @@ def main() -> None:
         found["kernels"][name] = row
         ratios = row.get("times_as_fast_as", {})
         said = ", ".join(f"{n} {q[1]:.2f}×" for n, q in ratios.items())
+        for other, reason in row.get("left_out", {}).items():
+            said += f", no {other} ({reason.splitlines()[0]})"
         print(f"{name:<18}{row.get('failed') or said or 'alone'}", flush=True)
         path.write_text(json.dumps(found, indent=1) + "\n")
     failed = [n for n, row in found["kernels"].items() if "failed" in row]

@@ -7,10 +7,11 @@ from refusals import refused
 from small import FIX, SPEC, close, qkv, spec_of
 
 import attngen
-from attngen import building, certifier, descent
+from attngen import backends, building, certifier, descent, planner, targets
 from attngen.backends.jax import model
 from attngen.cost import Cost
 from attngen.errors import BudgetError, CompileError, PlanError, ValidationError
+from attngen.reports import Certificate
 
 
 def test_a_kernel_is_certified_and_validated():
@@ -66,6 +67,47 @@ def test_build_goes_down_the_ranking_until_one_is_certified(lying_model, certifi
     assert kernel.source.digest in asked[-descent.GROUP :]
     assert len(asked) > 1
     assert len(asked) == len(set(asked))
+
+
+def test_what_the_compiler_refused_is_told_beside_what_was_chosen(
+    lying_model, certificates
+):
+    certificates(chunk_of)
+    spec = spec_of(memory_budget=8 * 1024)
+    fastest = attngen.plan(spec)
+    chosen = attngen.build(spec).plan
+    first = chosen.alternatives[0]
+    assert first.choice == fastest.choice
+    assert first.reason == "certified 9.0 KiB"
+    assert chosen.choice not in [a.choice for a in chosen.alternatives]
+    for a in chosen.alternatives:
+        if a.reason.startswith("slower"):
+            assert a.time_s > chosen.time_s
+        if a.reason == "not compiled":
+            assert a.time_s <= chosen.time_s
+    assert attngen.emit(chosen) == attngen.emit(
+        dataclasses.replace(chosen, alternatives=())
+    )
+
+
+def test_what_spilled_is_told_in_a_line(monkeypatch):
+    spilled = [17072, 17072, 0]
+
+    def certify_many(compiler, target, programs):
+        return [
+            Certificate(target, compiler, 0, spill_bytes=spilled.pop(0))
+            for _ in programs
+        ]
+
+    monkeypatch.setattr(certifier, "certify_many", certify_many)
+    spec = attngen.AttentionSpec(q_heads=2, q_len=500, qk_dim=300, dtype="bfloat16")
+    by, device = backends.get("triton"), targets.get("a100")
+    ranked = planner.rank(spec, device, by)
+    chosen, _, _ = descent.first_certified(ranked, by)
+    assert [a.choice for a in chosen.alternatives[:2]] == [p.choice for p in ranked[:2]]
+    lines = chosen.explain().splitlines()
+    assert sum(line.endswith("   spills 16.7 KiB") for line in lines) == 2
+    assert all(len(line) <= 100 for line in lines)
 
 
 @pytest.fixture

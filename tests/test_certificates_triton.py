@@ -1,5 +1,6 @@
 """Certificates of Triton kernels, compiled for GPUs that aren't here; nothing runs."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ from commands import run
 from refusals import refused
 
 import attngen
-from attngen import AttentionSpec, api, certifier, gpus, masks, targets
+from attngen import AttentionSpec, api, certifier, gpus, masks, scores, targets
 from attngen.errors import CompileError
 from attngen.reports import Certificate
 
@@ -208,3 +209,85 @@ def test_a_plan_that_spills_is_certified_and_called_unfit():
     assert "not to be used: 64 × 32 spills" in said
     said, _ = run("certify", *spec, "--json", code=1)
     assert json.loads(said)["fits"] is False
+
+
+BASE = AttentionSpec(q_heads=4, kv_heads=2, q_len=200, qk_dim=64, dtype="bfloat16")
+DENSE = {
+    "64": {},
+    "36": {"qk_dim": 36, "v_dim": 36},
+    "72, heads first": {
+        "qk_dim": 72,
+        "v_dim": 72,
+        "layout": "bhtd",
+        "dtype": "float32",
+    },
+    "64 and 40, lse": {"v_dim": 40, "outputs": ("out", "lse"), "out_dtype": "float32"},
+    "40, lse alone": {"qk_dim": 40, "v_dim": 3, "outputs": ("lse",)},
+    "odd, one head": {"qk_dim": 5, "v_dim": 7, "q_heads": 1, "kv_heads": 1},
+    "operands": {
+        "mask": masks.documents() & masks.causal(),
+        "score": (scores.bias(axes="kq"),),
+        "kv_lengths": True,
+    },
+    "2 GiB": {"q_len": 2**22, "kv_len": 2**20, "q_offset": 0, "mask": masks.causal()},
+}
+
+
+@pytest.mark.parametrize("target", ["a100", "h100", "mi300x"])
+@pytest.mark.parametrize("case", DENSE)
+def test_what_is_certified_is_what_dense_tensors_launch(case, target, monkeypatch):
+    """The compiler is told what Triton's launcher finds out about the arguments."""
+    spec = dataclasses.replace(BASE, **DENSE[case])
+    assert_launched_as_certified(spec, target, {}, monkeypatch)
+
+
+def test_descriptors_are_certified_as_they_are_launched(monkeypatch):
+    spec = dataclasses.replace(BASE, qk_dim=72, v_dim=40)
+    fix = {"loads": "descriptors", "head_dim": "padded"}
+    assert_launched_as_certified(spec, "h100", fix, monkeypatch)
+
+
+def assert_launched_as_certified(spec, target, fix, monkeypatch):
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime import jit
+
+    from attngen.backends.triton import compiler, loader
+
+    plan = attngen.plan(spec, target=target, backend="triton", fix=fix)
+    module = loader.import_file(api.stored(attngen.emit(plan)))
+    kernel, gpu = module.forward, targets.get(target).gpu
+    architecture = gpu.architecture.removeprefix("sm")
+    architecture = int(architecture) if gpu.backend == "cuda" else architecture
+    backend = make_backend(GPUTarget(gpu.backend, architecture, gpu.warp_size))
+    bind = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
+    launched = []
+
+    class Launched:
+        def __getitem__(self, grid):
+            def launch(*given, **options):
+                bound, found, _ = bind(*given, **options)
+                packed = kernel._pack_args(backend, options, bound, found, None)
+                launched.append(packed[1:])
+
+            return launch
+
+    monkeypatch.setattr(module, "forward", Launched())
+    names = ("q", "k", "v", *(o.name for o in spec.operands))
+    dtypes = {n: getattr(torch, spec.dtype_of(n)) for n in names}
+    tensors = [torch.empty(spec.shape_of(n), dtype=dtypes[n]) for n in names]
+    module._attention(*tensors)
+    signature, constants, attributes = compiler.arguments(
+        kernel,
+        [(n, spec.shape_of(n), spec.dtype_of(n)) for n in names],
+        gpu,
+        constants=module.CONSTEXPRS,
+        blocks=getattr(module, "BLOCK_SHAPES", {}),
+        out_dtype=str(getattr(module, "OUT_DTYPE", "")).removeprefix("torch."),
+    )
+    order = list(signature)
+    placed = {(order.index(name),): value for name, value in constants.items()}
+    known = {at: what for at, what in launched[0][2].items() if what}
+    assert launched == [(signature, placed, launched[0][2])]
+    assert known == attributes

@@ -15,6 +15,7 @@ import interpreted
 
 import attngen
 from attngen import api, backends, building, descent, gpus, planner, targets, validator
+from attngen.backends.triton.loader import target_here
 from attngen.emitter import read_header
 from attngen.errors import CompileError
 
@@ -50,8 +51,9 @@ def test_ruff_finds_nothing_with_its_own_settings():
 
 
 def plan_of(name):
+    """In the interpreter as the file's, on a GPU as that GPU's."""
     spec, target, fix = gallery.TRITON[name]
-    return attngen.plan(spec(), target, "triton", fix)
+    return interpreted.plan(spec(), target_here() or target, **fix)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -72,3 +72,16 @@ def test_targets_are_listed_within_100_columns():
     assert all(len(line) <= 100 for line in lines)
     for name in targets.names():
         assert sum(line.split()[:1] == [name] for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("H100", "h100"), ("a10", "a100"), ("RTX-4090", "rtx4090"), ("mi300", "mi300x")],
+)
+def test_a_target_that_is_nearly_one_is_recognised(typed, meant):
+    with refused(TargetError) as caught:
+        targets.get(typed)
+    assert caught.value.hint == f"did you mean {meant!r}?"
+    with refused(TargetError) as caught:
+        targets.get("abacus")
+    assert caught.value.hint is None

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton", reason="needs attngen[triton]")
 
 import interpreted
+from refusals import refused
 from test_conformance import SPECS
 
 import attngen
@@ -28,7 +29,7 @@ def small_blocks(spec):
 
 
 def source_of(spec, **fix):
-    return attngen.emit(attngen.plan(spec, target="h100", backend="triton", fix=fix))
+    return attngen.emit(interpreted.plan(spec, **fix))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -254,6 +255,24 @@ def test_what_is_read_outside_a_table_is_nan(index):
     assert np.isnan(out[:, ~inside]).all()
 
 
+@pytest.mark.parametrize("dtype", ["int32", "float32"])
+@pytest.mark.parametrize("end", ["q", "k"])
+def test_no_tile_reads_a_table_beyond_the_last_token(end, dtype):
+    """Indices are proven for tokens that are there; a ragged tile has more of them."""
+    table = attngen.operand("table", axes=(20, "h"), dtype=dtype)
+    other = attngen.operand("other", axes=("h", 20), dtype="int32")
+    index = {
+        "q": (lambda q, k: q, lambda q, k: 19 - q, lambda q, k: (2 * q + 1) // 2),
+        "k": (lambda q, k: k, lambda q, k: 19 - k, lambda q, k: (k - q + 19) // 2),
+    }[end]
+    for at in index:
+        mask = attngen.mask(
+            lambda b, h, q, k, at=at: table[at(q, k), h] + other[h, at(q, k)] > 1
+        )
+        spec = dataclasses.replace(LIKE, q_len=20, kv_len=20, mask=mask, q_offset=0)
+        interpreted.judge(spec, q_chunk=16, k_chunk=16)
+
+
 def test_lengths_may_differ_where_no_mask_relates_them():
     mask = attngen.mask(lambda b, h, q, k: (q < 40) & (k > 3))
     spec = dataclasses.replace(LIKE, mask=mask, kv_len=50)
@@ -343,6 +362,13 @@ def test_what_is_not_built_says_so(change):
 def test_illegal_choices_have_reasons(fix, words):
     with pytest.raises(PlanError, match=words):
         attngen.plan(LIKE, target="h100", backend="triton", fix=fix)
+
+
+def test_a_head_dim_that_nothing_holds_is_refused_as_such():
+    spec = dataclasses.replace(LIKE, qk_dim=1000, v_dim=900)
+    with refused(PlanError, match="No plan is legal on l4") as caught:
+        attngen.plan(spec, target="l4", backend="triton")
+    assert "head dims 1000 and 900, float32: tiles need" in caught.value.got
 
 
 def test_a_plan_with_any_choice_fixed_is_explained():

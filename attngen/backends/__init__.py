@@ -57,14 +57,22 @@ class Backend(Protocol):
         """The template's file name and what it receives."""
 
     def is_here(self, target: Target) -> bool:
-        """Whether a kernel for the target can be called in this process."""
+        """Whether the device here is the target: what is timed here are its times."""
 
-    def load(self, path: Path) -> Callable[..., Any]:
-        """The function of an emitted file, ready to be called with arrays."""
+    def load(self, path: Path, target: Target | None = None) -> Callable[..., Any]:
+        """The function of an emitted file, ready to be called with arrays.
+
+        Args:
+            target: what it was emitted for; where that can't run here, the function says
+                so when it is called. None: the device here.
+        """
 
     def trial(self, path: Path, function: Callable[..., Any]) -> Callable[..., Any]:
         """What validation calls: the function as it was loaded, or the file interpreted
-        where the device isn't here."""
+        where it can't be called here."""
+
+    def ran(self, target: Target) -> str:
+        """Where that runs, for the report; "" where it goes without saying."""
 
     def trial_s(self, plan: Plan) -> float:
         """About how long that takes at the plan's own size, in seconds."""
@@ -81,8 +89,12 @@ class Backend(Protocol):
             rebuild: whether it may have another mask, for which a file is emitted anew.
         """
 
-    def array(self, values: Any, dtype: str) -> Any:
-        """A NumPy array as the backend's, in one of the language's dtypes."""
+    def array(self, values: Any, dtype: str, target: Target | None = None) -> Any:
+        """A NumPy array as what `trial` takes of it, in one of the language's dtypes.
+
+        Args:
+            target: of the kernel; None: the device here.
+        """
 
     def block(self, value: Any) -> Any:
         """What a function returned, when all of it has been computed."""

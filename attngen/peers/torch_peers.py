@@ -189,22 +189,11 @@ class Flex:
         q, k, v = (given[n] for n in "qkv")
         out_dtype = _dtype(spec.out_dtype_name)
         times = {}
-        options: dict[str, Any] = {"scale": spec.scale_value}
-        options["enable_gqa"] = spec.repeats > 1
+        options = flex_options(spec, given)
         if _needs_block_mask(spec):
             start = time.perf_counter()
-            shape = _block_mask(spec)
-            options["block_mask"] = create_block_mask(
-                _mask_mod(spec, given),
-                shape.batch if shape.batch > 1 else None,
-                shape.heads if shape.heads > 1 else None,
-                spec.q_len,
-                spec.kv_len,
-                device="cpu",
-            )
+            options["block_mask"] = flex_block_mask(spec, given, create_block_mask)
             times["block mask"] = time.perf_counter() - start
-        if spec.score:
-            options["score_mod"] = _score_mod(spec, given)
         torch.compiler.reset()  # what was compiled for another spec counts as a variant
         compiled = torch.compile(flex_attention, dynamic=False)
 
@@ -219,6 +208,36 @@ class Flex:
         return Ready(
             call, _outputs(spec), ", ".join(["compiled", *said]), prepared_s=times
         )
+
+
+def flex_options(spec: AttentionSpec, given: Mapping[str, Any]) -> dict[str, Any]:
+    """flex_attention's keywords for a spec, but for the block mask."""
+    options: dict[str, Any] = {"scale": spec.scale_value}
+    options["enable_gqa"] = spec.repeats > 1
+    if spec.score:
+        options["score_mod"] = _score_mod(spec, given)
+    return options
+
+
+def flex_block_mask(
+    spec: AttentionSpec, given: Mapping[str, Any], create: Callable[..., Any]
+) -> Any:
+    """Its block mask of a spec, where q, k, v and the operands are; None without a mask.
+
+    Args:
+        create: create_block_mask, compiled or not.
+    """
+    if not _needs_block_mask(spec):
+        return None
+    shape = _block_mask(spec)
+    return create(
+        _mask_mod(spec, given),
+        shape.batch if shape.batch > 1 else None,
+        shape.heads if shape.heads > 1 else None,
+        spec.q_len,
+        spec.kv_len,
+        device=given["q"].device,
+    )
 
 
 def _needs_block_mask(spec: AttentionSpec) -> bool:

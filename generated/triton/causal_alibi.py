@@ -52,13 +52,16 @@ RUNTIME = [
     "k_stride_h", "k_stride_t", "v_stride_b", "v_stride_h", "v_stride_t",
     "out_stride_b", "out_stride_h", "out_stride_t", "slopes_stride_0",
 ]  # fmt: skip
-CONSTEXPRS = {"ALIGN": 16}  # of tensors that lie densely
+CONSTEXPRS = {"ALIGN": 8}  # of tensors that lie densely
 
 
 def attention(q, k, v, *, slopes):
     """Attention of torch tensors -> out, lse.
 
-    Any batch, lengths and strides; the kernel is compiled once for all of them.
+    Any batch, lengths and strides: a new batch or length compiles nothing.
+    Compiled once for tensors that lie densely, and anew for the first ones with
+    another ALIGN (what divides all strides: 1, 2, 4, 8 or 16), with another step than
+    1 within a head, or at addresses that aren't multiples of 16 bytes.
 
     q       (B, H, T, 72) float32
     k       (B, G, S, 72) float32

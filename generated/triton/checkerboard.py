@@ -48,13 +48,17 @@ RUNTIME = [
     "k_stride_t", "k_stride_h", "v_stride_b", "v_stride_t", "v_stride_h",
     "out_stride_b", "out_stride_t", "out_stride_h",
 ]  # fmt: skip
-CONSTEXPRS = {"ALIGN": 16}  # of tensors that lie densely
+CONSTEXPRS = {"ALIGN": 8}  # of tensors that lie densely
 
 
 def attention(q, k, v):
     """Attention of torch tensors -> out.
 
-    Any batch, lengths and strides; the kernel is compiled once for all of them.
+    Any batch, lengths and strides: a new batch or length compiles nothing.
+    Compiled once for tensors that lie densely, and anew for the first ones with
+    another ALIGN (what divides all strides: 1, 2, 4, 8 or 16), with another step than
+    1 within a head, at addresses that aren't multiples of 16
+    bytes, or of more than 2 GiB.
 
     q       (B, T, H, 96) float32
     k       (B, S, G, 96) float32

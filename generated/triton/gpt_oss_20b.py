@@ -57,7 +57,10 @@ CONSTEXPRS = {"ALIGN": 16}  # of tensors that lie densely
 def attention(q, k, v, *, sink):
     """Attention of torch tensors -> out.
 
-    Any batch, lengths and strides; the kernel is compiled once for all of them.
+    Any batch, lengths and strides: a new batch or length compiles nothing.
+    Compiled once for tensors that lie densely, and anew for the first ones with
+    another ALIGN (what divides all strides: 1, 2, 4, 8 or 16), with another step than
+    1 within a head, or at addresses that aren't multiples of 16 bytes.
 
     q       (B, T, H, 64) bfloat16
     k       (B, S, G, 64) bfloat16

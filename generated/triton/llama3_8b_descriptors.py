@@ -58,8 +58,11 @@ BLOCK_SHAPES = {
 def attention(q, k, v):
     """Attention of torch tensors -> out.
 
-    Any batch and lengths; the kernel is compiled once for all of them. q may have any
-    strides, k and v multiples of 16 bytes.
+    Any batch and lengths: a new one compiles nothing. q may have any strides,
+    k and v multiples of 16 bytes.
+    Compiled once for tensors that lie densely, and anew for the first ones with
+    another ALIGN (what divides all strides: 1, 2, 4, 8 or 16), with another step than
+    1 within a head, or at addresses that aren't multiples of 16 bytes.
 
     q       (B, T, H, 128) bfloat16
     k       (B, S, G, 128) bfloat16

@@ -85,7 +85,7 @@ class NumpyBackend:
     def template(self, plan: Plan) -> tuple[str, Mapping[str, Any]]:
         return "running.py.jinja", context.context(plan)
 
-    def load(self, path: Path) -> Callable[..., Any]:
+    def load(self, path: Path, target=None) -> Callable[..., Any]:
         return runpy.run_path(str(path))["attention"]
 
     def is_here(self, target):
@@ -94,10 +94,13 @@ class NumpyBackend:
     def trial(self, path, function):
         return function
 
+    def ran(self, target):
+        return ""
+
     def trial_s(self, plan):
         return plan.time_s
 
-    def array(self, values: Any, dtype: str) -> Any:
+    def array(self, values: Any, dtype: str, target=None) -> Any:
         return np.asarray(values, numpy_dtype(dtype))
 
     def block(self, value: Any) -> Any:

@@ -59,13 +59,16 @@ class JaxBackend:
 
         return is_here(target)
 
-    def load(self, path: Path) -> Callable[..., Any]:
+    def load(self, path: Path, target: Target | None = None) -> Callable[..., Any]:
         from attngen.backends.jax.loader import load
 
         return load(path)
 
     def trial(self, path: Path, function: Callable[..., Any]) -> Callable[..., Any]:
         return function
+
+    def ran(self, target: Target) -> str:
+        return "" if self.is_here(target) else "on this machine's processor"
 
     def trial_s(self, plan: Plan) -> float:
         """On this machine's processor, where the target isn't here."""
@@ -74,7 +77,7 @@ class JaxBackend:
     def facts(self, plan: Plan) -> Mapping[str, Any]:
         return {"turns": turns(plan)}
 
-    def array(self, values: Any, dtype: str) -> Any:
+    def array(self, values: Any, dtype: str, target: Target | None = None) -> Any:
         import jax.numpy as jnp
 
         from attngen.backends.jax.loader import check_x64

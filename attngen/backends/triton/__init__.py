@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attngen import targets
 from attngen.backends.triton import candidates, context, model, small
 from attngen.cost import Cost
 from attngen.files import template_folder
@@ -56,31 +57,34 @@ class TritonBackend:
 
         A target that is an architecture is any GPU of it.
         """
-        from attngen.backends.triton.loader import gpu_here
+        from attngen.backends.triton import loader
 
-        found = gpu_here()
-        if found is None:
-            return False
-        architecture, model = found
+        found = loader.gpu_here()
         named = target.name == target.model  # not an architecture's representative
-        return architecture == target.architecture and (
-            not named or model in (None, target.model)
+        return loader.runs_here(target) and (
+            not named or found is None or found[1] in (None, target.model)
         )
 
-    def load(self, path: Path) -> Callable[..., Any]:
+    def load(self, path: Path, target: Target | None = None) -> Callable[..., Any]:
         from attngen.backends.triton.loader import load
 
-        return load(path)
+        return load(path, target)
 
     def trial(self, path: Path, function: Callable[..., Any]) -> Callable[..., Any]:
         from attngen.backends.triton.trial import trial
 
         return trial(path, function)
 
-    def trial_s(self, plan: Plan) -> float:
-        from attngen.backends.triton.loader import has_gpu
+    def ran(self, target: Target) -> str:
+        from attngen.backends.triton.trial import ran
 
-        return plan.time_s if has_gpu() else small.interpreted_s(plan.spec)
+        return ran(target)
+
+    def trial_s(self, plan: Plan) -> float:
+        from attngen.backends.triton.loader import runs_here
+
+        here = runs_here(targets.get(plan.target))
+        return plan.time_s if here else small.interpreted_s(plan.spec)
 
     def small(
         self, plan: Plan, *, rebuild: bool
@@ -90,10 +94,10 @@ class TritonBackend:
     def facts(self, plan: Plan) -> Mapping[str, Any]:
         return {}
 
-    def array(self, values: Any, dtype: str) -> Any:
+    def array(self, values: Any, dtype: str, target: Target | None = None) -> Any:
         from attngen.backends.triton.loader import array
 
-        return array(values, dtype)
+        return array(values, dtype, target)
 
     def block(self, value: Any) -> Any:
         from attngen.backends.triton.loader import block

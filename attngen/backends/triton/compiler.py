@@ -108,7 +108,10 @@ def arguments(
     """A kernel's signature, constants and what is known of its pointers."""
     dtypes = {n: d for n, _, d in shapes}
     dtypes |= {"out": out_dtype or dtypes["q"], "lse": "float32"}
-    sizes = {n: math.prod(s) * BYTES[d] for n, s, d in shapes}
+    shape_of = {n: s for n, s, _ in shapes}
+    shape_of["lse"] = shape_of["q"][:-1]
+    shape_of["out"] = (*shape_of["lse"], shape_of["v"][-1])
+    sizes = {n: math.prod(s) * BYTES[dtypes[n]] for n, s in shape_of.items()}
     signature: dict[str, str] = {}
     values: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -121,7 +124,7 @@ def arguments(
             signature[name] = POINTERS[dtypes[name.removesuffix("_ptr")]]
             attributes[i,] = [["tt.divisibility", 16]]
             # as the launcher says of small tensors: AMD's buffer loads take 32-bit offsets
-            small = sizes.get(name.removesuffix("_ptr"), sizes["q"]) < 2**31
+            small = sizes[name.removesuffix("_ptr")] < 2**31
             if gpu.backend == "hip" and small:
                 attributes[i,].append(["tt.pointer_range", 32])
         elif name.endswith("_desc"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from attngen import targets
 from attngen.backends.triton.bounds import bounds, end_of_keys, offset_source
 from attngen.backends.triton.candidates import pieces, power_above
 from attngen.backends.triton.guards import Guards, guards
@@ -197,13 +199,14 @@ def _constants(plan: Plan, folded: bool) -> dict[str, Any]:
 
 def _arguments(plan: Plan, out: bool, lse: bool) -> dict[str, Any]:
     """Of attention(), of the kernel, and of its launch."""
-    spec = plan.spec
+    spec, gpu = plan.spec, targets.get(plan.target).gpu
     operands = [o.name for o in spec.operands]
     axes = ("b", "t", "h", "d") if spec.layout == "bthd" else ("b", "h", "t", "d")
     tensors = ["q", "k", *(["v", "out"] if out else [])]
     described = plan.option("loads") == "descriptors"
     blocks = [x for x in tensors if described and x in ("k", "v")]
     pointed = [x for x in tensors if x not in blocks]
+    dims = {"q": spec.qk_dim, "k": spec.qk_dim, "v": spec.v_dim, "out": spec.v_dim}
     strides = [f"{x}_stride_{a}" for x in pointed for a in axes]
     more = {
         o.name: [f"{o.name}_stride_{i}" for i in range(len(o.axes))]
@@ -241,6 +244,9 @@ def _arguments(plan: Plan, out: bool, lse: bool) -> dict[str, Any]:
         "named": [f"{n}={n}" for n in operands],
         "arguments": ["q", "k", "v", *operands],
         "pointed": pointed,
+        # dense strides are multiples of a head dim, and the least of them is one
+        "large_differ": gpu is not None and gpu.backend == "hip",
+        "align": math.gcd(16, *(dims[x] for x in pointed)),
         "block_sizes": ", ".join(
             f'"{x}": {"Q" if x == "q" else "K"}_BLOCK.value'
             for x in pointed

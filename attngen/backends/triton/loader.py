@@ -18,6 +18,7 @@ from attngen.backends.emitted import attention_of, running
 from attngen.errors import BackendError
 from attngen.gpus import GPUS
 from attngen.interrupts import undisturbed
+from attngen.targets import Target
 
 DRIVERS = (
     "/dev/nvidiactl",
@@ -86,32 +87,54 @@ def gpu_here() -> tuple[str, str | None] | None:
     return architecture, next((known for known in GPUS if known in names), None)
 
 
+def target_here() -> str | None:
+    """The target that the GPU here is, or one of its architecture; None: there is none."""
+    found = gpu_here()
+    if found is None:
+        return None
+    architecture, model = found
+    of_it = (n for n, gpu in GPUS.items() if gpu.architecture == architecture)
+    return model or next(of_it, None)
+
+
+def runs_here(target: Target | None) -> bool:
+    """Whether a kernel for the target runs on the GPU here: it has its architecture.
+
+    None: whatever GPU is here.
+    """
+    found = gpu_here()
+    return found is not None and (target is None or found[0] == target.architecture)
+
+
 @dataclass(frozen=True)
 class Absent:
-    """The function of a kernel whose device isn't here: it says so when it is called."""
+    """The function of a kernel that can't run here: it says so when it is called."""
 
     path: Path
+    target: Target | None = None
 
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        found = gpu_here()
+        wanted = "" if self.target is None else f" of {self.target.architecture}"
         raise BackendError(
             "This kernel can't be called here.",
-            got="no GPU that torch sees",
-            needed="a GPU, and a build of torch for it",
+            got="no GPU that torch sees" if found is None else f"a GPU of {found[0]}",
+            needed=f"a GPU{wanted}, and a build of torch for it",
             hint="kernel.source.write(path) keeps the file; attngen.validate(kernel) runs "
             "it in Triton's interpreter",
         )
 
 
-def load(path: Path) -> Callable[..., Any]:
-    """The function of an emitted file; where there is no GPU, one that says so."""
-    if not has_gpu():
-        return Absent(path)
+def load(path: Path, target: Target | None = None) -> Callable[..., Any]:
+    """The function of an emitted file; where the target can't run, one that says so."""
+    if not runs_here(target):
+        return Absent(path, target)
     return attention_of(import_file(path), path)
 
 
-def array(values: Any, dtype: str) -> Any:
-    """A NumPy array as a tensor on the GPU; as it is where there is none."""
-    if not has_gpu():
+def array(values: Any, dtype: str, target: Target | None = None) -> Any:
+    """A NumPy array as a tensor on the GPU; as it is where the target can't run."""
+    if not runs_here(target):
         return values
     return tensor(values, dtype).cuda()
 

@@ -170,14 +170,27 @@ class Writer:
                 conditions.append(f"({text} >= 0) & ({text} < {axis})")
                 other = 'float("nan")'  # of the values outside
             if isinstance(axis, str) and index.op == "var":
-                if index.value == "q":
-                    conditions.append("(q_index < q_len)")
-                elif index.value == "k" and self.edge:
-                    conditions.append("(k_index < kv_len)")
+                conditions += self._there(index)
             if not (text.isdigit() or text in ("b_index", "h_index")):
                 text = f"{text}.to(tl.int64)"
             steps.append(f"{text} * {node.value.name}_stride_{i}")
+        if not unsure and not proven(node, self._padded()):
+            conditions += self._there(node)  # it is proven for tokens that are there
+        conditions = list(dict.fromkeys(conditions))
         lines += self._statement(name, node, steps, conditions, other)
+
+    def _padded(self) -> dict[str, Interval]:
+        """Where variables can lie in a ragged tile, which has tokens that aren't there."""
+        chunks = {"q": self.plan.q_chunk, "k": self.plan.k_chunk}
+        names = ((n, chunks[n[0]]) for n in ("q", "q_index", "k", "k_index"))
+        more = {n: (self.env[n][0], self.env[n][1] + chunk - 1) for n, chunk in names}
+        return {**self.env, **more}
+
+    def _there(self, node: Expr) -> list[str]:
+        """Whether the tokens are there whose positions an expression reads."""
+        reads = expr.variables(node)
+        conditions = ["(q_index < q_len)"] if "q" in reads else []
+        return conditions + ["(k_index < kv_len)"] * ("k" in reads and self.edge)
 
     def _statement(
         self,

@@ -15,13 +15,14 @@ from typing import Any
 from attngen import certifier
 from attngen.backends.triton import loader
 from attngen.errors import CompileError, ValidationError
+from attngen.targets import Target
 
 TIMEOUT_S = 900.0
 
 
 def trial(path: Path, function: Callable[..., Any]) -> Callable[..., Any]:
     """An emitted file's function, from arrays (see `Backend.array`) to NumPy arrays."""
-    if not loader.has_gpu():
+    if isinstance(function, loader.Absent):
         return Interpreted(path)
 
     def call(**given: Any) -> tuple[Any, ...]:
@@ -30,6 +31,15 @@ def trial(path: Path, function: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(loader.numbers(x) for x in outputs)
 
     return call
+
+
+def ran(target: Target) -> str:
+    """Where the trial of a kernel for the target runs."""
+    if not loader.runs_here(target):
+        return "in Triton's interpreter"
+    import torch
+
+    return f"on {torch.cuda.get_device_name()}"
 
 
 @dataclass(frozen=True)
