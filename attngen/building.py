@@ -216,5 +216,15 @@ def kernel(
 ) -> Kernel:
     from attngen.kernel import Kernel
 
-    any_size = backends.get(chosen.backend).any_size
-    return Kernel(chosen.spec, chosen, source, report, certificate, function, any_size)
+    by, target = backends.get(chosen.backend), targets.get(chosen.target)
+    here = by.any_size or by.is_here(target)  # the former say so themselves
+    return Kernel(
+        chosen.spec,
+        chosen,
+        source,
+        report,
+        certificate,
+        function,
+        any_size=by.any_size,
+        absent="" if here else target.name,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from attngen.emitter import Source
-from attngen.errors import CallError, OperandError
+from attngen.errors import BackendError, CallError, OperandError
 from attngen.plans import Plan
 from attngen.reference import numpy_dtype
 from attngen.reports import Certificate, Report
@@ -26,12 +27,16 @@ class Kernel:
     any_size: the function takes any batch and lengths, and checks its arguments itself
     (Triton's kernels do).
 
+    absent: the target, where it isn't here: the function is traced for it, inside jax.jit
+    say, and isn't called on arrays.
+
     report and certificate are None where it was built inside a trace, which neither
     validates nor compiles anything.
 
     Raises:
         CallError: q, k or v doesn't match the spec.
         OperandError: an operand is missing, surplus, or doesn't match.
+        BackendError: arrays, where the target isn't here.
     """
 
     spec: AttentionSpec
@@ -41,6 +46,7 @@ class Kernel:
     certificate: Certificate | None
     function: Callable[..., Any] = field(repr=False)
     any_size: bool = field(default=False, repr=False)
+    absent: str = field(default="", repr=False)
     _expected: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = field(
         init=False, repr=False
     )
@@ -69,7 +75,18 @@ class Kernel:
                     operands[name] = x if hasattr(x, "dtype") else np.int32(x)
                     continue
                 raise self._mismatch(name, x)
+        if self.absent and not any(_is_traced(x) for x in given.values()):
+            raise self._not_here()
         return self.function(q, k, v, **operands)
+
+    def _not_here(self) -> BackendError:
+        return BackendError(
+            "This kernel can't be called here.",
+            got=f"arrays, on a machine without a {self.absent}",
+            needed=f"a {self.absent}, or a trace: jax.jit(f).lower(…) for one",
+            hint="kernel.source.write(path) keeps the file, which computes the same on any "
+            "device; build with target=None for this one",
+        )
 
     def _names_error(self, operands: dict[str, Any]) -> OperandError:
         wanted = [n for n in self._expected if n not in ("q", "k", "v")]
@@ -99,6 +116,11 @@ class Kernel:
 
     def __str__(self) -> str:
         return self.plan.explain()
+
+
+def _is_traced(x: Any) -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(x, jax.core.Tracer)
 
 
 def _is_scalar(x: Any) -> bool:

@@ -1,20 +1,22 @@
 """Tune for a device that isn't here: plans ranked by what its compiler makes of each.
 
-A kernel's main loop takes at least as long as its busiest pipe. With that bound, and with how
-many programs a multiprocessor holds, the model's best plans are ranked anew, and kept as
-wisdom: of the device as one that isn't here.
+A Triton kernel's main loop takes at least as long as its busiest pipe: with that bound, and
+with how many programs a multiprocessor holds, the model's best plans are ranked anew. For a
+TPU the compiler's own estimate of cycles ranks them. What is found is kept as wisdom: of the
+device as one that isn't here.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from attngen import building, descent, planner, shortlist, tuner
+from attngen import building, descent, planner, shortlist, targets, tuner
 from attngen.backends import Backend
-from attngen.errors import CompileError
+from attngen.errors import CompileError, TimingError
 from attngen.keys import canonical
 from attngen.plans import Option, Plan
 from attngen.recalling import key_of, neutral
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from attngen.reports import Certificate
 
 GROUP = 8  # plans that are compiled before they are kept
+PROCESSES = 8  # at most, that compile at once: each takes up to a gigabyte
 
 
 def tune(
@@ -46,6 +49,13 @@ def tune(
     """
     from attngen import wisdom
 
+    if target.kind != "tpu" and by.name == "jax":
+        raise TimingError(
+            f"{target.name} isn't here, and its compiler says nothing of time.",
+            got=f"target {target.name} by XLA",
+            needed="the device itself, or backend='triton', whose compiler tells bounds",
+            hint='build(effort="estimate") takes the model\'s best plan, certified',
+        )
     key = key_of(spec, target, by)
     wisdom.check_writable(key)
     search = _Search(spec, target, by, wisdom.find(key) or Record(key=key))
@@ -124,11 +134,15 @@ class _Search:
         known = dataclasses.replace(known, temp_bytes=answer.temp_bytes)
         if reason := descent.unfit(answer, plan):
             return dataclasses.replace(known, failed=reason)
-        bound = descent.bound_s(plan, answer, self.target)
-        if bound is None:
-            return dataclasses.replace(known, failed="no bound of its loop is known")
-        self.say(f"{bound:.3g} s or more: {self.by.describe(plan.choice)}")
-        return dataclasses.replace(known, bound_s=bound)
+        known = dataclasses.replace(
+            known,
+            bound_s=descent.bound_s(plan, answer, self.target),
+            estimated_s=estimated_s(answer, self.target),
+        )
+        if known.compiled_s is None:
+            return dataclasses.replace(known, failed="what it takes isn't known")
+        self.say(f"{known.least}: {self.by.describe(plan.choice)}")
+        return known
 
     def finish(self, effort: str, fix: Mapping[str, Option]) -> None:
         done = Finished(
@@ -145,3 +159,22 @@ class _Search:
 
         self.record = self.record.merged(more)
         wisdom.add(self.record)
+
+
+def estimated_s(certificate: Certificate, target: Target) -> float | None:
+    """Seconds of a call by the compiler's estimate of cycles; None: unknown."""
+    if target.tpu is None or certificate.estimated_cycles is None:
+        return None
+    return certificate.estimated_cycles / target.tpu.clock_hz
+
+
+def _in_parallel(
+    made: Sequence[tuple[Plan, Source]], by: Backend, target: Target
+) -> list[Certificate | CompileError]:
+    """What each certifies, a process for each of this machine's cores."""
+    count = max(1, min(len(made), targets.get("cpu").cores, PROCESSES))
+    parts = [made[i::count] for i in range(count)]
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        found = pool.map(lambda p: building.certify_many(p, by, target.name), parts)
+        answers = dict(enumerate(found))
+    return [answers[i % count][i // count] for i in range(len(made))]

@@ -130,7 +130,8 @@ def _others(
             break
         if c == chosen or not isinstance(_current(c, spec, target, by), Plan):
             continue
-        how = "timed here" if c.samples_s else "bound"
+        how = "bound" if c.estimated_s is None else "estimated"
+        how = "timed here" if c.samples_s else how
         if c.fits(spec.budget_bytes):
             ratio = record.standings[c.identity] / record.standings[chosen.identity]
             reason = f"{how}: {ratio - 1:.0%} slower"
@@ -139,7 +140,7 @@ def _others(
         else:
             reason = f"{how}: over the budget"
         timed = timing.spread(c.samples_s).median if c.samples_s else None
-        seconds = c.bound_s if timed is None else timed
+        seconds = c.compiled_s if timed is None else timed
         need = c.modelled_bytes if c.temp_bytes is None else c.temp_bytes
         made.append(Alternative(c.choice, need, seconds, reason))
     return tuple(made)

@@ -39,6 +39,8 @@ class Candidate:
         modelled_bytes, modelled_s: what the model says.
         bound_s: seconds below which a call can't end, by the compiled main loop: of a device
             that isn't here.
+        estimated_s: seconds of a call, by the compiler's own estimate of cycles: of a device
+            that isn't here.
         samples_s: seconds of a call, a sample a round.
         yardsticks_s: of a fixed piece of work in the same rounds. Samples of candidates
             with the same yardstick were taken in the same round.
@@ -51,6 +53,7 @@ class Candidate:
     modelled_bytes: int
     modelled_s: float
     bound_s: float | None = None
+    estimated_s: float | None = None
     samples_s: tuple[float, ...] = ()
     yardsticks_s: tuple[float, ...] = ()
     failed: str | None = None
@@ -73,9 +76,16 @@ class Candidate:
 
     @property
     def least(self) -> str:
-        """Its fastest call, or the bound of one, for people."""
-        bound = f"≥ {show_time(self.bound_s or 0)}"
-        return show_time(min(self.samples_s)) if self.samples_s else bound
+        """Its fastest call, or what its compiler says of one, for people."""
+        if self.samples_s:
+            return show_time(min(self.samples_s))
+        sign = "≥" if self.estimated_s is None else "≈"
+        return f"{sign} {show_time(self.compiled_s or 0)}"
+
+    @property
+    def compiled_s(self) -> float | None:
+        """What its compiler makes of a call: an estimate, or else a bound."""
+        return self.bound_s if self.estimated_s is None else self.estimated_s
 
     @property
     def took(self) -> tuple[str, str]:
@@ -142,7 +152,7 @@ class Record:
         "unfinished" where each was interrupted, or stopped for want of time.
         """
         done = [f.effort for f in self.finished if not f.stopped]
-        tried = any(c.samples_s or c.bound_s for c in self.candidates)
+        tried = any(c.samples_s or c.compiled_s for c in self.candidates)
         none = "unfinished" if tried else "estimate"
         return max(done, key=EFFORTS.index, default=none)
 
@@ -164,13 +174,15 @@ class Record:
         """What each timed candidate takes by what the fastest takes, by identity.
 
         Less than 1 only where there are too few rounds to believe it. Where none is timed,
-        it is of the candidates' bounds.
+        it is of what the compiler makes of the candidates.
         """
         usable = [c for c in self.candidates if c.failed is None]
         timed = [c for c in usable if c.samples_s]
         if not timed:
-            bounds = {c.identity: c.bound_s for c in usable if c.bound_s is not None}
-            return {n: b / min(bounds.values()) for n, b in bounds.items()}
+            known = {
+                c.identity: c.compiled_s for c in usable if c.compiled_s is not None
+            }
+            return {n: s / min(known.values()) for n, s in known.items()}
         seconds: dict[str, dict[Hashable, float]] = {
             c.identity: dict(zip(c.yardsticks_s, c.samples_s, strict=True))
             for c in timed
@@ -263,7 +275,7 @@ class Record:
             times = (
                 *c.samples_s,
                 *c.yardsticks_s,
-                *[b for b in [c.bound_s] if b is not None],
+                *[s for s in (c.bound_s, c.estimated_s) if s is not None],
             )
             if not all(0 < s < float("inf") for s in times):
                 raise _no_record("a sample that isn't a positive number of seconds")
