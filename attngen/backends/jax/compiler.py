@@ -11,6 +11,7 @@ from attngen import targets
 from attngen.backends.jax import devices
 from attngen.backends.jax.cycles import estimated_cycles
 from attngen.backends.jax.scratch import scratch_bytes
+from attngen.certifier import TOO_LARGE
 from attngen.targets import Target
 from attngen.version import installed
 
@@ -44,6 +45,7 @@ def certify(job: dict[str, Any]) -> dict[str, Any]:
         "compile_s": round(seconds, 3),
         "versions": installed(PACKAGES[target.kind]),
     }
+    _check_fits(memory, target)
     text = compiled.as_text()
     if target.kind == "cpu":
         scratch = scratch_bytes(text)
@@ -56,6 +58,20 @@ def certify(job: dict[str, Any]) -> dict[str, Any]:
             ),
         }
     return found
+
+
+def _check_fits(memory: Any, target: Target) -> None:
+    """Refuse what doesn't fit a device that isn't here, as XLA:TPU mostly does itself.
+
+    XLA:GPU asks for any number of bytes, and XLA:TPU for some more than there are.
+    """
+    need = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+    need += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    has = target.memory_bytes
+    if target.kind != "cpu" and has is not None and need > has:
+        raise RuntimeError(
+            f"{TOO_LARGE}: memory required ({need}) exceeds available HBM ({has})"
+        )
 
 
 def _on_chip(memory: Any) -> int:
