@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from attngen.backends.jax.shards import local
 from attngen.errors import NotBuiltError
 from attngen.plans import Choice, Option
 from attngen.regions import analyse, rises
@@ -49,6 +50,7 @@ def refuse(spec: AttentionSpec) -> None:
                 needed=f"{field}={built[0]!r}",
                 hint=hint,
             )
+    local(spec)
 
 
 def space(
@@ -83,8 +85,10 @@ def space(
     common: dict[str, Sequence[Option]] = {
         "q_chunk": _chunks(spec.q_len),
         "k_chunk": _chunks(spec.kv_len),
-        "head_chunk": _parts(spec.kv_heads),
-        "batch_chunk": tuple(dict.fromkeys((1, spec.batch))),
+        "head_chunk": _of_each(
+            _parts(spec.kv_heads // spec.head_shards), spec.head_shards
+        ),
+        "batch_chunk": tuple(dict.fromkeys((spec.batch_shards, spec.batch))),
         "loop": ("fori",),
         "exp": exponentials(spec) if whole else exponentials(spec)[:1],
         "product_dtype": product,
@@ -149,6 +153,10 @@ def _parts(heads: int) -> tuple[int, ...]:
     )
 
 
+def _of_each(parts: tuple[int, ...], shards: int) -> tuple[int, ...]:
+    return tuple(n * shards for n in parts)
+
+
 def option(choice: Choice, name: str) -> Option:
     """A choice, or what an algorithm that doesn't have it does."""
     return choice.get(name, DEFAULTS[name])
@@ -180,6 +188,9 @@ def _bad_size(spec: AttentionSpec, choice: Choice) -> str | None:
             return f"{name} must be an integer from 1 to {field} = {limit}"
         if name in ("head_chunk", "batch_chunk") and limit % int(value):
             return f"{name} must divide {field} = {limit}"
+        shards = {"head_chunk": spec.head_shards, "batch_chunk": spec.batch_shards}
+        if int(value) % shards.get(name, 1):
+            return f"{name} must be as much of each of {shards[name]} shards"
         if choice["algorithm"] == "dense" and value != limit:
             return f"dense has one tile: {name} = {field} = {limit}"
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +49,9 @@ def certify(job: dict[str, Any]) -> dict[str, Any]:
     }
     _check_fits(memory, target)
     text = compiled.as_text()
+    if "mesh" in job:
+        count = math.prod(job["mesh"])
+        found |= {"devices": count, "collectives": _collectives(text)}
     if target.kind == "cpu":
         scratch = scratch_bytes(text)
         found |= {"temp_bytes": found["temp_bytes"] + scratch, "scratch_bytes": scratch}
@@ -58,6 +63,18 @@ def certify(job: dict[str, Any]) -> dict[str, Any]:
             ),
         }
     return found
+
+
+COLLECTIVES = (
+    "all-gather", "all-reduce", "all-to-all", "collective-broadcast",
+    "collective-permute", "ragged-all-to-all", "reduce-scatter",
+)  # fmt: skip
+
+
+def _collectives(hlo: str) -> dict[str, int]:
+    """How often a module has each operation by which devices exchange something."""
+    counts = {c: len(re.findall(rf" {c}(?:-start)?\(", hlo)) for c in COLLECTIVES}
+    return {name: count for name, count in counts.items() if count}
 
 
 def _check_fits(memory: Any, target: Target) -> None:
@@ -118,6 +135,8 @@ def _compile(job: dict[str, Any], target: Target) -> Any:
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", bool(job.get("x64")))
+    if "mesh" in job:
+        return _compile_sharded(job, target)
     where = None if target.kind == "cpu" else devices.one_device(target)
 
     def placed(x: Any) -> Any:
@@ -137,6 +156,29 @@ def _compile(job: dict[str, Any], target: Target) -> Any:
         named = shapes
     jitted = jax.jit(function, out_shardings=where) if where else jax.jit(function)
     return jitted.lower(*given, **named).compile()
+
+
+def _compile_sharded(job: dict[str, Any], target: Target) -> Any:
+    """A program under automatic partitioning, its arrays sharded as shards.mesh says."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    if target.kind == "cpu":
+        jax.config.update("jax_num_cpu_devices", math.prod(job["mesh"]))
+    mesh, arrays = devices.mesh(target, job["mesh"]), job["arrays"]
+
+    def where(name: str) -> Any:
+        return NamedSharding(mesh, PartitionSpec(*arrays[name]))
+
+    shapes = {
+        n: jax.ShapeDtypeStruct(tuple(s), d, sharding=where(n))
+        for n, s, d in job["shapes"]
+    }
+    given = [shapes.pop(n) for n in "qkv"]
+    outputs = [where(name) for name in job["outputs"]]
+    given_out = tuple(outputs) if len(outputs) > 1 else outputs[0]
+    jitted = jax.jit(_function(job), out_shardings=given_out)
+    return jitted.lower(*given, **shapes).compile()
 
 
 def _function(job: dict[str, Any]) -> Callable[..., Any]:
