@@ -48,10 +48,10 @@ class AttentionSpec:
         outputs: "out" and/or "lse", in the order wanted.
         derivatives: None, "vjp", or "any" (any order, forward mode too).
         precision: of the matrix products: "default" or "highest".
-        memory_budget: bytes of temporaries beyond inputs and outputs, an integer or
-            text such as "64MiB"; None: what the target's memory leaves. Of one device.
         batch_shards, head_shards: how many parts the batch, and the heads, are sharded in
             over devices; they divide batch and kv_heads. All shapes stay those of the whole.
+        memory_budget: bytes of temporaries beyond inputs and outputs of one device, an
+            integer or text such as "64MiB"; None: what the target's memory leaves.
 
     Raises:
         SpecError: a field has a value that it can't have.
@@ -83,9 +83,9 @@ class AttentionSpec:
     outputs: tuple[str, ...] = ("out",)
     derivatives: str | None = None
     precision: str = "default"
-    memory_budget: int | str | None = None
     batch_shards: int = 1
     head_shards: int = 1
+    memory_budget: int | str | None = None
 
     def __post_init__(self) -> None:
         for name, source in (

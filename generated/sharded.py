@@ -17,7 +17,7 @@ cost      2.68 GFLOP (4.29 GFLOP without skipping), 2.4 MiB of temporaries (mode
 needs     jax >= 0.10; nothing of attngen
 spec      {"batch": 4, "q_heads": 16, "kv_heads": 8, "q_len": 512, "kv_len": 512,
           "qk_dim": 64, "v_dim": 64, "dtype": "bfloat16", "mask": "causal",
-          "memory_budget": "4MiB", "batch_shards": 2, "head_shards": 4}
+          "batch_shards": 2, "head_shards": 4, "memory_budget": "4MiB"}
 choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 256,
           "k_chunk": 256, "head_chunk": 4, "batch_chunk": 2, "loop": "fori", "exp":
           "polynomial", "product_dtype": "float32", "guard": true, "scale": "queries",
@@ -53,9 +53,8 @@ def attention(q, k, v):
     _check("k", k, (B, S, G, D), "bfloat16")
     _check("v", v, (B, S, G, D), "bfloat16")
 
-
-    # Shards come first, one on each device; what a device has of them is sliced. An axis
-    # that is both sharded and sliced would be gathered.
+    # Shards come first, one on each device, and what lies there is sliced: XLA gathers
+    # an axis that is both sharded and sliced.
     q = q.reshape(B_SHARDS, B_PART, T, H_SHARDS, H_PART, D)
     q = q.transpose(0, 3, 1, 2, 4, 5)
     k = k.reshape(B_SHARDS, B_PART, S, H_SHARDS, G_PART, D)

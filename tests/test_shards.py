@@ -60,6 +60,14 @@ def test_a_device_takes_what_it_would_alone(case, judged):
         assert found["device"] <= found["alone"] + more + 1024
 
 
+@pytest.mark.parametrize("case", sharded.CASES)
+def test_texts_are_as_wide_as_others(case):
+    for batches, heads in (*sharded.MESHES, (2, 2), (1, 2)):
+        text = attngen.emit(sharded.plan_of(case, batches, heads)).text
+        assert all(len(line) <= 88 for line in text.splitlines())
+        compile(text, case, "exec")
+
+
 # Certificates.
 
 

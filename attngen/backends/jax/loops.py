@@ -293,6 +293,9 @@ def _stacked(plan: Plan, at: Tile, levels: list[tuple[str, str]]) -> dict[str, A
     for output in spec.outputs:
         axes = order(spec.layout, "bqh") if output == "out" else "bhq"
         tail = [_value_dim(spec)] if output == "out" else []
+        own = [*(size[a] for a in axes), *tail]
+        if shards.split(plan):  # too many to name them again
+            own = [f"*{output}.shape[1:]"]
         moved: list[int] = []
         apart = shards.axes(plan, axes)
         for i, (axis, part_of) in enumerate(apart):
@@ -301,7 +304,7 @@ def _stacked(plan: Plan, at: Tile, levels: list[tuple[str, str]]) -> dict[str, A
             moved.append(len(names) + i)
         moved += [len(names) + len(apart)] * len(tail)
         found[output] = {
-            "shape": ", ".join([*counts, *shards.sizes(plan, axes, size), *tail]),
+            "shape": ", ".join([*counts, *own]),
             "order": ", ".join(map(str, moved)),
             "whole": ", ".join([*(WHOLE[a] for a in axes), *tail]),
         }
