@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from attngen.backends.jax.shards import local
 from attngen.errors import NotBuiltError
 from attngen.intervals import examine
 from attngen.plans import Choice, Option
@@ -50,6 +51,7 @@ def refuse(spec: AttentionSpec) -> None:
                 needed=f"{field}={built[0]!r}",
                 hint=hint,
             )
+    local(spec)
 
 
 def products(spec: AttentionSpec) -> tuple[str, ...]:
@@ -98,6 +100,9 @@ def _bad_size(spec: AttentionSpec, choice: Choice) -> str | None:
             return f"{name} must be an integer from 1 to {field} = {limit}"
         if name in ("head_chunk", "batch_chunk") and limit % int(value):
             return f"{name} must divide {field} = {limit}"
+        shards = {"head_chunk": spec.head_shards, "batch_chunk": spec.batch_shards}
+        if int(value) % shards.get(name, 1):
+            return f"{name} must be as much of each of {shards[name]} shards"
         if choice["algorithm"] == "dense" and value != limit:
             return f"dense has one tile: {name} = {field} = {limit}"
     return None

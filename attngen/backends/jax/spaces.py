@@ -66,8 +66,10 @@ def _processor(
     common: dict[str, Sequence[Option]] = {
         "q_chunk": _chunks(spec.q_len),
         "k_chunk": _chunks(spec.kv_len),
-        "head_chunk": _parts(spec.kv_heads),
-        "batch_chunk": tuple(dict.fromkeys((1, spec.batch))),
+        "head_chunk": _of_each(
+            _parts(spec.kv_heads // spec.head_shards), spec.head_shards
+        ),
+        "batch_chunk": tuple(dict.fromkeys((spec.batch_shards, spec.batch))),
         "loop": ("fori",),
         "exp": exponentials(spec) if whole else exponentials(spec)[:1],
         "product_dtype": product,
@@ -145,8 +147,10 @@ def _accelerator(spec: AttentionSpec, target: Target, *, whole: bool) -> Space:
     common: dict[str, Sequence[Option]] = {
         "q_chunk": _lanes(spec.q_len, LARGEST_CHUNK),
         "k_chunk": _lanes(spec.kv_len, LARGEST_KEYS),
-        "head_chunk": _parts(spec.kv_heads),
-        "batch_chunk": tuple(dict.fromkeys((1, spec.batch))),
+        "head_chunk": _of_each(
+            _parts(spec.kv_heads // spec.head_shards), spec.head_shards
+        ),
+        "batch_chunk": tuple(dict.fromkeys((spec.batch_shards, spec.batch))),
         "loop": ("fori",),
         **lesser,
         "qk": ("once", "twice") if tpu or whole else ("once",),
@@ -182,6 +186,10 @@ def _accelerator(spec: AttentionSpec, target: Target, *, whole: bool) -> Space:
         | ({} if whole else few)
         | {"loop": ("fori", "map") if whole else ("fori",)},
     }
+
+
+def _of_each(parts: tuple[int, ...], shards: int) -> tuple[int, ...]:
+    return tuple(n * shards for n in parts)
 
 
 def _lanes(length: int, most: int) -> tuple[int, ...]:

@@ -113,9 +113,7 @@ def _element(spec: AttentionSpec, choice: Choice, rate: Rates) -> float:
     return cost + (rate.power if choice["exp"] == "polynomial" else 0.0)
 
 
-def _products(
-    spec: AttentionSpec, choice: Choice, elements: int, tpu: Tpu
-) -> float:
+def _products(spec: AttentionSpec, choice: Choice, elements: int, tpu: Tpu) -> float:
     """Cycles of the matrix units for products in float32, which take several passes."""
     if BYTES[str(choice["product_dtype"])] <= 2:
         return 0.0
@@ -129,7 +127,9 @@ def _stored(choice: Choice, elements: int, tpu: Tpu) -> float:
 
     v2 and v3 keep no array on the chip between operations: their rate of an element has it.
     """
-    fused = _chosen(choice, "qk") == "twice" and _chosen(choice, "denominator") == "ones"
+    fused = (
+        _chosen(choice, "qk") == "twice" and _chosen(choice, "denominator") == "ones"
+    )
     if fused or 4 * elements <= FITS * tpu.vmem_bytes or tpu.generation in ("v2", "v3"):
         return 0.0
     return 4 * elements / tpu.bytes_per_cycle
