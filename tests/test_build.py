@@ -106,7 +106,8 @@ def test_what_spilled_is_told_in_a_line(monkeypatch):
     by, device = backends.get("triton"), targets.get("a100")
     ranked = planner.rank(spec, device, by)
     chosen, _, _ = descent.first_certified(ranked, by)
-    assert [a.choice for a in chosen.alternatives[:2]] == [p.choice for p in ranked[:2]]
+    assert chosen.alternatives[0].choice == ranked[0].choice
+    assert chosen.choice not in [a.choice for a in chosen.alternatives]
     lines = chosen.explain().splitlines()
     assert sum(line.endswith("   spills 16.7 KiB") for line in lines) == 2
     assert all(len(line) <= 100 for line in lines)
