@@ -36,6 +36,7 @@ class Rates:
         tile, edge, step: of each.
         query: of a number of a query or of an output.
         once: of a cycle of the memory, for all inputs and outputs.
+        strip: of a row, in each step down a diagonal.
     """
 
     element: float
@@ -54,9 +55,144 @@ class Rates:
     step: float
     query: float
     once: float
+    strip: float
 
 
-RATES: dict[str, Rates] = {}
+RATES = {
+    "v2": Rates(
+        element=0.0197,
+        sum=0.0169,
+        twice=0.00813,
+        score=0.0167,
+        masked=0.00145,
+        power=0,
+        wide=0.126,
+        stored=0,
+        key=0.00665,
+        row=0.0139,
+        rescaled=0,
+        tile=3860,
+        edge=11300,
+        step=0,
+        query=0.0687,
+        once=0,
+        strip=6.9,
+    ),
+    "v3": Rates(
+        element=0.0204,
+        sum=0.0144,
+        twice=0,
+        score=0.029,
+        masked=0.00187,
+        power=0.00672,
+        wide=0.086,
+        stored=0,
+        key=0.00872,
+        row=0.0185,
+        rescaled=0.0453,
+        tile=3210,
+        edge=7200,
+        step=2560,
+        query=0.082,
+        once=0,
+        strip=8.25,
+    ),
+    "v4": Rates(
+        element=0.00699,
+        sum=0.00309,
+        twice=0,
+        score=0.0155,
+        masked=1.38e-05,
+        power=0.00694,
+        wide=0.587,
+        stored=1,
+        key=0.00193,
+        row=0.00895,
+        rescaled=0,
+        tile=4850,
+        edge=0,
+        step=4600,
+        query=0.0177,
+        once=0,
+        strip=3.15,
+    ),
+    "v5e": Rates(
+        element=0.00331,
+        sum=0.011,
+        twice=0.0103,
+        score=0.0246,
+        masked=9.28e-05,
+        power=0.00415,
+        wide=1.12,
+        stored=2,
+        key=0.00887,
+        row=0,
+        rescaled=0,
+        tile=5030,
+        edge=5270,
+        step=3360,
+        query=0.0612,
+        once=0,
+        strip=4.44,
+    ),
+    "v5p": Rates(
+        element=0.00601,
+        sum=0.00632,
+        twice=0,
+        score=0,
+        masked=0.00956,
+        power=0,
+        wide=0.0827,
+        stored=1,
+        key=0.00559,
+        row=0.00945,
+        rescaled=0,
+        tile=8790,
+        edge=0,
+        step=8420,
+        query=0.0137,
+        once=9.26,
+        strip=10.1,
+    ),
+    "v6e": Rates(
+        element=0.00252,
+        sum=0.00524,
+        twice=0.00116,
+        score=0.00575,
+        masked=0.00272,
+        power=0.00479,
+        wide=0.793,
+        stored=0.7,
+        key=0.0052,
+        row=0.00247,
+        rescaled=0,
+        tile=3440,
+        edge=19500,
+        step=4670,
+        query=0.0264,
+        once=0,
+        strip=4.12,
+    ),
+    "v7x": Rates(
+        element=0.00257,
+        sum=0.00581,
+        twice=0.00406,
+        score=0.00718,
+        masked=0.00171,
+        power=0,
+        wide=2.2,
+        stored=1,
+        key=0,
+        row=0.00355,
+        rescaled=0,
+        tile=3500,
+        edge=22000,
+        step=7080,
+        query=0,
+        once=13.5,
+        strip=0,
+    ),
+}
 FITS = 0.6  # of the on-chip memory, that a tile may take
 
 
@@ -92,6 +228,7 @@ def cycles(spec: AttentionSpec, choice: Choice, tiles: Tiles, tpu: Tpu) -> float
         + matrices * rows * ((spec.v_dim + 1) * rate.row + rate.rescaled)
     )
     of_step = rate.step + matrices * rows * dims * rate.query
+    of_step += q / strip * matrices * rows * rate.strip if strip else 0.0
     moved = spec.bytes_of("q", "k", "v", *spec.outputs) / tpu.bytes_per_cycle
     return (
         visited * of_tile
