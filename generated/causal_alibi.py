@@ -129,8 +129,8 @@ def attention(q, k, v, *, slopes):
         lse_all = lax.dynamic_update_slice(lse_all, lse, (0, 0, q_start))
         return out_all, lse_all
 
-    out_all = lax.empty((B, H, T, D), jnp.float32)
-    lse_all = lax.empty((B, H, T), jnp.float32)
+    out_all = jnp.zeros((B, H, T, D), jnp.float32)
+    lse_all = jnp.zeros((B, H, T), jnp.float32)
     return lax.fori_loop(0, Q_CHUNKS, queries, (out_all, lse_all))
 
 

@@ -132,8 +132,8 @@ def attention(q, k, v, *, kv_lengths, q_offset):
         lse_all = lax.dynamic_update_slice(lse_all, lse, (b, g * R, 0))
         return out_all, lse_all
 
-    out_all = lax.empty((B, T, H, D), jnp.float32)
-    lse_all = lax.empty((B, H, T), jnp.float32)
+    out_all = jnp.zeros((B, T, H, D), jnp.float32)
+    lse_all = jnp.zeros((B, H, T), jnp.float32)
     return lax.fori_loop(0, B * G, queries, (out_all, lse_all))
 
 

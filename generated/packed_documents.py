@@ -117,7 +117,7 @@ def attention(q, k, v, *, document_ids):
         out_all = lax.dynamic_update_slice(out_all, out, (b, q_start, g, 0))
         return out_all
 
-    out_all = lax.empty((B, T, H, D), jnp.bfloat16)
+    out_all = jnp.zeros((B, T, H, D), jnp.bfloat16)
     return lax.fori_loop(0, B * G * Q_CHUNKS, queries, out_all)
 
 

@@ -114,7 +114,7 @@ def attention(q, k, v):
         out_all = lax.dynamic_update_slice(out_all, out, (0, q_start, g, 0))
         return out_all
 
-    out_all = lax.empty((B, T, H, D), jnp.float32)
+    out_all = jnp.zeros((B, T, H, D), jnp.float32)
     return lax.fori_loop(0, G * Q_CHUNKS, queries, out_all)
 
 

@@ -136,7 +136,7 @@ def attention(q, k, v):
         out_all = lax.dynamic_update_slice(out_all, out, (0, 0, b, q_start, g * R, 0))
         return out_all
 
-    out_all = lax.empty((B_SHARDS, H_SHARDS, B_PART, T, H_PART, D), jnp.bfloat16)
+    out_all = jnp.zeros((B_SHARDS, H_SHARDS, B_PART, T, H_PART, D), jnp.bfloat16)
     out_all = lax.fori_loop(0, steps, queries, out_all)
     out = out_all.transpose(0, 2, 3, 1, 4, 5).reshape(B, T, H, D)
     return out

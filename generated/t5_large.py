@@ -104,7 +104,7 @@ def attention(q, k, v, *, relative_bias):
         out_all = lax.dynamic_update_slice(out_all, out, (0, 0, g, 0))
         return out_all
 
-    out_all = lax.empty((B, T, H, D), jnp.float32)
+    out_all = jnp.zeros((B, T, H, D), jnp.float32)
     return lax.fori_loop(0, (G // G_CHUNK), queries, out_all)
 
 
