@@ -47,7 +47,7 @@ def chunked(plan: Plan, at: Tile) -> dict[str, Any]:
     kinds = {kind for kind, _, _ in loops}
     there = None
     if "edge" in kinds and not diagonal:
-        there = unseen(plan, visited["limits"], ragged)
+        there = unseen(plan, visited["limits"], ragged, code.edge)
     steps = " * ".join(count for _, count in levels)
     ones = chosen(plan, "denominator") == "ones"
     v = _value_dim(spec)
@@ -62,7 +62,7 @@ def chunked(plan: Plan, at: Tile) -> dict[str, Any]:
         "q_start": starts.q != "0",
         "q_ragged": spec.q_len % plan.q_chunk != 0,
         "ragged": ragged,
-        "edge_start": any("k_start" in line for line in code.edge),
+        "edge_start": any("k_start" in line for line in (*code.edge, *(there or ()))),
         "there": there,
         "tile_shape": part.shape(at.letters),
         "starts": starts,

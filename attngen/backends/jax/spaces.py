@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from attngen.backends.jax.candidates import (
     LOOPS,
     bounded,
+    distant,
     exponentials,
     limited,
     products,
@@ -51,6 +52,7 @@ def _processor(
         "slices": ("nd", "dn"),
         "steps": ("fori", "map"),
         "blank": ("scores",),
+        "mask": ("positions",),
     }
     dense: dict[str, Sequence[Option]] = {
         "q_chunk": (spec.q_len,),
@@ -131,7 +133,9 @@ def _accelerator(spec: AttentionSpec, target: Target, *, whole: bool) -> Space:
     tpu = target.tpu is not None
     ones = tpu and (len(narrow) == 1 or "lse" not in spec.outputs)
     exact = len(narrow) == 1 or math.frexp(spec.scale_value)[0] == 0.5
-    if target.tpu is not None and target.tpu.matrix_side == LANES:  # the scale of scores costs nothing there
+    if (
+        target.tpu is not None and target.tpu.matrix_side == LANES
+    ):  # the scale of scores costs nothing there
         exact = len(narrow) == 1
     first: dict[str, tuple[Option, Option]] = {
         "scale": ("queries", "scores") if exact else ("scores", "queries"),
@@ -140,6 +144,9 @@ def _accelerator(spec: AttentionSpec, target: Target, *, whole: bool) -> Space:
         "steps": ("fori", "map"),
         "blank": ("limits", "scores") if limited(spec, False) else ("scores", "limits"),
     }
+    first["mask"] = ("positions", "distance")
+    if tpu and distant(spec):
+        first["mask"] = ("distance", "positions")
     lesser: dict[str, Sequence[Option]] = {
         "exp": exps if whole else exps[:1],
         "product_dtype": narrow if whole else narrow[:1],
@@ -158,7 +165,7 @@ def _accelerator(spec: AttentionSpec, target: Target, *, whole: bool) -> Space:
         "qk": ("once", "twice") if tpu or whole else ("once",),
     }
     static = LOOPS if whole else ("fori",)
-    diagonal = (0, 128, 256, 512, 1024) if whole else (0, 512)
+    diagonal = (0, 128, 256, 512, 1024) if whole or not tpu else (0,)
     running = common | {
         "loop": static,
         "unroll": ((1, 2, 4) if whole else (1, 2)) if unrollable(spec) else (1,),

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from attngen import expr
 from attngen.backends.jax import shards
+from attngen.backends.jax.distance import by_distance
 from attngen.backends.jax.statements import assign
-from attngen.backends.jax.tile import Starts, Tile, dimensions, heads
+from attngen.backends.jax.tile import Starts, Tile, chosen, dimensions, heads
 from attngen.expr import Expr
 from attngen.intervals import domain, proven
 from attngen.operands import Operand
@@ -91,9 +92,12 @@ class _Writer:
         """Every condition for a key to be there; `seen` where there is any."""
         terms: list[list[str]] = []
         if self.spec.mask is not None:
-            self._needs(self.spec.mask.expr, self.code.edge, "float32")
+            mask = self.spec.mask.expr
+            if chosen(self.plan, "mask") == "distance":
+                mask = by_distance(mask)
+            self._needs(mask, self.code.edge, "float32")
             printer = self._printer("float32", "part")
-            terms.append(printer.lines("seen", self.spec.mask.expr, width=self.width))
+            terms.append(printer.lines("seen", mask, width=self.width))
         if self.ragged:
             self._define("k_index", self.code.edge)
             terms.append(["seen = k_index >= c * K_CHUNK"])
@@ -112,6 +116,7 @@ class _Writer:
 
     def _printer(self, float_dtype: str, prefix: str) -> ArrayPrinter:
         names = {"b": "b_index", "h": "h_index", "q": "q_pos", "k": "k_pos", "s": "s"}
+        names |= {"away": "away", "shift": "shift"}
         if self.spec.static_q_offset == 0:
             names["q"] = "q_index"
         if self.spec.kv_offset == 0:
@@ -148,6 +153,8 @@ class _Writer:
             self._define("q_index", lines)
             if self.spec.static_q_offset != 0:
                 self._define("q_pos", lines)
+        elif name in ("away", "shift"):
+            self._define(name, keys)
         elif name == "k":
             self._define("k_index", keys)
             if self.spec.kv_offset:
@@ -189,6 +196,15 @@ class _Writer:
             letter = name[0]
             start = starts.q if letter == "q" else starts.k
             return [f"{name} = {self._range(start, letter, at.sizes[letter])}"]
+        if name == "away":  # XLA makes both on the fly, in the tile's own layout
+            keys, queries = (self._range("0", a, at.sizes[a]) for a in "kq")
+            return [f"away = {keys} - {queries}"]
+        if name == "shift":
+            q = starts.q + (" + Q_OFFSET" if self.spec.static_q_offset else "")
+            k = f"({starts.k} + K_OFFSET)" if self.spec.kv_offset else starts.k
+            return [
+                f"shift = {q} - {k}  # of the tile's first query from its first key"
+            ]
         if name == "k_pos":
             return ["k_pos = k_index + K_OFFSET"]
         if name == "q_pos" and self.spec.static_q_offset is not None:
