@@ -37,9 +37,20 @@ def explain(plan: Plan) -> str:
         lines.append(
             "          slices are converted one by one: XLA would convert all of q, k, v before"
         )
+    if _rounds(plan):
+        lines.append(
+            '          TPUs multiply float32 in bfloat16 unless precision is "highest"'
+        )
     lines += _skipped(plan)
     lines += _alternatives(plan, describe)
     return "\n".join(lines)
+
+
+def _rounds(plan: Plan) -> bool:
+    """Whether the target makes products of less than the dtype's bits."""
+    wide = dict(plan.options).get("product_dtype") == "float32"
+    tpu = plan.target.startswith("tpu-")
+    return wide and tpu and plan.spec.precision == "default"
 
 
 def _count(count: int, noun: str) -> str:
