@@ -257,7 +257,9 @@ def _tile(plan: _Plan) -> tuple[int, int]:
         stored = spec.score or (single and (plan.masked or not plan.ones))
         tile = one if stored else 0 if plan.ones else one // 2
     else:
-        tile = one * plan.unroll if plan.chunks > plan.unroll or plan.heads > 1 else one
+        # one round of steps of one head: no loop, and one tile after the other
+        alone = plan.chunks <= plan.unroll and plan.heads == 1 and not plan.masked
+        tile = one if alone else one * plan.unroll
     tail = spec.kv_len % plan.k and not plan.masked and not single and one < LARGE
     if tail and (
         plan.heads == 1 or plan.unroll > 1
