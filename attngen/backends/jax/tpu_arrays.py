@@ -15,7 +15,6 @@ from attngen.tpus import LANES, SUBLANES
 NARROW = 2  # bytes of a number that matrix units take, also for products of float32
 LARGE = 2**21  # bytes of a tile: a smaller one is made before it is needed
 FEW = 512  # a tile's sides from which a square one has its keys relaid
-LONG = 8192  # queries of a chunk from which the output is filled in another order
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,7 @@ class _Plan:
     ones: bool
     twice: bool
     dn: bool
+    guard: bool
     looped: bool
     chunks: int
 
@@ -134,6 +134,7 @@ def arrays(spec: AttentionSpec, choice: Choice, tiles: Tiles | None) -> Arrays:
         ones=option(choice, "denominator") == "ones",
         twice=option(choice, "qk") == "twice",
         dn=option(choice, "slices") == "dn",
+        guard=bool(choice["guard"]),
         looped=(b, g, q) != (spec.batch, spec.kv_heads, spec.q_len),
         chunks=-(-spec.kv_len // k),
     )
@@ -176,7 +177,8 @@ def _keys(plan: _Plan) -> tuple[int, int]:
     few = plan.k < LANES or (thin and plan.k == LANES)
     if few or (thin and plan.q == 1):  # slices along the lanes would be of a few lanes
         fill = 4 if plan.k == 1 and heads == 1 else 1
-        return _pair(fill * laid(heads, keys, d, NARROW) for d in dims)
+        size = BYTES[spec.dtype] if plan.k == 1 else NARROW
+        return _pair(fill * laid(heads, keys, d, size) for d in dims)
     if BYTES[spec.dtype] > NARROW:  # converted
         return _pair(least(heads, keys, d, NARROW) for d in dims)
     square = plan.twice and plan.chunks > 1 and plan.q == plan.k > FEW
@@ -207,8 +209,8 @@ def _queries(plan: _Plan, out: int) -> tuple[int, int]:
     elif plan.q < LANES:  # slices along the lanes would be of a few lanes
         whole = laid(heads, queries, spec.qk_dim, own)
         filled = laid(heads, queries, spec.v_dim, result)
-    elif plan.twice and plan.k < LANES and plan.q >= LONG:
-        filled = out
+    if plan.guard:  # a barrier takes rows along the lanes
+        whole = max(whole, laid(heads, queries, spec.qk_dim, own))
     return whole, filled
 
 
@@ -234,15 +236,18 @@ def _step(plan: _Plan) -> dict[str, int]:
     all_heads = spec.layout == "bhtd" and plan.heads == spec.batch * spec.q_heads
     if all_heads or (single and not (plan.wide and plan.some_heads)):
         values = 0
+    sliced = heads * least(1, plan.q, spec.qk_dim, own) if plan.looped else 0
+    if not plan.wide and plan.groups > 1 and plan.groups % 2:  # padded: once more
+        sliced *= 2
     return {
-        "sliced": heads * least(1, plan.q, spec.qk_dim, own) if plan.looped else 0,
+        "sliced": sliced,
         "rows": heads * laid(1, plan.q, spec.qk_dim, own if plan.wide else NARROW),
         "sums": held,
         "one_sums": one if held else 0,
         "tile": tile,
         "one_tile": one_tile if tile else 0,
         "keys": values * (1 if single else plan.unroll),
-        "mask": pairs if plan.masked else 0,
+        "mask": (pairs or plan.q * plan.k // 2) if plan.masked else 0,
         "bias": stats * pairs if spec.score else 0,
     }
 

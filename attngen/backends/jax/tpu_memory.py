@@ -24,6 +24,7 @@ from attngen.tpus import LANES, Tpu
 
 SLACK = 220 * 2**10  # scalars, limits, row statistics: 1 KiB each, at least
 SMALL = 105 * 2**10  # of these in a step: counted as room, and as not in use
+LEAST = 80 * 2**10  # the same, where no small chunks are padded
 UNROLLED = 100 * 2**10  # the same, of each further tile of a step, and of most parts
 PADDING = 1.09  # what is left to chance: holes, orders that were guessed wrong
 ALWAYS_HBM = ("v2", "v3")
@@ -47,7 +48,7 @@ def temp_bytes(
     at = arrays(spec, choice, tiles)
     if tpu.generation not in ALWAYS_HBM:
         return int(OUTSIDE * _outside(at, tpu.vmem_bytes)) + ON_CHIP + _odd(at)
-    small = SMALL + (at.unroll - 1 + max(0, at.parts - 2)) * UNROLLED
+    small = (SMALL if at.filled else LEAST) + (at.unroll - 1 + max(0, at.parts - 2)) * UNROLLED
     if at.dense:
         held = at.tile + at.mask + at.bias + 2 * at.out
         return int(PADDING * held) + 2 * small + SLACK
