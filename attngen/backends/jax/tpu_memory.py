@@ -48,7 +48,9 @@ def temp_bytes(
     at = arrays(spec, choice, tiles)
     if tpu.generation not in ALWAYS_HBM:
         return int(OUTSIDE * _outside(at, tpu.vmem_bytes)) + ON_CHIP + _odd(at)
-    small = (SMALL if at.filled else LEAST) + (at.unroll - 1 + max(0, at.parts - 2)) * UNROLLED
+    small = (SMALL if at.filled else LEAST) + (
+        at.unroll - 1 + max(0, at.parts - 2)
+    ) * UNROLLED
     if at.dense:
         held = at.tile + at.mask + at.bias + 2 * at.out
         return int(PADDING * held) + 2 * small + SLACK
