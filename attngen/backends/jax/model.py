@@ -1,6 +1,7 @@
 """The model of XLA's temporaries and time, from which candidates are ranked.
 
-Temporaries: memory.py sums the buffers of the worst moment, as an upper bound.
+Temporaries: memory.py sums the buffers of the worst moment, as an upper bound; for TPUs
+tpu_memory.py does.
 Time: a sum over tiles of what each costs; a guide for ranking, not a clock. Here that of
 processors, with the constants measured on the machine that benchmarks/results names; that of
 TPUs and GPUs is in tpu_model.py and gpu_model.py.
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from attngen.backends.jax import gpu_model, tpu_model
+from attngen.backends.jax import gpu_model, tpu_memory, tpu_model
 from attngen.backends.jax.candidates import option
 from attngen.backends.jax.memory import temp_bytes as temp_bytes
 from attngen.cost import Cost, tile_flop
@@ -44,11 +45,13 @@ def shape(spec: AttentionSpec, choice: Choice) -> Shape:
 
 def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> Cost:
     """Modelled bytes and seconds of a candidate."""
-    temporaries = temp_bytes(spec, choice, tiles)
     share = edge_share(choice)
     if target.tpu is not None:
+        temporaries = tpu_memory.temp_bytes(spec, choice, tiles, target.tpu)
         seconds = tpu_model.time_s(spec, choice, tiles, target.tpu)
-    elif target.gpu is not None:
+        return Cost(temporaries, seconds, share)
+    temporaries = temp_bytes(spec, choice, tiles)
+    if target.gpu is not None:
         seconds = gpu_model.time_s(spec, choice, tiles, target.gpu)
     else:
         seconds = _time_s(spec, choice, tiles, temporaries)
