@@ -123,7 +123,7 @@ def plans(target: Target, count: int, seed: int) -> Iterator[tuple[str, Plan]]:
         plan = None
         while plan is None:  # what is modelled to exceed the device has no plan
             choice = random_choice(CLASSES[name], target, generator)
-            with contextlib.suppress(errors.PlanError):
+            with contextlib.suppress(errors.BudgetError):
                 plan = api.plan(CLASSES[name], target=target.name, fix=choice)
         yield name, plan
 
