@@ -198,20 +198,22 @@ def _pixels(axes: Any, found: Frontier, floor: float) -> list[Any]:
 # What the pictures of benchmarks share.
 
 
-def new_figure(size: tuple[float, float] = SIZE, columns: int = 1) -> tuple[Any, Any]:
-    """A figure that no window shows, and its axes."""
+def new_figure(
+    size: tuple[float, float] = SIZE, columns: int = 1, rows: int = 1
+) -> tuple[Any, Any]:
+    """A figure that no window shows, and its axes: one, or rows of columns."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns)
-    for one in axes if columns > 1 else [axes]:
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for one in axes.flat:
         one.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
         one.set_axisbelow(True)
         for side in ("top", "right"):
             one.spines[side].set_visible(False)
-    return figure, axes
+    return figure, axes if axes.size > 1 else axes[0][0]
 
 
 def save(figure: Any, path: Path) -> None:

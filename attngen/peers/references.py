@@ -52,8 +52,13 @@ class Reference:
         return asdict(self) | {"temp_bytes": self.temp_bytes}
 
 
-def compiled(peer: str, spec: AttentionSpec, target: Target) -> Reference:
+def compiled(
+    peer: str, spec: AttentionSpec, target: Target, *, timed: bool = True
+) -> Reference:
     """A peer of NAMES for a target.
+
+    Args:
+        timed: whether it is called, where the target is this machine's processor.
 
     Raises:
         BackendError: the target's compiler isn't installed.
@@ -71,7 +76,7 @@ def compiled(peer: str, spec: AttentionSpec, target: Target) -> Reference:
     except CompileError as error:
         return Reference(name=name, failed=_words(error))
     seconds, failed = None, None
-    if target.kind == "cpu":
+    if target.kind == "cpu" and timed:
         seconds, failed = _timed(made, spec, function, shapes, target)
     elif target.tpu is not None and certificate.estimated_cycles is not None:
         seconds = certificate.estimated_cycles / target.tpu.clock_hz
