@@ -67,7 +67,7 @@ def check(path: Path) -> None:
             "matplotlib draws, and isn't installed.",
             got="no matplotlib",
             needed="pip install 'attngen[plot]'",
-            hint="--json has the same as numbers, with no picture",
+            hint="`attngen tune --json` lists all candidates as numbers",
         )
 
 

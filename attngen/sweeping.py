@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from attngen import timing
-from attngen.errors import BudgetError
+from attngen.errors import BudgetError, TimingError
 from attngen.plans import Option
 from attngen.records import Record
 from attngen.spec import AttentionSpec
@@ -31,7 +31,7 @@ def sweep(
 ) -> Record:
     """Search within the spec's budget, then within each power of two below what that took.
 
-    Down to LEAST, or until nothing fits. Budgets that were searched before come last, so
+    Down to LEAST, or until nothing fits, or the machine is too noisy. Budgets that were searched before come last, so
     that one that was stopped for want of time goes on where it was.
 
     Args:
@@ -63,6 +63,9 @@ def sweep(
             record = search(smaller, left / (len(wanted) - i))
         except BudgetError:
             empty = max(empty, budget)
+        except TimingError as error:  # what was found before it stands
+            say(f"no more budgets: {error.what} ({error.got})")
+            break
         if record.best(budget, fix) is None:
             empty = max(empty, budget)
         if empty == budget:

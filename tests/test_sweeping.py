@@ -120,6 +120,19 @@ def test_a_first_search_that_was_stopped_goes_on(monkeypatch):
     assert searches.shares == [100 / sweeping.SHARE, 99]
 
 
+def test_a_machine_that_becomes_noisy_ends_it_and_loses_nothing(monkeypatch):
+    searches = Searches(monkeypatch)
+
+    def search(spec, seconds):
+        if spec.budget_bytes == 2**18:
+            raise TimingError("Too noisy.", got="300%", needed="a quiet machine")
+        return searches(spec, seconds)
+
+    record, said = sweep(search)
+    assert {c.temp_bytes for c in record.candidates} == {MIB, 2**19}
+    assert said[-1] == "no more budgets: Too noisy. (300%)"
+
+
 def test_an_error_of_the_first_is_the_users(monkeypatch):
     def search(spec, seconds):
         raise TimingError("Noisy.", got=1, needed=2)
