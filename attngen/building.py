@@ -105,7 +105,7 @@ def plausible(certificate: Certificate, plan: Plan, device: Target) -> Certifica
     """
     cycles, tpu = certificate.estimated_cycles, device.tpu
     if cycles is not None and tpu is not None:
-        bound = plan.flop / tpu.flop_per_cycle
+        bound = plan.flop / plan.spec.devices / tpu.flop_per_cycle
         if cycles < LEAST * bound:
             raise InternalError(
                 f"{device.name}: an estimate of {cycles} cycles is below the {bound:.0f} "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import msgspec
 
 from attngen.errors import BackendError, CompileError
 from attngen.reports import Certificate
-from attngen.units import show_time
+from attngen.units import show_bytes, show_time
 
 TIMEOUT_S = 600.0
 Shape = tuple[str, Sequence[int], str]  # name, shape, dtype
@@ -156,7 +157,8 @@ def run(
         environment: more variables for that process.
 
     Raises:
-        CompileError: it raised, crashed, ran out of memory or of time; the three differ.
+        CompileError: it raised, doesn't fit the device, crashed, or the compiler ran out of
+            memory or of time; all of these differ.
     """
     answers, ended = _run(module, function, [job], timeout_s, environment)
     if ended is not None:
@@ -165,13 +167,42 @@ def run(
 
 
 def _value(answer: Mapping[str, Any]) -> Any:
-    if "error" in answer:
-        raise CompileError(
-            "The compiler refused the program.",
-            got=answer["error"][:2000],
-            needed="a program that the target's compiler takes",
+    if "error" not in answer:
+        return answer["value"]
+    said: str = answer["error"]
+    if TOO_LARGE in said:
+        raise _too_large(said)
+    raise CompileError(
+        "The compiler refused the program.",
+        got=said[:2000],
+        needed="a program that the target's compiler takes",
+    )
+
+
+# XLA's word for a program that needs more memory than the device has; two ways to go on
+TOO_LARGE = "RESOURCE_EXHAUSTED"
+_NEEDS = re.compile(
+    r"\(([\d.]+)([KMGT]?)\) exceeds available \w+ \(([\d.]+)([KMGT]?)\)"
+)
+_USES = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) ")
+
+
+def _too_large(said: str) -> CompileError:
+    found = _NEEDS.search(said) or _USES.search(said)
+    got, needed = said[:2000], "a program that fits the device's memory"
+    if found:
+        need, has = (
+            show_bytes(int(float(number) * 2 ** (10 * " KMGT".index(unit or " "))))
+            for number, unit in (found.group(1, 2), found.group(3, 4))
         )
-    return answer["value"]
+        got, needed = f"a program that needs {need}", f"at most {has}"
+    return CompileError(
+        "The program doesn't fit the device's memory.",
+        got=got,
+        needed=needed,
+        hint="smaller batches or lengths, fewer values kept for the gradient, or a larger "
+        "device",
+    )
 
 
 def _run(

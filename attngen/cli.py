@@ -15,6 +15,7 @@ import click
 
 from attngen import machine
 from attngen.cli_bench import bench
+from attngen.cli_certify import certify
 from attngen.cli_output import print_json, progressing, shown, status, table, wrapped
 from attngen.cli_spec import plan_options, read_fix, read_spec
 from attngen.cli_tune import tune
@@ -243,43 +244,6 @@ def validate(files: tuple[Path, ...], seed: int, as_json: bool) -> None:
 
 
 @main.command()
-@plan_options
-def certify(
-    target: str | None,
-    backend: str | None,
-    fix: tuple[str, ...],
-    as_json: bool,
-    **given: Any,
-) -> None:
-    """Ask the target's own compiler what the best plan allocates.
-
-    Exit code 1 where that is more than the budget, or where a GPU's kernel spills or doesn't
-    fit a multiprocessor.
-    """
-    from attngen import api, descent
-
-    spec = read_spec(given)
-    made = api.plan(spec, target, backend, read_fix(fix))
-    with status("compiling …"):
-        certificate = api.certify(made)
-    budget = spec.budget_bytes
-    fits = (
-        budget is None
-        or certificate.temp_bytes is None
-        or certificate.temp_bytes <= budget
-    )
-    unfit = descent.unfit(certificate, made)
-    if as_json:
-        print_json(certificate.to_dict() | {"fits": fits and not unfit})
-    else:
-        click.echo(f"{certificate}{'' if fits else ': over the budget'}")
-    if unfit and not as_json:
-        click.echo(f"not to be used: {unfit}")
-    if unfit or not fits:
-        sys.exit(CHECK_FAILED)
-
-
-@main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def targets(as_json: bool) -> None:
     """List the targets, what is known of them, and who certifies for them."""
@@ -337,5 +301,6 @@ def presets(name: str | None, as_json: bool) -> None:
 
 
 main.add_command(bench)
+main.add_command(certify)
 main.add_command(tune)
 main.add_command(wisdom)

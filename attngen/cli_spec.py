@@ -24,6 +24,8 @@ _INTEGERS = (
     "qk_dim",
     "v_dim",
     "kv_offset",
+    "batch_shards",
+    "head_shards",
 )
 _TEXTS = ("dtype", "out_dtype", "layout", "q_offset", "derivatives", "precision")
 _FLAGS = ("sink", "kv_lengths", "q_lengths")

@@ -53,6 +53,13 @@ def moved_bytes(spec: AttentionSpec, tiles: Tiles, k_chunk: int) -> int:
     return once + spec.batch * spec.kv_heads * keys
 
 
+def sharding(spec: AttentionSpec) -> str:
+    """How a spec is sharded, in words."""
+    axes = (("batch", spec.batch_shards), ("heads", spec.head_shards))
+    parts = [f"{name} in {count} shards" for name, count in axes if count > 1]
+    return f"over {spec.devices} devices: {', '.join(parts)}"
+
+
 def square_flop(spec: AttentionSpec) -> int:
     """Of every pair of query and key, as an attention that skips nothing computes."""
     return spec.batch * spec.q_heads * tile_flop(spec, spec.q_len, spec.kv_len)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from attngen import files
 from attngen.backends import Backend
-from attngen.cost import square_flop
+from attngen.cost import sharding, square_flop
 from attngen.errors import AttngenError, FileError, InternalError
 from attngen.expr import describe
 from attngen.plans import Option, Plan
@@ -141,6 +141,8 @@ def _computes(spec: AttentionSpec) -> str:
         lines.append(f"positions: query 0 is at {offset}, key 0 at {spec.kv_offset}")
     if spec.sink:
         lines.append("with exp(sink[h]) added to each denominator (not in lse)")
+    if spec.devices > 1:
+        lines.append(sharding(spec))
     for name in ("q", "k", "v", *(o.name for o in spec.operands), *spec.outputs):
         shape = ", ".join(map(str, spec.shape_of(name)))
         lines.append(f"{name:<7} [{shape}]  {spec.dtype_of(name)}")
@@ -165,6 +167,7 @@ def _cost(plan: Plan) -> str:
     return (
         f"{show_count(plan.flop)}FLOP{skips}, "
         f"{show_bytes(plan.temp_bytes)} of temporaries (modelled)"
+        + ("\non each device" if plan.spec.devices > 1 else "")
     )
 
 

@@ -102,6 +102,14 @@ class CompileError(AttngenError, RuntimeError):
     """The target's compiler refused the program, crashed, or took too long."""
 
 
+class FunctionError(AttngenError, RuntimeError):
+    """A user's own function can't be found, doesn't take what it is given, or raises."""
+
+
+class ShapeError(AttngenError, ValueError):
+    """What a function is called with can't be read."""
+
+
 class ValidationError(AttngenError, ArithmeticError):
     """A kernel's numbers are further from the reference than the rule allows."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from attngen import backends
-from attngen.cost import square_flop
+from attngen.cost import sharding, square_flop
 from attngen.plans import Alternative, Plan
 from attngen.units import show_bytes, show_count, show_time
 
@@ -17,14 +17,16 @@ def explain(plan: Plan) -> str:
     size = f"{spec.q_len} queries × {spec.kv_len} keys, {_count(spec.q_heads, 'head')}"
     size += f" over {_count(spec.kv_heads, 'kv head')}" if spec.repeats > 1 else ""
     size += f", batch {spec.batch}" if spec.batch > 1 else ""
+    size += f", {sharding(spec)}" if spec.devices > 1 else ""
     limit = "no budget given" if budget is None else f"budget {show_bytes(budget)}"
     head = f"{size}, {spec.dtype}, on {plan.target} by {plan.backend}, {limit}"
     lines = [*textwrap.wrap(head, 100), ""]
     chosen = textwrap.wrap(describe(plan.choice), 88)
     lines.append(f"chosen    {chosen[0]}")
     lines += [f"{'':10}{line}" for line in chosen[1:]]
+    each = "on each device " if spec.devices > 1 else ""
     lines.append(
-        f"          {show_bytes(plan.temp_bytes)} temporary (modelled) · "
+        f"          {show_bytes(plan.temp_bytes)} temporary {each}(modelled) · "
         f"{show_count(plan.flop)}FLOP · "
         f"{show_bytes(plan.moved_bytes)} moved · about {show_time(plan.time_s)} (modelled)"
     )

@@ -15,6 +15,7 @@ _OWN = "attention b h q k s v sink kv_lengths q_lengths q_offset"
 _JAX = """
     jax jnp lax
     B T S H G R D QK_DIM V_DIM SCALE LOG2E Q_OFFSET K_OFFSET
+    B_SHARDS B_PART B_EACH H_SHARDS H_PART G_PART G_EACH size k_size v_size
     B_CHUNK G_CHUNK Q_CHUNK K_CHUNK Q_CHUNKS K_CHUNKS K_STEP UNROLL PARTS
     queries tile masked interior interiors edge step steps carried carry c i g
     keys low down first_c rest part parts done each ones together summaries

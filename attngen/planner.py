@@ -299,8 +299,8 @@ def _budget(spec: AttentionSpec, target: Target) -> int | None:
     """The spec's budget, or what the target's memory leaves beside inputs and outputs."""
     if spec.budget_bytes is not None or target.memory_bytes is None:
         return spec.budget_bytes
-    own = spec.bytes_of("q", "k", "v", *spec.outputs, *(o.name for o in spec.operands))
-    return target.memory_bytes - own
+    own = spec.bytes_of("q", "k", "v", *spec.outputs) // spec.devices
+    return target.memory_bytes - own - spec.bytes_of(*(o.name for o in spec.operands))
 
 
 def no_fit(

@@ -125,6 +125,9 @@ class Certificate:
         pipe_cycles: of a tile, that each pipe of a multiprocessor is busy.
         bound_cycles, bound_pipe: the most of them, and whose it is.
         flops_per_cycle: useful ones, of a multiprocessor that reaches the bound.
+        devices: that share the work; all figures are of one of them.
+        collectives: what they exchange, by the operation's name, as often as the program
+            has it; None for a program of one device.
     """
 
     target: str
@@ -152,6 +155,8 @@ class Certificate:
     bound_cycles: float | None = None
     bound_pipe: str | None = None
     flops_per_cycle: float | None = None
+    devices: int = 1
+    collectives: dict[str, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -167,7 +172,16 @@ class Certificate:
         known = "unknown" if self.temp_bytes is None else show_bytes(self.temp_bytes)
         exact = "" if self.temp_bytes is None else f" ({self.temp_bytes} bytes)"
         first = f"{self.target}: {known} of temporaries{exact}, says {self.compiler}"
-        return "\n".join([first, *self._tpu(), *self._kernel()])
+        return "\n".join([first, *self._shards(), *self._tpu(), *self._kernel()])
+
+    def _shards(self) -> list[str]:
+        """What devices that share the work exchange, in a line."""
+        if self.collectives is None:
+            return []
+        found = ", ".join(f"{n} {name}" for name, n in self.collectives.items())
+        return [
+            f"  of each of {self.devices} devices, which exchange {found or 'nothing'}"
+        ]
 
     def _tpu(self) -> list[str]:
         """What a TPU's compiler says beside, in a line."""

@@ -48,8 +48,10 @@ class AttentionSpec:
         outputs: "out" and/or "lse", in the order wanted.
         derivatives: None, "vjp", or "any" (any order, forward mode too).
         precision: of the matrix products: "default" or "highest".
-        memory_budget: bytes of temporaries beyond inputs and outputs, an integer or
-            text such as "64MiB"; None: what the target's memory leaves.
+        batch_shards, head_shards: how many parts the batch, and the heads, are sharded in
+            over devices; they divide batch and kv_heads. All shapes stay those of the whole.
+        memory_budget: bytes of temporaries beyond inputs and outputs of one device, an
+            integer or text such as "64MiB"; None: what the target's memory leaves.
 
     Raises:
         SpecError: a field has a value that it can't have.
@@ -81,6 +83,8 @@ class AttentionSpec:
     outputs: tuple[str, ...] = ("out",)
     derivatives: str | None = None
     precision: str = "default"
+    batch_shards: int = 1
+    head_shards: int = 1
     memory_budget: int | str | None = None
 
     def __post_init__(self) -> None:
@@ -112,6 +116,11 @@ class AttentionSpec:
     def repeats(self) -> int:
         """Query heads that share a kv head."""
         return self.q_heads // self.kv_heads
+
+    @property
+    def devices(self) -> int:
+        """How many devices share the work."""
+        return self.batch_shards * self.head_shards
 
     @property
     def scale_value(self) -> float:

@@ -29,6 +29,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "q_lengths": (False, True),
 }
 SIZES = ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "qk_dim", "v_dim")
+SHARDS = {"batch_shards": "batch", "head_shards": "kv_heads"}
 OFFSETS_HINT = (
     'q_offset=0 aligns them top left (jax.nn, torch is_causal), q_offset="bottom_right" '
     "aligns the last query with the last key (FlashAttention)"
@@ -49,7 +50,7 @@ def _is_int(value: object) -> bool:
 
 def check(spec: AttentionSpec) -> None:
     """Every field of a spec; raises as the class says."""
-    for name in SIZES:
+    for name in (*SIZES, *SHARDS):
         size = getattr(spec, name)
         if not _is_int(size) or not 1 <= size < 2**31:
             raise _refuse(name, size, "an integer from 1 to 2**31 - 1")
@@ -59,6 +60,16 @@ def check(spec: AttentionSpec) -> None:
             got=f"q_heads={spec.q_heads}, kv_heads={spec.kv_heads}",
             needed="q_heads a multiple of kv_heads",
         )
+    for name, axis in SHARDS.items():
+        if getattr(spec, axis) % getattr(spec, name):
+            raise SpecError(
+                f"{axis} can't be sharded so.",
+                got=f"{name}={getattr(spec, name)}, {axis}={getattr(spec, axis)}",
+                needed=f"{name} that divides {axis}",
+                hint="shard the batch instead, or repeat k and v for as many heads"
+                if name == "head_shards"
+                else None,
+            )
     for name, allowed in CHOICES.items():
         value = getattr(spec, name)
         if not any(value == a and type(value) is type(a) for a in allowed):

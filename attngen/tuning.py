@@ -15,6 +15,7 @@ from attngen.descent import TRIES
 from attngen.errors import (
     CALL_FAULTS,
     CompileError,
+    NotBuiltError,
     PlanError,
     TimingError,
     ValidationError,
@@ -89,6 +90,14 @@ def tune(
     """Time plans of a spec and keep what was found as wisdom; see `attngen.tune`."""
     from attngen import shortlist, tuner, wisdom
 
+    if spec.devices > 1:
+        raise NotBuiltError(
+            "Times of a sharded spec can't be taken yet.",
+            got=f"batch_shards={spec.batch_shards}, head_shards={spec.head_shards}",
+            needed="one device",
+            hint="tune the spec of what one device has, and fix what it finds; chunks of "
+            "heads and batches are then as many times as much",
+        )
     check_room(spec, target)
     ranked = planner.rank(spec, target, by, fix, smallest=TRIES)
     key = key_of(spec, target, by)

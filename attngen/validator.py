@@ -195,8 +195,8 @@ def shrink(spec: AttentionSpec, plan: Plan) -> Small | None:
     q_length = min(spec.q_len, 120 if spec.q_len < spec.kv_len else length)
     if spec.q_len > spec.kv_len:
         q_length = min(spec.q_len, length + 120)
-    batches = _fewer(spec.batch, int(choice.get("batch_chunk", 1)))
-    heads = _fewer(spec.kv_heads, int(choice.get("head_chunk", 1)))
+    batches = _fewer(spec.batch, choice.get("batch_chunk"), spec.batch_shards)
+    heads = _fewer(spec.kv_heads, choice.get("head_chunk"), spec.head_shards)
     sizes: dict[str, Any] = {
         "batch": batches[0],
         "kv_heads": heads[0],
@@ -260,7 +260,7 @@ def _offsets(spec: AttentionSpec, q_length: int, length: int) -> dict[str, Any]:
     return moved
 
 
-def _fewer(count: int, chunk: int) -> tuple[int, int]:
+def _fewer(count: int, chunk: Any, shards: int) -> tuple[int, int]:
     """A smaller count and chunk that keep whether there is a loop, and whether it has one."""
-    small = min(chunk, 2)
+    small = shards * min(int(chunk or shards) // shards, 2)
     return (small, small) if chunk == count else (2 * small, small)

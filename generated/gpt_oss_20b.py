@@ -22,7 +22,7 @@ choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk":
           "k_chunk": 64, "head_chunk": 8, "batch_chunk": 1, "loop": "fori", "exp":
           "polynomial", "product_dtype": "float32", "guard": true, "scale": "queries",
           "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "blank":
-          "scores", "unroll": 2, "diagonal": 0}
+          "scores", "mask": "positions", "unroll": 2, "diagonal": 0}
 """
 
 import jax

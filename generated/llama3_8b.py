@@ -18,7 +18,7 @@ choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk":
           "k_chunk": 256, "head_chunk": 1, "batch_chunk": 1, "loop": "fori", "exp":
           "polynomial", "product_dtype": "float32", "guard": false, "scale": "queries",
           "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "blank":
-          "scores", "unroll": 1, "diagonal": 128}
+          "scores", "mask": "positions", "unroll": 1, "diagonal": 128}
 """
 
 import jax

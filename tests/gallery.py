@@ -72,6 +72,21 @@ def checkerboard() -> AttentionSpec:
     return AttentionSpec(q_heads=2, q_len=512, qk_dim=96, v_dim=40, mask=board)
 
 
+def sharded() -> AttentionSpec:
+    """Batch and heads over eight devices, under automatic partitioning."""
+    return AttentionSpec(
+        batch=4,
+        q_heads=16,
+        kv_heads=8,
+        q_len=512,
+        qk_dim=64,
+        mask=masks.causal(),
+        dtype="bfloat16",
+        batch_shards=2,
+        head_shards=4,
+    )
+
+
 def of_preset(name: str, **changes: object):
     return lambda: dataclasses.replace(presets.get(name), **changes)
 
@@ -96,6 +111,7 @@ ENTRIES = {
     "prefix_lm": (prefix_lm, "8MiB", {}),
     "decode_step": (decode_step, "8MiB", {}),
     "checkerboard": (checkerboard, None, {"algorithm": "dense"}),
+    "sharded": (sharded, "4MiB", {"q_chunk": 256, "head_chunk": 4}),
 }
 
 

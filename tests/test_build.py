@@ -91,11 +91,13 @@ def test_what_the_compiler_refused_is_told_beside_what_was_chosen(
 
 
 def test_what_spilled_is_told_in_a_line(monkeypatch):
-    spilled = [17072, 17072, 0]
+    spilled = [17072, 17072]
 
     def certify_many(compiler, target, programs):
         return [
-            Certificate(target, compiler, 0, spill_bytes=spilled.pop(0))
+            Certificate(
+                target, compiler, 0, spill_bytes=spilled.pop(0) if spilled else 0
+            )
             for _ in programs
         ]
 
@@ -104,7 +106,8 @@ def test_what_spilled_is_told_in_a_line(monkeypatch):
     by, device = backends.get("triton"), targets.get("a100")
     ranked = planner.rank(spec, device, by)
     chosen, _, _ = descent.first_certified(ranked, by)
-    assert [a.choice for a in chosen.alternatives[:2]] == [p.choice for p in ranked[:2]]
+    assert chosen.alternatives[0].choice == ranked[0].choice
+    assert chosen.choice not in [a.choice for a in chosen.alternatives]
     lines = chosen.explain().splitlines()
     assert sum(line.endswith("   spills 16.7 KiB") for line in lines) == 2
     assert all(len(line) <= 100 for line in lines)

@@ -228,6 +228,7 @@ def test_index_arithmetic_needs_no_estimate():
     text = entry(
         "%i = s32[] add(%p, %p)",
         '%b = f32[100000] custom-call(), custom_call_target="AllocateBuffer"',
+        '%c = f32[100000] custom-call(%b), custom_call_target="ConcatBitcast"',
         "ROOT %z = f32[512] fusion(%p), calls=%f, " + estimate(3),
     )
     assert estimated_cycles(text, HBM) == 3

@@ -98,7 +98,7 @@ def any_choices(spec, generator, count):
         kind = generator.choices(list(KINDS), list(KINDS.values()))[0]
         choice = {"algorithm": kind}
         for name, values in whole[kind].items():
-            if name == "blank":  # of one value here
+            if name in ("blank", "mask"):  # of one value here
                 choice[name] = values[0]
                 continue
             chunk = name.endswith("_chunk") or name == "parts"

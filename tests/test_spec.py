@@ -53,6 +53,8 @@ GOOD = {
     "outputs": [("out",), ("lse",), ("out", "lse"), ("lse", "out")],
     "derivatives": [None, "vjp", "any"],
     "precision": ["default", "highest"],
+    "batch_shards": [1],
+    "head_shards": [1, 2, 4],
     "memory_budget": [None, 1, 2**40, "64MiB", "1.5 GiB"],
 }
 BAD = {
@@ -80,6 +82,8 @@ BAD = {
     "outputs": [(), ("out", "out"), ("grad",), "both", None, (["out"],), (1,), {"out"}],
     "derivatives": ["jvp", "", False, True],
     "precision": ["high", "float32", None],
+    "batch_shards": [*SIZES, None, 2],
+    "head_shards": [*SIZES, None, 3, 8],
 }
 BAD_BUDGETS = [0, -1, "", "64 parsecs", "-1MiB", 1.5, True, (1,)]
 

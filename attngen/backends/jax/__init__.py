@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attngen.backends.jax import candidates, context, model, spaces
+from attngen.backends.jax import candidates, context, model, shards, spaces
 from attngen.backends.jax.turns import turns
 from attngen.cost import Cost
 from attngen.files import template_folder
@@ -44,7 +44,8 @@ class JaxBackend:
     def cost(
         self, spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles
     ) -> Cost:
-        return model.cost(spec, target, choice, tiles)
+        mine = shards.local_choice(spec, choice)
+        return model.cost(shards.local(spec), target, mine, tiles)
 
     def describe(self, choice: Choice) -> str:
         return candidates.describe(choice)
@@ -75,7 +76,7 @@ class JaxBackend:
         return model.time_s(plan.spec, plan.choice, plan.tiles)
 
     def facts(self, plan: Plan) -> Mapping[str, Any]:
-        return {"turns": turns(plan)}
+        return {"turns": turns(plan)} | shards.mesh(plan.spec)
 
     def array(self, values: Any, dtype: str, target: Target | None = None) -> Any:
         import jax.numpy as jnp

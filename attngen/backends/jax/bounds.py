@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from attngen.backends.jax import shards
 from attngen.backends.jax.candidates import bounded
 from attngen.backends.jax.tile import Starts, Tile, chosen
 from attngen.expr import POSTFIX, Expr, variables
@@ -20,7 +21,8 @@ class Lengths:
     def __init__(self, plan: Plan, at: Tile, starts: Starts) -> None:
         self.many = "b" in at.letters
         self.start = starts.b
-        self.size = at.sizes["b"]
+        self.begins = ", ".join(shards.begins(plan, "b", {"b": starts.b}))
+        self.sizes = ", ".join(shards.sizes(plan, "b", at.sizes))
 
     def part(self, operand: str) -> str:
         """As JAX's own integers, which loops count in: 64 bits where those are on."""
@@ -28,7 +30,9 @@ class Lengths:
         if not self.many:
             text = f"{operand}[{self.start}]"
         elif self.start != "0":
-            text = f"lax.dynamic_slice({operand}, ({self.start},), ({self.size},))"
+            comma = "" if "," in self.begins else ","
+            at = f"({self.begins}{comma}), ({self.sizes}{comma})"
+            text = f"lax.dynamic_slice({operand}, {at})"
         return f"{text}.astype(int)"
 
     def extreme(self, name: str, which: str) -> str:

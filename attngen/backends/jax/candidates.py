@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from attngen.backends.jax.distance import has_distance
+from attngen.backends.jax.shards import local
 from attngen.errors import NotBuiltError
 from attngen.intervals import examine
 from attngen.plans import Choice, Option
@@ -24,6 +26,7 @@ DEFAULTS: dict[str, Option] = {
     "diagonal": 0,
     "parts": 1,
     "blank": "scores",
+    "mask": "positions",
 }
 UNROLLED = 16  # key chunks, at most: each is compiled on its own
 
@@ -50,6 +53,7 @@ def refuse(spec: AttentionSpec) -> None:
                 needed=f"{field}={built[0]!r}",
                 hint=hint,
             )
+    local(spec)
 
 
 def products(spec: AttentionSpec) -> tuple[str, ...]:
@@ -98,6 +102,9 @@ def _bad_size(spec: AttentionSpec, choice: Choice) -> str | None:
             return f"{name} must be an integer from 1 to {field} = {limit}"
         if name in ("head_chunk", "batch_chunk") and limit % int(value):
             return f"{name} must divide {field} = {limit}"
+        shards = {"head_chunk": spec.head_shards, "batch_chunk": spec.batch_shards}
+        if int(value) % shards.get(name, 1):
+            return f"{name} must be as much of each of {shards[name]} shards"
         if choice["algorithm"] == "dense" and value != limit:
             return f"dense has one tile: {name} = {field} = {limit}"
     return None
@@ -120,6 +127,7 @@ def _bad_word(spec: AttentionSpec, choice: Choice) -> str | None:
         "steps": ("fori", "map"),
         "unroll": (1, 2, 4, 8),
         "blank": ("scores", "limits"),
+        "mask": ("positions", "distance"),
     }
     for name, values in words.items():
         if (value := choice.get(name, values[0])) not in values or value is True:
@@ -205,6 +213,11 @@ def _bad_tile(spec: AttentionSpec, choice: Choice) -> str | None:
             "its queries"
         )
     diagonal, q_chunk = option(choice, "diagonal"), int(choice["q_chunk"])
+    if option(choice, "mask") == "distance" and (diagonal or not distant(spec)):
+        return (
+            "mask = distance needs a mask that relates k to q by one, an offset that is "
+            "known, 32 bits, and diagonal = 0"
+        )
     if diagonal == 0 and diagonal is not False:
         return None
     if not _integer(diagonal) or int(diagonal) < 1 or q_chunk % int(diagonal):
@@ -232,6 +245,16 @@ def limited(spec: AttentionSpec, many: bool) -> bool:
     if bare or (run_time and many) or examine(spec).drops_keys:
         return False
     return hull_is_seen(spec)
+
+
+def distant(spec: AttentionSpec) -> bool:
+    """Whether the mask can be told by distances."""
+    known = spec.mask is not None and spec.static_q_offset is not None
+    return (
+        known
+        and has_distance(spec.mask.expr)  # type: ignore[union-attr]
+        and examine(spec).index_dtype == "int32"
+    )
 
 
 def unrollable(spec: AttentionSpec) -> bool:

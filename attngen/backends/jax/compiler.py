@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ from attngen import targets
 from attngen.backends.jax import devices
 from attngen.backends.jax.cycles import estimated_cycles
 from attngen.backends.jax.scratch import scratch_bytes
+from attngen.certifier import TOO_LARGE
 from attngen.targets import Target
 from attngen.version import installed
 
@@ -44,7 +47,11 @@ def certify(job: dict[str, Any]) -> dict[str, Any]:
         "compile_s": round(seconds, 3),
         "versions": installed(PACKAGES[target.kind]),
     }
+    _check_fits(memory, target)
     text = compiled.as_text()
+    if "mesh" in job:
+        count = math.prod(job["mesh"])
+        found |= {"devices": count, "collectives": _collectives(text)}
     if target.kind == "cpu":
         scratch = scratch_bytes(text)
         found |= {"temp_bytes": found["temp_bytes"] + scratch, "scratch_bytes": scratch}
@@ -56,6 +63,32 @@ def certify(job: dict[str, Any]) -> dict[str, Any]:
             ),
         }
     return found
+
+
+COLLECTIVES = (
+    "all-gather", "all-reduce", "all-to-all", "collective-broadcast",
+    "collective-permute", "ragged-all-to-all", "reduce-scatter",
+)  # fmt: skip
+
+
+def _collectives(hlo: str) -> dict[str, int]:
+    """How often a module has each operation by which devices exchange something."""
+    counts = {c: len(re.findall(rf" {c}(?:-start)?\(", hlo)) for c in COLLECTIVES}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _check_fits(memory: Any, target: Target) -> None:
+    """Refuse what doesn't fit a device that isn't here, as XLA:TPU mostly does itself.
+
+    XLA:GPU asks for any number of bytes, and XLA:TPU for some more than there are.
+    """
+    need = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+    need += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    has = target.memory_bytes
+    if target.kind != "cpu" and has is not None and need > has:
+        raise RuntimeError(
+            f"{TOO_LARGE}: memory required ({need}) exceeds available HBM ({has})"
+        )
 
 
 def _on_chip(memory: Any) -> int:
@@ -102,6 +135,8 @@ def _compile(job: dict[str, Any], target: Target) -> Any:
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", bool(job.get("x64")))
+    if "mesh" in job:
+        return _compile_sharded(job, target)
     where = None if target.kind == "cpu" else devices.one_device(target)
 
     def placed(x: Any) -> Any:
@@ -121,6 +156,29 @@ def _compile(job: dict[str, Any], target: Target) -> Any:
         named = shapes
     jitted = jax.jit(function, out_shardings=where) if where else jax.jit(function)
     return jitted.lower(*given, **named).compile()
+
+
+def _compile_sharded(job: dict[str, Any], target: Target) -> Any:
+    """A program under automatic partitioning, its arrays sharded as shards.mesh says."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    if target.kind == "cpu":
+        jax.config.update("jax_num_cpu_devices", math.prod(job["mesh"]))
+    mesh, arrays = devices.mesh(target, job["mesh"]), job["arrays"]
+
+    def where(name: str) -> Any:
+        return NamedSharding(mesh, PartitionSpec(*arrays[name]))
+
+    shapes = {
+        n: jax.ShapeDtypeStruct(tuple(s), d, sharding=where(n))
+        for n, s, d in job["shapes"]
+    }
+    given = [shapes.pop(n) for n in "qkv"]
+    outputs = [where(name) for name in job["outputs"]]
+    given_out = tuple(outputs) if len(outputs) > 1 else outputs[0]
+    jitted = jax.jit(_function(job), out_shardings=given_out)
+    return jitted.lower(*given, **shapes).compile()
 
 
 def _function(job: dict[str, Any]) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from attngen.backends.jax import shards
 from attngen.backends.jax.loops import chunked, unrolls
 from attngen.backends.jax.tile import (
     Starts,
@@ -80,6 +81,7 @@ def _constants(plan: Plan, at: Tile) -> dict[str, Any]:
             lines.append(
                 ("G_CHUNK", str(plan.option("head_chunk")), "kv heads of a tile")
             )
+    lines += shards.constants(plan)
     base_2 = _exponential(plan)["base_2"]
     if plan.option("exp") != "exp":
         lines.append(("LOG2E", "1.4426950408889634", "exp(s) is 2**(s * LOG2E)"))
@@ -113,7 +115,13 @@ def _arrays(plan: Plan, at: Tile) -> dict[str, Any]:
         items = [names[a] if isinstance(a, str) else str(a) for a in operand.axes]
         text = f"({', '.join(items)}{',' if len(items) == 1 else ''})"
         checks.append((operand.name, text, operand.dtype))
+    keys = order(spec.layout, "bkg")
+    layout = {"q": order(spec.layout, "bqh") + "d", "k": keys + "d"}
+    layout["v"] = keys + ("d" if qk == v else "v")
+    layout |= {o.name: "".join(map(str, o.axes)) for o in spec.own_operands}
     return {
+        "views": shards.views(plan, layout),
+        "sharded": bool(shards.split(plan)),
         "checks": checks,
         "out_shape": shape("bqh", v),
         "stats": f"jnp.{spec.stats_dtype}",
@@ -171,7 +179,7 @@ def _keys(plan: Plan, at: Tile) -> dict[str, Any]:
         return ", ".join([*sizes[:-1], dim, sizes[-1]] if dn else [*sizes, dim])
 
     qk, v = ("D", "D") if spec.qk_dim == spec.v_dim else ("QK_DIM", "V_DIM")
-    dropped = not set(memory) <= set(at.letters)
+    dropped = not set(memory) <= set(at.letters) or bool(shards.split(plan))
     return {
         "qk_subscripts": f"{at.rows}d,{last}->{at.letters}",
         "pv_subscripts": f"{at.letters},{last}->{at.rows}d",
@@ -182,10 +190,15 @@ def _keys(plan: Plan, at: Tile) -> dict[str, Any]:
         "there_order": _inverse_keys(keys, at.letters),
         "there_axes": "None, :" if dn else "None",
         "there_keys": "" if dn else f"[:{', None' * (len(keys) - keys.index('k'))}]",
-        "dn": ("(0, 2, 3, 1)" if spec.layout == "bthd" else "(0, 1, 3, 2)")
-        if dn
-        else "",
+        "dn": _keys_last(plan) if dn else "",
     }
+
+
+def _keys_last(plan: Plan) -> str:
+    """How keys and values [.., d] in memory are transposed to [.., d, keys]."""
+    memory = shards.axes(plan, order(plan.spec.layout, "bkg") + "d", ahead=True)
+    wanted = shards.axes(plan, "bgdk", ahead=True)
+    return f"({', '.join(str(memory.index(a)) for a in wanted)})"
 
 
 def _exponential(plan: Plan) -> dict[str, Any]:

@@ -25,6 +25,7 @@ FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
     "partition-id", "replica-id", "opt-barrier",
 )  # fmt: skip
+FREE_CALLS = ("AllocateBuffer", "ConcatBitcast")  # targets of custom calls
 SMALL_BYTES = 4096  # of one vector register: index arithmetic has no estimate
 
 
@@ -80,7 +81,7 @@ class _Weights:
             written = self.module.find(computation, i.operands[1])
             return None if written is None else written.bytes / self.bytes_per_cycle
         small = i.opcode in FREE or i.bytes <= SMALL_BYTES
-        small = small or 'custom_call_target="AllocateBuffer"' in i.attributes
+        small = small or any(f'"{target}"' in i.attributes for target in FREE_CALLS)
         if i.opcode == "reshape" and not small:  # no bitcast: all is read, and written
             read = self.module.find(computation, i.operands[0])
             moved = None if read is None else read.bytes + i.bytes

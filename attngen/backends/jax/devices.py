@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
+from attngen.backends.jax.shards import MESH
 from attngen.errors import InternalError
 from attngen.gpus import Gpu
 from attngen.targets import Target
+from attngen.tpus import Tpu
 
 # Of XLA's GpuDeviceInfoProto; what gpus.py doesn't have is from NVIDIA's occupancy tables.
 _GPU = """gpu_device_info {{
@@ -41,7 +45,7 @@ def topology(target: Target, shape: str | None = None) -> Any:
     """The target as jax.experimental.topologies describes it.
 
     Args:
-        shape: of a TPU slice, "4x4"; None: the smallest.
+        shape: of a TPU slice, "4x4", or of GPUs, "1x1x8"; None: the smallest.
     """
     from jax.experimental import topologies
 
@@ -61,7 +65,7 @@ def topology(target: Target, shape: str | None = None) -> Any:
         platform="cuda",
         topology_name=target.model,
         target_config=_described(target.model, target.gpu),
-        topology="1x1x1",
+        topology=shape or "1x1x1",
     )
 
 
@@ -76,6 +80,32 @@ def _described(name: str, gpu: Gpu) -> str:
         major=capability[:-1],
         minor=capability[-1],
     )
+
+
+def _slice(tpu: Tpu, count: int) -> str:
+    """The smallest slice of a TPU's topology that has so many devices: each side doubles."""
+    sides = [int(n) for n in tpu.topology.partition(":")[2].split("x")]
+    chip = 1 if tpu.cores == 2 or tpu.generation in ("v5e", "v6e") else 2
+    while math.prod(sides) * chip < count:
+        sides[sides.index(min(sides), 0)] *= 2
+        sides.sort()
+    return "x".join(map(str, sides))
+
+
+def mesh(target: Target, sizes: Sequence[int]) -> Any:
+    """A mesh of such devices, with the axes that shards.py names."""
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh
+
+    count = math.prod(sizes)
+    if target.kind == "cpu":
+        found = jax.devices("cpu")
+    elif target.tpu is not None:
+        found = topology(target, _slice(target.tpu, count)).devices
+    else:
+        found = topology(target, f"1x1x{count}").devices
+    return Mesh(np.array(found[:count]).reshape(sizes), MESH)
 
 
 def one_device(target: Target) -> Any:

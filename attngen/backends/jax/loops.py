@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from attngen.backends.jax import shards
 from attngen.backends.jax.bounds import Lengths, bounds
 from attngen.backends.jax.candidates import bounded
 from attngen.backends.jax.tile import (
@@ -46,13 +47,13 @@ def chunked(plan: Plan, at: Tile) -> dict[str, Any]:
     kinds = {kind for kind, _, _ in loops}
     there = None
     if "edge" in kinds and not diagonal:
-        there = unseen(plan, visited["limits"], ragged)
+        there = unseen(plan, visited["limits"], ragged, code.edge)
     steps = " * ".join(count for _, count in levels)
     ones = chosen(plan, "denominator") == "ones"
     v = _value_dim(spec)
     return {
         "code": code,
-        "levels": _level_lines(levels, at),
+        "levels": _level_lines(levels, plan, at),
         "steps": steps,
         "count": "steps" if len(steps) > 30 else steps,
         "bare_count": "steps" if len(steps) > 30 else _bare(steps),
@@ -61,7 +62,7 @@ def chunked(plan: Plan, at: Tile) -> dict[str, Any]:
         "q_start": starts.q != "0",
         "q_ragged": spec.q_len % plan.q_chunk != 0,
         "ragged": ragged,
-        "edge_start": any("k_start" in line for line in code.edge),
+        "edge_start": any("k_start" in line for line in (*code.edge, *(there or ()))),
         "there": there,
         "tile_shape": part.shape(at.letters),
         "starts": starts,
@@ -194,32 +195,64 @@ def _memory(plan: Plan, at: Tile, part: Tile, starts: Starts) -> dict[str, Any]:
     rows = order(spec.layout, "bqh")
     dn = chosen(plan, "slices") == "dn"
     keys = "bgk" if dn else order(spec.layout, "bkg")
-    begins = [begin[a] for a in keys]
-    sizes = [part.sizes[a] for a in keys]
+    begins = shards.begins(plan, keys, begin, ahead=True)
+    sizes = shards.sizes(plan, keys, part.sizes, ahead=True)
 
     def with_dim(items: list[str], dim: str) -> str:
         return ", ".join([*items[:-1], dim, items[-1]] if dn else [*items, dim])
 
-    own = ", ".join(size[a] for a in rows)
+    own = ", ".join(shards.sizes(plan, rows, size))
+    lse = shards.begins(plan, "bhq", begin, ahead=True)
+    at_rows = shards.begins(plan, rows, begin, ahead=True)
+    row_sizes = shards.sizes(plan, rows, size, ahead=True)
     return {
         "memory": {
             "rows": {
-                "begin": f"({', '.join(begin[a] for a in rows)}, 0)",
-                "size": own,
+                "begin": f"({', '.join(at_rows)}, 0)",
+                "size": ", ".join(row_sizes),
+                "back": shards.moved(plan, rows + "d", back=True),
             },
-            "keys": {"begin": f"({with_dim(begins, '0')})"},
-            "lse_begin": f"({starts.b}, {head}, {starts.q})",
+            "keys": {
+                "begin": f"({with_dim(begins, '0')})",
+                "back": shards.moved(
+                    plan, f"{keys[:-1]}dk" if dn else keys + "d", back=True
+                ),
+            },
+            "lse_begin": f"({', '.join(lse)})",
         },
         "k_size": with_dim(sizes, qk),
         "v_size": with_dim(sizes, _value_dim(spec)),
         "rows_shape": at.shape(order(spec.layout, "bqgr")),
         "out_tile_shape": f"{own}, {_value_dim(spec)}",
-        "lse_shape": f"{size['b']}, {size['h']}, Q_CHUNK",
-        "heads": heads(at),
+        "lse_shape": ", ".join(shards.sizes(plan, "bhq", size)),
+        "sink_size": _tuple(shards.sizes(plan, "h", size)),
         "looped_heads": starts.g != "0",
-        "sink_begin": head,
+        "sink_begin": _tuple(shards.begins(plan, "h", begin)),
+        "all_shape": _tuple(
+            [*shards.shape(plan, rows, WHOLE, ahead=True), _value_dim(spec)]
+        ),
+        "ahead": {
+            "out": shards.moved(plan, rows + "d"),
+            "lse": shards.moved(plan, "bhq"),
+        },
+        "beside": {
+            "out": shards.moved(plan, rows + "d", back=True),
+            "lse": shards.moved(plan, "bhq", back=True),
+        },
+        "whole_shape": {
+            "out": ", ".join([*(WHOLE[a] for a in rows), _value_dim(spec)]),
+            "lse": "B, H, T",
+        },
+        "lse_all_shape": _tuple(shards.shape(plan, "bhq", WHOLE, ahead=True)),
         "sink_shape": without_keys(at.spread("gr")),
     }
+
+
+WHOLE = {"b": "B", "q": "T", "h": "H"}
+
+
+def _tuple(items: list[str]) -> str:
+    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
 
 
 def _levels(plan: Plan, at: Tile) -> list[tuple[str, str]]:
@@ -235,7 +268,7 @@ def _levels(plan: Plan, at: Tile) -> list[tuple[str, str]]:
     return found
 
 
-def _level_lines(levels: list[tuple[str, str]], at: Tile) -> list[str]:
+def _level_lines(levels: list[tuple[str, str]], plan: Plan, at: Tile) -> list[str]:
     """Statements that take the flat step apart, the innermost loop first."""
     lines = []
     inner: list[str] = []
@@ -246,8 +279,8 @@ def _level_lines(levels: list[tuple[str, str]], at: Tile) -> list[str]:
             text += f" // {divisor}"
         if len(inner) + 1 < len(levels):
             text += f" % {count}"
-        chunk = {"b": "B_CHUNK", "g": "G_CHUNK", "i": ""}[name]
-        if chunk and at.sizes[name] != "1":
+        chunk = "" if name == "i" else shards.sizes(plan, name, at.sizes)[-1]
+        if chunk not in ("", "1"):
             text += f" * {chunk}"
         lines.append(f"{name} = {text}")
         inner.insert(0, count)
@@ -262,19 +295,22 @@ def _stacked(plan: Plan, at: Tile, levels: list[tuple[str, str]]) -> dict[str, A
     level_of = {"b": "b", "q": "i", "h": "g"}
     names = [name for name, _ in levels]
     found: dict[str, Any] = {}
-    whole = {"b": "B", "q": "T", "h": "H"}
     for output in spec.outputs:
         axes = order(spec.layout, "bqh") if output == "out" else "bhq"
         tail = [_value_dim(spec)] if output == "out" else []
+        own = [*(size[a] for a in axes), *tail]
+        if shards.split(plan):  # too many to name them again
+            own = [f"*{output}.shape[1:]"]
         moved: list[int] = []
-        for i, axis in enumerate(axes):
-            if (level := level_of[axis]) in names:
+        apart = shards.axes(plan, axes)
+        for i, (axis, part_of) in enumerate(apart):
+            if (level := level_of[axis]) in names and part_of != "shards":
                 moved.append(names.index(level))
             moved.append(len(names) + i)
-        moved += [len(names) + len(axes)] * len(tail)
+        moved += [len(names) + len(apart)] * len(tail)
         found[output] = {
-            "shape": ", ".join([*counts, *(size[a] for a in axes), *tail]),
+            "shape": ", ".join([*counts, *own]),
             "order": ", ".join(map(str, moved)),
-            "whole": ", ".join([*(whole[a] for a in axes), *tail]),
+            "whole": ", ".join([*(WHOLE[a] for a in axes), *tail]),
         }
     return found

@@ -1,8 +1,9 @@
 """The model of XLA's temporaries and time, from which candidates are ranked.
 
 Temporaries: memory.py sums the buffers of the worst moment, as an upper bound.
-Time: a sum over tiles of what each costs, with the constants measured on the machine that
-benchmarks/results names; a guide for ranking, not a clock.
+Time: a sum over tiles of what each costs; a guide for ranking, not a clock. Here that of
+processors, with the constants measured on the machine that benchmarks/results names; that of
+TPUs and GPUs is in tpu_model.py and gpu_model.py.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from attngen.backends.jax import gpu_model, tpu_model
 from attngen.backends.jax.candidates import option
 from attngen.backends.jax.memory import temp_bytes as temp_bytes
 from attngen.cost import Cost, tile_flop
@@ -44,7 +46,13 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
     """Modelled bytes and seconds of a candidate."""
     temporaries = temp_bytes(spec, choice, tiles)
     share = edge_share(choice)
-    return Cost(temporaries, _time_s(spec, choice, tiles, temporaries), share)
+    if target.tpu is not None:
+        seconds = tpu_model.time_s(spec, choice, tiles, target.tpu)
+    elif target.gpu is not None:
+        seconds = gpu_model.time_s(spec, choice, tiles, target.gpu)
+    else:
+        seconds = _time_s(spec, choice, tiles, temporaries)
+    return Cost(temporaries, seconds, share)
 
 
 def edge_share(choice: Choice) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from attngen.backends.jax.candidates import (
     LOOPS,
     bounded,
+    distant,
     exponentials,
     limited,
     products,
@@ -51,6 +52,7 @@ def _processor(
         "slices": ("nd", "dn"),
         "steps": ("fori", "map"),
         "blank": ("scores",),
+        "mask": ("positions",),
     }
     dense: dict[str, Sequence[Option]] = {
         "q_chunk": (spec.q_len,),
@@ -66,8 +68,10 @@ def _processor(
     common: dict[str, Sequence[Option]] = {
         "q_chunk": _chunks(spec.q_len),
         "k_chunk": _chunks(spec.kv_len),
-        "head_chunk": _parts(spec.kv_heads),
-        "batch_chunk": tuple(dict.fromkeys((1, spec.batch))),
+        "head_chunk": _of_each(
+            _parts(spec.kv_heads // spec.head_shards), spec.head_shards
+        ),
+        "batch_chunk": tuple(dict.fromkeys((spec.batch_shards, spec.batch))),
         "loop": ("fori",),
         "exp": exponentials(spec) if whole else exponentials(spec)[:1],
         "product_dtype": product,
@@ -129,6 +133,10 @@ def _accelerator(spec: AttentionSpec, target: Target, *, whole: bool) -> Space:
     tpu = target.tpu is not None
     ones = tpu and (len(narrow) == 1 or "lse" not in spec.outputs)
     exact = len(narrow) == 1 or math.frexp(spec.scale_value)[0] == 0.5
+    if (
+        target.tpu is not None and target.tpu.matrix_side == LANES
+    ):  # the scale of scores costs nothing there
+        exact = len(narrow) == 1
     first: dict[str, tuple[Option, Option]] = {
         "scale": ("queries", "scores") if exact else ("scores", "queries"),
         "denominator": ("ones", "sum") if ones else ("sum", "ones"),
@@ -136,6 +144,9 @@ def _accelerator(spec: AttentionSpec, target: Target, *, whole: bool) -> Space:
         "steps": ("fori", "map"),
         "blank": ("limits", "scores") if limited(spec, False) else ("scores", "limits"),
     }
+    first["mask"] = ("positions", "distance")
+    if tpu and distant(spec):
+        first["mask"] = ("distance", "positions")
     lesser: dict[str, Sequence[Option]] = {
         "exp": exps if whole else exps[:1],
         "product_dtype": narrow if whole else narrow[:1],
@@ -145,14 +156,16 @@ def _accelerator(spec: AttentionSpec, target: Target, *, whole: bool) -> Space:
     common: dict[str, Sequence[Option]] = {
         "q_chunk": _lanes(spec.q_len, LARGEST_CHUNK),
         "k_chunk": _lanes(spec.kv_len, LARGEST_KEYS),
-        "head_chunk": _parts(spec.kv_heads),
-        "batch_chunk": tuple(dict.fromkeys((1, spec.batch))),
+        "head_chunk": _of_each(
+            _parts(spec.kv_heads // spec.head_shards), spec.head_shards
+        ),
+        "batch_chunk": tuple(dict.fromkeys((spec.batch_shards, spec.batch))),
         "loop": ("fori",),
         **lesser,
         "qk": ("once", "twice") if tpu or whole else ("once",),
     }
     static = LOOPS if whole else ("fori",)
-    diagonal = (0, 128, 256, 512, 1024) if whole else (0, 512)
+    diagonal = (0, 128, 256, 512, 1024) if whole or not tpu else (0,)
     running = common | {
         "loop": static,
         "unroll": ((1, 2, 4) if whole else (1, 2)) if unrollable(spec) else (1,),
@@ -182,6 +195,10 @@ def _accelerator(spec: AttentionSpec, target: Target, *, whole: bool) -> Space:
         | ({} if whole else few)
         | {"loop": ("fori", "map") if whole else ("fori",)},
     }
+
+
+def _of_each(parts: tuple[int, ...], shards: int) -> tuple[int, ...]:
+    return tuple(n * shards for n in parts)
 
 
 def _lanes(length: int, most: int) -> tuple[int, ...]:

@@ -6,7 +6,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from attngen import expr
-from attngen.backends.jax.tile import Starts, Tile, dimensions, heads
+from attngen.backends.jax import shards
+from attngen.backends.jax.distance import by_distance
+from attngen.backends.jax.statements import assign
+from attngen.backends.jax.tile import Starts, Tile, chosen, dimensions, heads
 from attngen.expr import Expr
 from attngen.intervals import domain, proven
 from attngen.operands import Operand
@@ -14,6 +17,7 @@ from attngen.plans import Plan
 from attngen.printer import ArrayPrinter, read_name
 
 WIDTH = 88
+LENGTHS = {"b": "B", "h": "H", "q": "T", "k": "S"}
 
 
 @dataclass
@@ -88,9 +92,12 @@ class _Writer:
         """Every condition for a key to be there; `seen` where there is any."""
         terms: list[list[str]] = []
         if self.spec.mask is not None:
-            self._needs(self.spec.mask.expr, self.code.edge, "float32")
+            mask = self.spec.mask.expr
+            if chosen(self.plan, "mask") == "distance":
+                mask = by_distance(mask)
+            self._needs(mask, self.code.edge, "float32")
             printer = self._printer("float32", "part")
-            terms.append(printer.lines("seen", self.spec.mask.expr, width=self.width))
+            terms.append(printer.lines("seen", mask, width=self.width))
         if self.ragged:
             self._define("k_index", self.code.edge)
             terms.append(["seen = k_index >= c * K_CHUNK"])
@@ -109,6 +116,7 @@ class _Writer:
 
     def _printer(self, float_dtype: str, prefix: str) -> ArrayPrinter:
         names = {"b": "b_index", "h": "h_index", "q": "q_pos", "k": "k_pos", "s": "s"}
+        names |= {"away": "away", "shift": "shift"}
         if self.spec.static_q_offset == 0:
             names["q"] = "q_index"
         if self.spec.kv_offset == 0:
@@ -145,6 +153,8 @@ class _Writer:
             self._define("q_index", lines)
             if self.spec.static_q_offset != 0:
                 self._define("q_pos", lines)
+        elif name in ("away", "shift"):
+            self._define(name, keys)
         elif name == "k":
             self._define("k_index", keys)
             if self.spec.kv_offset:
@@ -169,6 +179,8 @@ class _Writer:
 
     def _definition(self, name: str) -> list[str]:
         starts, at = self.starts, self.at
+        if name in ("b_index", "h_index") and shards.is_split(self.plan, name[0]):
+            return self._of_shards(name, name[0])
         if name == "b_index":
             return [f"{name} = {self._range(starts.b, 'b', at.sizes['b'])}"]
         if name == "h_index":
@@ -184,6 +196,15 @@ class _Writer:
             letter = name[0]
             start = starts.q if letter == "q" else starts.k
             return [f"{name} = {self._range(start, letter, at.sizes[letter])}"]
+        if name == "away":  # XLA makes both on the fly, in the tile's own layout
+            keys, queries = (self._range("0", a, at.sizes[a]) for a in "kq")
+            return [f"away = {keys} - {queries}"]
+        if name == "shift":
+            q = starts.q + (" + Q_OFFSET" if self.spec.static_q_offset else "")
+            k = f"({starts.k} + K_OFFSET)" if self.spec.kv_offset else starts.k
+            return [
+                f"shift = {q} - {k}  # of the tile's first query from its first key"
+            ]
         if name == "k_pos":
             return ["k_pos = k_index + K_OFFSET"]
         if name == "q_pos" and self.spec.static_q_offset is not None:
@@ -202,8 +223,23 @@ class _Writer:
         if self.starts.b == "0":
             part = [operand]
         else:
-            part = ["lax.dynamic_slice", operand, f"({self.starts.b},)", f"({size},)"]
-        return _assign(name, [part, [".reshape", *dimensions(shape)]], self.width)
+            begins = _tuple(shards.begins(self.plan, "b", {"b": self.starts.b}))
+            sizes = _tuple(shards.sizes(self.plan, "b", {"b": size}))
+            part = ["lax.dynamic_slice", operand, begins, sizes]
+        return assign(name, [part, [".reshape", *dimensions(shape)]], self.width)
+
+    def _of_shards(self, name: str, letter: str) -> list[str]:
+        """The batches, or query heads, of a tile that has some of every shard."""
+        begins = shards.begins(self.plan, letter, {letter: self._begin(letter)})
+        sizes = shards.sizes(self.plan, letter, {})
+        whole, view = {"b": "B", "h": "H"}[letter], shards.shape(self.plan, letter, {})
+        dtype = ", dtype=jnp.int64" if self.plan.index_dtype == "int64" else ""
+        numbers = f"jnp.arange({whole}{dtype}).reshape({', '.join(view)})"
+        line = f"{name} = {numbers}"
+        spread = self.at.spread({"b": "b", "h": "gr"}[letter])
+        calls = [["lax.dynamic_slice", name, _tuple(begins), _tuple(sizes)]]
+        calls.append([".reshape", *dimensions(spread)])
+        return [line, *assign(name, calls, self.width)]
 
     def _range(self, start: str, letters: str, size: str) -> str:
         """start, start + 1, … along some axes of the tile."""
@@ -237,25 +273,40 @@ class _Writer:
         lines = self._lines(used, keys)
         if not self._new(name, lines):
             return
-        begins, sizes = [], []
-        for index in node.args:
-            letter = str(index.value)
-            begins.append(letter if index.op == "const" else self._begin(letter))
-            sizes.append("1" if index.op == "const" else self._size(letter))
+        begins: list[str] = []
+        sizes: list[str] = []
+        view: list[str] = []  # the operand's shape, with its shards apart
+        axes: list[str] = []  # the letter that each axis of that is read at
+        for axis, index in zip(node.value.axes, node.args, strict=True):
+            letter, whole = str(index.value), LENGTHS.get(str(axis), str(axis))
+            if index.op == "const":
+                begins, sizes = [*begins, letter], [*sizes, "1"]
+                view, axes = [*view, whole], [*axes, ""]
+                continue
+            begins += shards.begins(self.plan, letter, {letter: self._begin(letter)})
+            sizes += shards.sizes(self.plan, letter, {letter: self._size(letter)})
+            view += shards.shape(self.plan, letter, {letter: whole})
+            axes += [a for a, _ in shards.axes(self.plan, letter)]
+        source = node.value.name
+        if len(axes) != len(node.args):
+            source = f"{name}_of_shards"
+            lines += assign(
+                source, [[node.value.name], [".reshape", *view]], self.width
+            )
         if set(begins) == {"0"} and self._is_whole(node):
             calls = [[node.value.name]]
         else:
-            arguments = [node.value.name, _tuple(begins), _tuple(sizes)]
+            arguments = [source, _tuple(begins), _tuple(sizes)]
             calls = [["lax.dynamic_slice", *arguments]]
         ordered = sorted(used, key="bhqk".index)
         if used != ordered:
-            fixed = [i for i, index in enumerate(node.args) if index.op != "var"]
-            moved = [i for i, index in enumerate(node.args) if index.op == "var"]
-            moved.sort(key=lambda i: "bhqk".index(str(node.args[i].value)))
+            fixed = [i for i, letter in enumerate(axes) if not letter]
+            moved = [i for i, letter in enumerate(axes) if letter]
+            moved.sort(key=lambda i: "bhqk".index(axes[i]))
             calls.append([".transpose", *(str(i) for i in fixed + moved)])
         target = "".join({"h": "gr"}.get(a, a) for a in ordered)
         calls.append([".reshape", *dimensions(self.at.spread(target))])
-        lines += _assign(name, calls, self.width)
+        lines += assign(name, calls, self.width)
 
     def _begin(self, letter: str) -> str:
         starts = self.starts
@@ -311,7 +362,7 @@ class _Writer:
         if len(name) + len(node.value.name) + len(at) + 13 > self.width:
             lines.append(f"indices_{self.gathers} = ({at})")
             at = f"indices_{self.gathers}"
-        lines += _assign(name, [[f"{node.value.name}.at[{at}].get", *how]], self.width)
+        lines += assign(name, [[f"{node.value.name}.at[{at}].get", *how]], self.width)
         self.gathered[node] = name
 
     def _load(self, node: Expr, float_dtype: str) -> str:
@@ -340,31 +391,3 @@ def _times(start: str, factor: int) -> str:
 
 def _tuple(items: list[str]) -> str:
     return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
-
-
-def _assign(name: str, calls: list[list[str]], width: int) -> list[str]:
-    """name = function(arguments).method(…)…, in as many statements as it needs.
-
-    Each call is its function or method, then its arguments.
-    """
-    line = f"{name} = {''.join(_invoked(c) for c in calls)}"
-    if len(line) <= width:
-        return [line]
-    first, *methods = calls
-    lines = _statement(name, "", first, width)
-    for method in methods:
-        lines += _statement(name, name, method, width)
-    return lines
-
-
-def _statement(name: str, receiver: str, call: list[str], width: int) -> list[str]:
-    function, *arguments = call
-    line = f"{name} = {receiver}{_invoked(call)}"
-    if len(line) <= width or not arguments:
-        return [line]
-    return [f"{name} = {receiver}{function}(", *(f"    {a}," for a in arguments), ")"]
-
-
-def _invoked(call: list[str]) -> str:
-    function, *arguments = call
-    return f"{function}({', '.join(arguments)})" if arguments else function

@@ -7,6 +7,8 @@ tell them, too: by a comparison for each key (blank = limits).
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from attngen.backends.jax.bounds import Limits
 from attngen.backends.jax.tile import chosen
 from attngen.plans import Plan
@@ -15,8 +17,13 @@ from attngen.regions import analyse, chunk_limits
 CHUNKS = 4096  # of queries, at most, whose limits are all looked at
 
 
-def unseen(plan: Plan, limits: Limits, ragged: bool) -> list[str] | None:
+def unseen(
+    plan: Plan, limits: Limits, ragged: bool, edge: Collection[str]
+) -> list[str] | None:
     """Statements that define `there` for the keys of a tile; none where all are seen.
+
+    Args:
+        edge: the statements before them, which may define the keys' indices.
 
     Returns:
         None where only the scores tell.
@@ -34,7 +41,16 @@ def unseen(plan: Plan, limits: Limits, ragged: bool) -> list[str] | None:
         terms.append("k_index < kv_length")
     if ragged:
         terms.append("k_index >= c * K_CHUNK")
-    return [f"there {'&' if i else ''}= {term}" for i, term in enumerate(terms)]
+    if not terms:
+        return []
+    known = any(line.startswith("k_index = ") for line in edge)
+    first = [] if known else ["k_index = k_start + jnp.arange(K_CHUNK)"]
+    comment = "  # a query here sees that key"
+    return [
+        *first,
+        f"there = {terms[0]}{comment}",
+        *(f"there &= {term}" for term in terms[1:]),
+    ]
 
 
 def _whole(plan: Plan) -> tuple[bool, bool]:

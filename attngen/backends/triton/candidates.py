@@ -30,6 +30,8 @@ _BUILT: dict[str, tuple[tuple[object, ...], str]] = {
     "dropout": ((0.0,), "dataclasses.replace(spec, dropout=0.0)"),
     "storage": (("dense",), 'pad into storage="dense" with kv_lengths=True'),
     "kv_dtype": ((None,), "convert k and v to spec.dtype first"),
+    "batch_shards": ((1,), "a spec of what one device has"),
+    "head_shards": ((1,), "a spec of what one device has"),
     "dtype": (DTYPES, "the jax backend computes in float64"),
 }
 

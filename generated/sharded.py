@@ -1,0 +1,179 @@
+"""Attention in chunks of 256 queries and 256 keys, with a running softmax.
+
+made by   attngen 0.1.0 for cpu; `attngen emit --check` compares this file
+          with what would be emitted now. It is yours: attngen claims no rights in it.
+computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
+          key k is there for query q where k <= q
+          over 8 devices: batch in 2 shards, heads in 4 shards
+          q       [4, 512, 16, 64]  bfloat16
+          k       [4, 512, 8, 64]  bfloat16
+          v       [4, 512, 8, 64]  bfloat16
+          out     [4, 512, 16, 64]  bfloat16
+plan      running · 256 queries × 256 keys · 4 kv heads of 2 batches a step · fori ·
+          diagonal 128
+          tiles of a head: 4; 1 full, 2 on an edge, 1 empty and never visited
+cost      2.68 GFLOP (4.29 GFLOP without skipping), 2.4 MiB of temporaries (modelled)
+          on each device
+needs     jax >= 0.10; nothing of attngen
+spec      {"batch": 4, "q_heads": 16, "kv_heads": 8, "q_len": 512, "kv_len": 512,
+          "qk_dim": 64, "v_dim": 64, "dtype": "bfloat16", "mask": "causal",
+          "batch_shards": 2, "head_shards": 4, "memory_budget": "4MiB"}
+choices   {"backend": "jax", "target": "cpu", "algorithm": "running", "q_chunk": 256,
+          "k_chunk": 256, "head_chunk": 4, "batch_chunk": 2, "loop": "fori", "exp":
+          "polynomial", "product_dtype": "float32", "guard": true, "scale": "queries",
+          "denominator": "sum", "qk": "once", "slices": "nd", "steps": "fori", "blank":
+          "scores", "mask": "positions", "unroll": 1, "diagonal": 128}
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+B, T, S = 4, 512, 512  # batch, queries, keys
+H, G = 16, 8  # query heads, kv heads
+R = H // G  # query heads that share a kv head
+D = 64  # head dim
+Q_CHUNK, K_CHUNK = 256, 256  # of a tile
+K_STEP = 128  # keys, along the diagonal
+B_CHUNK = 2  # batches of a tile
+G_CHUNK = 4  # kv heads of a tile
+B_SHARDS, B_PART = 2, 2  # of the batch: each on its own devices
+H_SHARDS, H_PART, G_PART = 4, 4, 2  # of the heads: each on its own devices
+LOG2E = 1.4426950408889634  # exp(s) is 2**(s * LOG2E)
+SCALE = 0.125 * LOG2E
+Q_CHUNKS = -(-T // Q_CHUNK)
+
+
+def attention(q, k, v):
+    """Attention of the arrays that are checked first -> out.
+
+    out (B, T, H, D), 0 where a query sees no key
+    """
+    _check("q", q, (B, T, H, D), "bfloat16")
+    _check("k", k, (B, S, G, D), "bfloat16")
+    _check("v", v, (B, S, G, D), "bfloat16")
+
+    # Shards come first, one on each device, and what lies there is sliced: XLA gathers
+    # an axis that is both sharded and sliced.
+    q = q.reshape(B_SHARDS, B_PART, T, H_SHARDS, H_PART, D)
+    q = q.transpose(0, 3, 1, 2, 4, 5)
+    k = k.reshape(B_SHARDS, B_PART, S, H_SHARDS, G_PART, D)
+    k = k.transpose(0, 3, 1, 2, 4, 5)
+    v = v.reshape(B_SHARDS, B_PART, S, H_SHARDS, G_PART, D)
+    v = v.transpose(0, 3, 1, 2, 4, 5)
+
+    steps = (B // B_CHUNK) * (G // G_CHUNK) * Q_CHUNKS
+
+    def queries(step, out_all):
+        """One chunk of queries of the heads that are computed together."""
+        i = step % Q_CHUNKS
+        g = step // Q_CHUNKS % (G // G_CHUNK)
+        b = step // ((G // G_CHUNK) * Q_CHUNKS)
+        q_start = i * Q_CHUNK
+        at = (0, 0, b, q_start, g * R, 0)
+        # barriers, here and below: else XLA converts all of q, k, v outside the loops
+        q_here, at = lax.optimization_barrier((q, at))
+        size = (B_SHARDS, H_SHARDS, 1, Q_CHUNK, R, D)
+        rows = lax.dynamic_slice(q_here, at, size)
+        rows = rows.transpose(0, 2, 3, 1, 4, 5)
+        rows = rows.reshape(B_CHUNK, Q_CHUNK, G_CHUNK, R, D)
+        rows = rows.transpose(0, 2, 3, 1, 4)
+        rows = rows.astype(jnp.float32) * SCALE
+
+        # Key chunks [0, full_last) hold only what every query here sees; each query
+        # sees one key more than the one before it, the first of them one more.
+        # q_lo: positions, half-open
+        q_lo = q_start
+        full_last = (q_lo + 1) // K_CHUNK
+
+        def tile(k_start, keys, low):
+            """Scores (B_CHUNK, G_CHUNK, R, Q_CHUNK - low, keys) and values."""
+            at = (0, 0, b, k_start, g, 0)
+            k_here, v_here, at = lax.optimization_barrier((k, v, at))
+            k_size = (B_SHARDS, H_SHARDS, 1, keys, 1, D)
+            kc = lax.dynamic_slice(k_here, at, k_size)
+            v_size = (B_SHARDS, H_SHARDS, 1, keys, 1, D)
+            vc = lax.dynamic_slice(v_here, at, v_size)
+            kc = kc.transpose(0, 2, 3, 1, 4, 5)
+            vc = vc.transpose(0, 2, 3, 1, 4, 5)
+            kc = kc.reshape(B_CHUNK, keys, G_CHUNK, D).astype(jnp.float32)
+            vc = vc.reshape(B_CHUNK, keys, G_CHUNK, D).astype(jnp.float32)
+            s = jnp.einsum("bgrqd,bkgd->bgrqk", rows[:, :, :, low:], kc)
+            return s, vc
+
+        def interior(c, carry):
+            return _add(carry, *tile(c * K_CHUNK, K_CHUNK, 0))
+
+        def down(k_start, low, carry):
+            """One step down the diagonal: K_STEP keys, and all queries that see any."""
+            s, vc = tile(k_start, K_STEP, low)
+            k_index = k_start + jnp.arange(K_STEP)
+            q_index = q_start + low + jnp.arange(K_STEP)[:, None]
+            seen = k_index <= q_index
+            part = jnp.where(seen, s[:, :, :, :K_STEP], -jnp.inf)  # the others see all
+            s = jnp.concatenate([part, s[:, :, :, K_STEP:]], 3)
+            return _add(carry, s, vc, unseen=True)
+
+        m = jnp.full((B_CHUNK, G_CHUNK, R, Q_CHUNK), -jnp.inf, jnp.float32)
+        total = jnp.zeros((B_CHUNK, G_CHUNK, R, Q_CHUNK), jnp.float32)
+        acc = jnp.zeros((B_CHUNK, G_CHUNK, R, Q_CHUNK, D), jnp.float32)
+        carry = m, total, acc
+        carry = lax.fori_loop(0, full_last, interior, carry)
+        done = []
+        for low in range(0, Q_CHUNK, K_STEP):
+            carry = down(full_last * K_CHUNK + low, low, carry)
+            # the first of these queries saw their last key: they are done
+            done.append([each[:, :, :, :K_STEP] for each in carry])
+            carry = [each[:, :, :, K_STEP:] for each in carry]
+        done = zip(*done, strict=True)
+        m, total, acc = (jnp.concatenate(each, 3) for each in done)
+        total = jnp.where(total == 0, 1, total)  # a row that saw no key is 0
+        out = acc / total[..., None]
+        out = out.transpose(0, 3, 1, 2, 4)
+        out = out.reshape(B_SHARDS, 1, Q_CHUNK, H_SHARDS, R, D)
+        out = out.astype(jnp.bfloat16)
+        out = out.transpose(0, 3, 1, 2, 4, 5)
+        out_all = lax.dynamic_update_slice(out_all, out, (0, 0, b, q_start, g * R, 0))
+        return out_all
+
+    out_all = jnp.zeros((B_SHARDS, H_SHARDS, B_PART, T, H_PART, D), jnp.bfloat16)
+    out_all = lax.fori_loop(0, steps, queries, out_all)
+    out = out_all.transpose(0, 2, 3, 1, 4, 5).reshape(B, T, H, D)
+    return out
+
+
+def _check(name, x, shape, dtype):
+    if x.shape != shape or x.dtype != dtype:
+        raise TypeError(f"{name} is {x.dtype}{x.shape}, not {dtype}{shape}")
+
+
+def _add(carry, s, vc, *, unseen=False):
+    """The running maximum, sum, and weighted sum of values, with one more tile.
+
+    unseen: a score can be -inf, that of a key which its query doesn't see
+    """
+    m, total, acc = carry
+    m_new = jnp.maximum(m, s.max(-1))
+    m_safe = m_new
+    if unseen:
+        m_safe = jnp.where(m_new == -jnp.inf, 0, m_new)  # a row that saw no key yet
+    p = _exp2(s - m_safe[..., None])
+    rescale = jnp.exp2(m - m_safe)
+    pv = jnp.einsum("bgrqk,bkgd->bgrqd", p, vc)
+    return m_new, total * rescale + p.sum(-1), acc * rescale[..., None] + pv
+
+
+@jax.custom_jvp
+def _exp2(x):
+    """2**x for x <= 0, to a relative error of 2e-7 above 2**-126; 0 of -inf."""
+    y = jnp.maximum(x, -127)  # of which all bits will be 0
+    whole = lax.round(y, lax.RoundingMethod.TO_NEAREST_EVEN)
+    power = jnp.float32(0.00132647273)
+    for coefficient in (0.00967151299, 0.0555073358, 0.240222424, 0.693147004, 1):
+        power = power * (y - whole) + coefficient
+    bits = lax.bitcast_convert_type(power, jnp.int32)
+    bits += whole.astype(jnp.int32) << 23  # to the exponent
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+_exp2.defjvps(lambda dx, power, x: dx * power / LOG2E)  # d 2**x = log(2) * 2**x
