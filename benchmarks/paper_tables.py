@@ -175,10 +175,10 @@ def of_attngen(cell: Cell, seconds: float) -> dict[str, Any]:
 def _stopped(record: Record) -> bool:
     """Whether a search, or the sweep over budgets, had less time than it takes."""
     done = {f.budget for f in record.finished if not f.stopped}
-    best = record.best()
-    wanted = sweeping.halvings(best.temp_bytes if best else None)
-    empty = max((b for b in done if b and not record.best(b)), default=0)
-    return not {None, *(b for b in wanted if b > empty)} <= done
+    budget = None
+    while budget in done:
+        budget = next(iter(sweeping.below(record, budget, {})), -1)
+    return budget != -1
 
 
 def _within(cell: Cell, budget: int | None) -> AttentionSpec:
