@@ -16,7 +16,9 @@ from attngen import (
     offline,
     planner,
     recalling,
+    sweeping,
     targets,
+    tuner,
     tuning,
 )
 from attngen.building import stored
@@ -206,6 +208,7 @@ def tune(
     *,
     seconds: float | None = None,
     fix: Fix | None = None,
+    sweep: bool = False,
     on_progress: Callable[[str], None] | None = None,
 ) -> Record:
     """Time plans side by side on this device; what is found is kept as wisdom.
@@ -223,6 +226,8 @@ def tune(
             failed before too, and the neighbours of the fastest. "estimate" times nothing:
             it certifies and validates the model's best.
         seconds: about how long it may take; None: 60, and 900 for patient.
+        sweep: tunes for smaller budgets too, each half the one before, down to 128 KiB: for
+            the frontier of memory and time. Then it may take five times as long.
         on_progress: receives what is being tried, a line each.
 
     Raises:
@@ -236,7 +241,18 @@ def tune(
     device, by = building.where(target, backend)
     by.refuse(spec)
     search = tuning.tune if by.is_here(device) else offline.tune
-    return search(spec, device, by, effort, check_fix(fix), seconds, on_progress)
+    fixed = check_fix(fix)
+    if not sweep:
+        return search(spec, device, by, effort, fixed, seconds, on_progress)
+    whole = sweeping.SHARE * tuner.SECONDS[effort] if seconds is None else seconds
+    return sweeping.sweep(
+        spec,
+        lambda s, left: search(s, device, by, effort, fixed, left, on_progress),
+        effort=effort,
+        seconds=float(whole),
+        fix=fixed,
+        say=on_progress or (lambda _: None),
+    )
 
 
 # attention(): a spec from the arrays, and kernels kept by spec.

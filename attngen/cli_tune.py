@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from attngen.cli_output import print_json, progress, progressing, shown
 from attngen.cli_spec import plan_options, read_fix, read_spec
+from attngen.errors import BackendError
 from attngen.records import Record
+
+if TYPE_CHECKING:
+    from attngen.spec import AttentionSpec
+    from attngen.targets import Target
 
 INTERRUPTED = 1
 
@@ -25,12 +31,21 @@ INTERRUPTED = 1
 @click.option(
     "--seconds",
     type=float,
-    help="About how long it may take. Default: 60, patient: 900.",
+    help="About how long it may take. Default: 60, patient: 900; with --frontier, five "
+    "times that.",
+)
+@click.option(
+    "--frontier",
+    "picture",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Tune for ever smaller budgets too, and draw memory against time: .png or .svg.",
 )
 @plan_options
 def tune(
     effort: str,
     seconds: float | None,
+    picture: Path | None,
     target: str | None,
     backend: str | None,
     fix: tuple[str, ...],
@@ -47,6 +62,8 @@ def tune(
     from attngen import wisdom as known
 
     spec, fixed = read_spec(given), read_fix(fix)
+    if picture is not None:
+        _check_picture(picture, target, backend)
     interrupted = False
     try:
         with progressing("planning …") as say:
@@ -57,6 +74,7 @@ def tune(
                 effort,
                 seconds=seconds,
                 fix=fixed,
+                sweep=picture is not None,
                 on_progress=say,
             )
     except KeyboardInterrupt:
@@ -72,12 +90,50 @@ def tune(
         kept = f"{what} kept in {shown(str(known.path_of(key)))}"
         progress(f"interrupted; {kept}; tune again to go on")
     found = recalling.recall(spec, device, by, "estimate", fixed)
+    more = {}
+    if picture is not None and not interrupted:
+        more["frontier"] = _draw(picture, record, spec, device)
     if as_json:
         chosen = None if found is None else found[0].to_dict()
-        print_json(record.to_dict() | {"chosen": chosen})
+        print_json(record.to_dict() | {"chosen": chosen} | more)
     elif record.candidates:
         click.echo(str(record))
         if found is not None:
             click.echo(f"\n{found[0].explain()}")
     if interrupted:
         sys.exit(INTERRUPTED)
+
+
+def _check_picture(path: Path, target: str | None, backend: str | None) -> None:
+    """Refuse a picture that couldn't be drawn, before time is spent.
+
+    Raises:
+        FileError, BackendError: see drawing.check; or the target's kernels have no frontier.
+    """
+    from attngen import building, drawing
+
+    drawing.check(path)
+    device, by = building.where(target, backend)
+    if by.name != "jax" or device.kind == "cuda":
+        raise BackendError(
+            f"There is no frontier of memory and time on {device.name} by {by.name}.",
+            got="kernels that need no temporaries"
+            if by.name == "triton"
+            else "a compiler that says nothing of time",
+            needed="a processor or a TPU as the target, by JAX",
+        )
+
+
+def _draw(
+    path: Path, record: Record, spec: AttentionSpec, device: Target
+) -> dict[str, Any]:
+    """Compile what stands beside the plans, draw all, and say it in plain values."""
+    from attngen import drawing, frontier
+    from attngen.peers import references
+
+    progress("compiling standard attention and the paper's algorithm")
+    others = [references.compiled(peer, spec, device) for peer in references.NAMES]
+    found = frontier.of(record, device, others)
+    drawing.draw(found, path)
+    progress(f"wrote {shown(str(path))}")
+    return {"path": str(path)} | found.to_dict()

@@ -63,10 +63,9 @@ def tune(
     search.say = say or search.say
     ranked = planner.rank(spec, target, by, fix, smallest=descent.TRIES)
     search.compile(shortlist.different(ranked, tuner.MOST[effort]))
-    leader = search.leader(fix)
+    leader = search.leader(fix) or search.descend(fix)
     while leader is not None and effort != "estimate":
-        near = planner.near(spec, target, by, leader.choice, fix)
-        search.compile(shortlist.neighbours(leader.choice, near, search.tried))
+        search.compile_near(leader, fix)
         before, leader = leader, search.leader(fix)
         if leader == before or effort != "patient":
             break
@@ -90,6 +89,38 @@ class _Search:
     def leader(self, fix: Mapping[str, Option]) -> Candidate | None:
         return self.record.best(self.spec.budget_bytes, fix)
 
+    def descend(self, fix: Mapping[str, Option]) -> Candidate | None:
+        """From the smallest plan to smaller neighbours, until one is within the budget."""
+        smallest = self._smallest(fix)
+        while smallest is not None:
+            self.compile_near(smallest, fix)
+            if leader := self.leader(fix):
+                return leader
+            before, smallest = smallest, self._smallest(fix)
+            if smallest == before or self.stopped:
+                break
+        return None
+
+    def _smallest(self, fix: Mapping[str, Option]) -> Candidate | None:
+        ranked = self.record.ranked(None, fix)
+        known = [c for c in ranked if c.temp_bytes is not None]
+        return min(known, key=lambda c: c.temp_bytes or 0, default=None)
+
+    def compile_near(self, candidate: Candidate, fix: Mapping[str, Option]) -> None:
+        """Compile neighbours of a candidate: those that should fit, or be smaller.
+
+        What the model says of their bytes counts as much as it did of the candidate's.
+        """
+        free = dataclasses.replace(self.spec, memory_budget=None)
+        near = planner.near(free, self.target, self.by, candidate.choice, fix)
+        budget = self.spec.budget_bytes
+        if budget is not None and candidate.temp_bytes:
+            most = max(1, candidate.modelled_bytes) * budget / candidate.temp_bytes
+            if candidate.temp_bytes > budget:  # halves of a chunk may not suffice
+                most = candidate.modelled_bytes - 1
+            near = tuple(p for p in near if p.temp_bytes <= most)
+        self.compile(shortlist.neighbours(candidate.choice, near, self.tried))
+
     def compile(self, plans: Sequence[Plan]) -> None:
         """Compile plans, group by group, as long as time is left; the first always."""
         for i in range(0, len(plans), GROUP):
@@ -112,7 +143,7 @@ class _Search:
                 made.append((plan, source))
         if not made:
             return
-        answers = building.certify_many(made, self.by, self.target.name)
+        answers = _in_parallel(made, self.by, self.target)
         found = [
             self._candidate(*each, answer)
             for each, answer in zip(made, answers, strict=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -257,9 +258,11 @@ def chunk_limits(
     """
     chunks = -(-spec.q_len // q_chunk)
     step = 1 if exact else max(1, chunks // SAMPLES)
-    starts = (
-        min(i * q_chunk, spec.q_len - q_chunk) for i in range(step // 2, chunks, step)
-    )
+    looked_at = range(step // 2, chunks, step)
+    bounds = (span.low, span.high, span.full_low, span.full_high)
+    if not any(b is not None and expr.variables(b) for b in bounds):  # all are alike
+        return [key_limits(spec, span, 0, q_chunk)] * len(looked_at)
+    starts = (min(i * q_chunk, spec.q_len - q_chunk) for i in looked_at)
     return [key_limits(spec, span, start, q_chunk) for start in starts]
 
 
@@ -281,13 +284,13 @@ def count_tiles(
     if limits is None:
         limits = chunk_limits(spec, span, q_chunk, exact=exact)
     full = edge = 0
-    for low, high, full_low, full_high in limits:
+    for (low, high, full_low, full_high), alike in Counter(limits).items():
         first = low // k_chunk
         last = max(first, -(-high // k_chunk))
         full_first = min(max(-(-full_low // k_chunk), first), last)
         full_last = min(max(full_high // k_chunk, full_first), last)
-        full += full_last - full_first
-        edge += last - first - (full_last - full_first)
+        full += alike * (full_last - full_first)
+        edge += alike * (last - first - (full_last - full_first))
     q_chunks, k_chunks = -(-spec.q_len // q_chunk), -(-spec.kv_len // k_chunk)
     if len(limits) < q_chunks:
         full, edge = (round(x * q_chunks / len(limits)) for x in (full, edge))

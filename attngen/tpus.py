@@ -36,7 +36,8 @@ class Tpu:
         flop_per_cycle: of all matrix units.
         memory_bytes: of HBM, that a program may use.
         bandwidth_bytes_s: of HBM.
-        vmem_bytes: on-chip memory, of all cores.
+        vmem_bytes: on-chip memory of the vector units, of all cores.
+        cmem_bytes: more of it, that v4's cores share.
     """
 
     generation: str
@@ -49,12 +50,18 @@ class Tpu:
     memory_bytes: int
     bandwidth_bytes_s: float
     vmem_bytes: int
+    cmem_bytes: int = 0
     chip_config: str | None = None
 
     @property
     def clock_hz(self) -> float:
         """P."""
         return self.peak_flop_s / self.flop_per_cycle
+
+    @property
+    def on_chip_bytes(self) -> int:
+        """All that arrays can lie in beside HBM."""
+        return self.vmem_bytes + self.cmem_bytes
 
     @property
     def bytes_per_cycle(self) -> float:
@@ -74,6 +81,7 @@ def _tpu(
     memory_gib: float,  # L
     bandwidth_gb_s: float,  # C
     vmem_mib: int,  # J: of a core
+    cmem_mib: int = 0,  # J: of a chip
     chip_config: str | None = None,
 ) -> Tpu:
     return Tpu(
@@ -88,6 +96,7 @@ def _tpu(
         memory_bytes=int(memory_gib * 2**30),
         bandwidth_bytes_s=bandwidth_gb_s * 1e9,
         vmem_bytes=vmem_mib * 2**20 * cores,
+        cmem_bytes=cmem_mib * 2**20,
     )
 
 
@@ -126,6 +135,7 @@ TPUS: dict[str, Tpu] = {
             memory_gib=30.75,
             bandwidth_gb_s=1228,
             vmem_mib=16,
+            cmem_mib=128,
             chip_config="megacore",
         ),
         _tpu(

@@ -193,6 +193,17 @@ def test_a_slice_that_is_written_in_place_takes_its_own_bytes():
     assert estimated_cycles(text, HBM) == 7 + 20
 
 
+def test_a_reshape_that_moves_data_takes_what_it_reads_and_writes():
+    text = entry(
+        "%big = f32[10000] fusion(%p), calls=%f, " + estimate(7),
+        "ROOT %z = f32[100,100] reshape(%big)",
+    )
+    assert estimated_cycles(text, HBM) == 7 + 2 * 40000 / HBM
+    small = "ROOT %z = f32[2,256] reshape(%p)"
+    known = "%a = f32[512] fusion(%p), calls=%f, " + estimate(30)
+    assert estimated_cycles(entry(known, small), HBM) == 30
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -119,12 +119,13 @@ def test_the_allowance_ends_it_after_the_first_plans(compiler):
 
 
 def test_an_interrupt_keeps_what_was_compiled(monkeypatch):
-    groups = iter([compiled])
+    done = []
 
     def certify_many(made, by, target):
-        for answer in groups:
-            return answer(made, by, target)
-        raise KeyboardInterrupt
+        if len(done) >= offline.GROUP:  # a group may be of several processes
+            raise KeyboardInterrupt
+        done.extend(made)
+        return compiled(made, by, target)
 
     monkeypatch.setattr("attngen.building.certify_many", certify_many)
     with pytest.raises(KeyboardInterrupt):
@@ -170,3 +171,27 @@ def test_wisdom_of_bounds_is_shown(compiler):
     shown, _ = run("wisdom", "show")
     assert "a100, not here" in shown
     assert "≥" in shown
+
+
+def test_where_the_best_do_not_fit_smaller_neighbours_are_compiled(monkeypatch):
+    spec = dataclasses.replace(SPEC, memory_budget="1MiB")
+    fix = {"q_chunk": 512}
+    compiled = []
+
+    def certify_many(made, by, target):
+        """The model's best need more than it says; all others next to nothing."""
+        first = len(compiled) < offline.GROUP
+        compiled.extend(p for p, _ in made)
+        need = 2**20 + 1 if first else 2**10
+        return [
+            Certificate(target, "XLA:TPU", need, estimated_cycles=10**9) for _ in made
+        ]
+
+    monkeypatch.setattr("attngen.building.certify_many", certify_many)
+    record = attngen.tune(spec, target="tpu-v3", fix=fix, effort="estimate")
+    smallest = record.candidates[0]  # of those that take as much, the model's best
+    others = compiled[offline.GROUP :]
+    assert others
+    assert all(p.temp_bytes < smallest.modelled_bytes for p in others)
+    assert record.best(spec.budget_bytes).temp_bytes == 2**10
+    assert all(c.choice["q_chunk"] == 512 for c in record.candidates)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 import attngen
 from attngen import AttentionSpec, masks
 from attngen.expr import apply, const, var
-from attngen.regions import analyse, count_tiles, key_limits
+from attngen.regions import analyse, chunk_limits, count_tiles, key_limits
 from attngen.tracing import mask_of
 
 
@@ -152,3 +152,13 @@ def test_a_mask_that_is_never_true_visits_nothing():
     never = dataclasses.replace(spec_of(const(True)), mask=mask_of(const(False)))
     tiles = count_tiles(never, analyse(never), 5, 5)
     assert tiles.visited == 0
+
+
+@given(MASKS, st.integers(1, 40), st.integers(1, 9))
+@settings(max_examples=60)
+def test_limits_that_all_chunks_share_are_those_of_each(mask, q_len, q_chunk):
+    spec = spec_of(mask, q_len=q_len)
+    span, q_chunk = analyse(spec), min(q_chunk, q_len)
+    starts = [min(i, q_len - q_chunk) for i in range(0, q_len, q_chunk)]
+    want = [key_limits(spec, span, start, q_chunk) for start in starts]
+    assert chunk_limits(spec, span, q_chunk) == want

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from attngen.peers import Ready
@@ -34,13 +34,18 @@ class Plain:
     def matrix_bytes(self, spec: AttentionSpec) -> int:
         return score_bytes(spec)
 
-    def make(self, spec: AttentionSpec, arrays: Mapping[str, Array]) -> Ready:
+    def function(self, spec: AttentionSpec) -> Callable[..., Any]:
+        """Of q, k, v, and the operands by name: to be compiled for any target."""
+
         def attention(q: Any, k: Any, v: Any, **operands: Any) -> Any:
             return _plain(spec, q, k, v, operands)
 
+        return attention
+
+    def make(self, spec: AttentionSpec, arrays: Mapping[str, Array]) -> Ready:
         said = "all scores at once"
         said += "" if spec.mask is None else ", masked by a comparison of indices"
-        return ready(attention, jax_arrays(spec, arrays), said)
+        return ready(self.function(spec), jax_arrays(spec, arrays), said)
 
 
 def _plain(

@@ -10,7 +10,7 @@ ragged end is padded.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,18 +39,23 @@ class Paper:
         chunks = _Chunks.of(spec)
         return 2 * 4 * spec.batch * spec.q_heads * chunks.q * chunks.k
 
-    def make(self, spec: AttentionSpec, arrays: Mapping[str, Array]) -> Ready:
+    def function(self, spec: AttentionSpec) -> Callable[..., Any]:
+        """Of q, k, v in the layout "bthd", and the operands by name: for any target."""
         chunks = _Chunks.of(spec)
 
         def attention(q: Any, k: Any, v: Any, **operands: Any) -> Any:
             return _attention(spec, chunks, q, k, v, operands)
 
+        return attention
+
+    def make(self, spec: AttentionSpec, arrays: Mapping[str, Array]) -> Ready:
+        chunks = _Chunks.of(spec)
         said = f"chunks of {chunks.q} queries and {chunks.k} keys"
         if spec.expressions or spec.kv_lengths or spec.q_lengths:
             said += ", masks and scores applied in the summaries"
         if chunks.q_padded > spec.q_len or chunks.k_padded > spec.kv_len:
             said += ", the ragged end padded"
-        return ready(attention, jax_arrays(spec, arrays), said)
+        return ready(self.function(spec), jax_arrays(spec, arrays), said)
 
 
 @dataclass(frozen=True)

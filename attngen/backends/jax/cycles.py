@@ -7,7 +7,8 @@ something large has no estimate, the whole is unknown.
 
 Copies beside the work have no estimate: what they move to or from HBM takes its time, and a
 computation takes as long as its work or its copies, whichever is longer. A slice that is
-written in place has none either: it takes the time of its bytes.
+written in place has none either, nor has a reshape that moves what it is of: they take the
+time of their bytes.
 """
 
 from __future__ import annotations
@@ -81,6 +82,10 @@ class _Weights:
             return None if written is None else written.bytes / self.bytes_per_cycle
         small = i.opcode in FREE or i.bytes <= SMALL_BYTES
         small = small or any(f'"{target}"' in i.attributes for target in FREE_CALLS)
+        if i.opcode == "reshape" and not small:  # no bitcast: all is read, and written
+            read = self.module.find(computation, i.operands[0])
+            moved = None if read is None else read.bytes + i.bytes
+            return None if moved is None else moved / self.bytes_per_cycle
         return 0.0 if small else None
 
     def _loop(self, computation: str, loop: Instruction, known: Known) -> float | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from attngen import certifier
@@ -17,6 +19,36 @@ def certify(
     f: Callable[..., Any], shapes: Sequence[Any], target: Target
 ) -> Certificate:
     """Trace here, compile in a child process. Raises as `api.certify`."""
+    return certifier.certify(COMPILER, target.name, **_program(f, shapes, target))
+
+
+def measure(
+    f: Callable[..., Any],
+    shapes: Sequence[Any],
+    target: Target,
+    rounds: int,
+    timeout_s: float,
+) -> dict[str, Any]:
+    """What `certify` says and seconds of each call, in a child process on this machine.
+
+    Raises:
+        CompileError: it was refused, crashed, ran out of memory or of time.
+    """
+    program = _program(f, shapes, target)
+    with tempfile.TemporaryDirectory(prefix="attngen-") as folder:
+        path = Path(folder) / "exported"
+        path.write_bytes(program.pop("exported"))
+        job = {"target": target.name, "exported": str(path), "rounds": rounds} | program
+        found: dict[str, Any] = certifier.run(
+            COMPILER, "measure", job, timeout_s=timeout_s
+        )
+    return found
+
+
+def _program(
+    f: Callable[..., Any], shapes: Sequence[Any], target: Target
+) -> dict[str, Any]:
+    """A function as the compiler's process takes it."""
     import jax
     import jax.export
 
@@ -33,13 +65,11 @@ def certify(
         return f(*jax.tree.unflatten(tree, arguments))
 
     exported = jax.export.export(jax.jit(flat), platforms=[target.kind])(*leaves)
-    return certifier.certify(
-        COMPILER,
-        target.name,
-        shapes=[(f"x{i}", x.shape, str(x.dtype)) for i, x in enumerate(leaves)],
-        exported=bytes(exported.serialize()),
-        x64=bool(jax.config.jax_enable_x64),
-    )
+    return {
+        "shapes": [(f"x{i}", x.shape, str(x.dtype)) for i, x in enumerate(leaves)],
+        "exported": bytes(exported.serialize()),
+        "x64": bool(jax.config.jax_enable_x64),
+    }
 
 
 def _struct(x: Any) -> Any:

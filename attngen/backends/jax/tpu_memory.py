@@ -11,7 +11,8 @@ What was seen in the compiler's buffer assignments (jax 0.10.2, libtpu 0.0.42):
 - Copies of whole k and v in another order are made before the loops (tpu_arrays.py). Where the
   output is filled in another order than it is returned in, its own memory is free until then,
   and lends itself to the largest buffer that fits.
-- v2 and v3 keep all of this in HBM; the others keep what fits in VMEM, which isn't counted.
+- v2, v3 and v5p (of two cores) keep all of this in HBM; the others keep what fits in VMEM, or in
+  v4's CMEM, which isn't counted.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SMALL = 105 * 2**10  # of these in a step: counted as room, and as not in use
 LEAST = 80 * 2**10  # the same, where no small chunks are padded
 UNROLLED = 100 * 2**10  # the same, of each further tile of a step, and of most parts
 PADDING = 1.09  # what is left to chance: holes, orders that were guessed wrong
-ALWAYS_HBM = ("v2", "v3")
+ALWAYS_HBM = ("v2", "v3", "v5p")
 ON_CHIP = 240 * 2**10  # where nothing large is outside
 OUTSIDE = 1.06  # the same as PADDING, of what lies beside the chip
 FULL = 0.8  # of VMEM: a whole output that fills it to more stays in HBM
@@ -47,7 +48,7 @@ def temp_bytes(
     """
     at = arrays(spec, choice, tiles)
     if tpu.generation not in ALWAYS_HBM:
-        return int(OUTSIDE * _outside(at, tpu.vmem_bytes)) + ON_CHIP + _odd(at)
+        return int(OUTSIDE * _outside(at, tpu.on_chip_bytes)) + ON_CHIP + _odd(at)
     small = (SMALL if at.filled else LEAST) + (
         at.unroll - 1 + max(0, at.parts - 2)
     ) * UNROLLED

@@ -267,6 +267,6 @@ def _stored(choice: Choice, elements: int, tpu: Tpu) -> float:
     fused = (
         _chosen(choice, "qk") == "twice" and _chosen(choice, "denominator") == "ones"
     )
-    if fused or 4 * elements <= FITS * tpu.vmem_bytes or tpu.generation in ("v2", "v3"):
+    if fused or 4 * elements <= FITS * tpu.on_chip_bytes:
         return 0.0
     return 4 * elements / tpu.bytes_per_cycle
