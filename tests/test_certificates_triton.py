@@ -211,6 +211,25 @@ def test_a_plan_that_spills_is_certified_and_called_unfit():
     assert json.loads(said)["fits"] is False
 
 
+def test_an_edited_file_is_compiled_as_it_is_for_its_own_target(tmp_path):
+    """Not planned anew for this machine's processor."""
+    spec = AttentionSpec(q_heads=2, q_len=500, qk_dim=64, dtype="float16")
+    fix = {"q_chunk": 64, "k_chunk": 32, "num_warps": 4, "num_stages": 2}
+    path = attngen.emit(attngen.plan(spec, "a100", fix=fix)).write(tmp_path / "a.py")
+    plain = attngen.certify(path)
+    assert (plain.target, plain.warps, plain.spill_bytes) == ("a100", 4, 0)
+    text = path.read_text()
+    path.write_text(text.replace("NUM_STAGES = 4, 2", "NUM_STAGES = 2, 2"))
+    edited = json.loads(run("certify", path, "--json")[0])
+    assert (edited["target"], edited["warps"], edited["fits"]) == ("a100", 2, True)
+    assert edited["digest"] != plain.digest
+    assert run("certify", path, "--target", "h100")[0].startswith("h100: ")
+    path.write_text(
+        text.replace("Q_BLOCK = tl.constexpr(64)", "Q_BLOCK = tl.constexpr(256)")
+    )
+    assert "not to be used: " in run("certify", path, code=1)[0]
+
+
 BASE = AttentionSpec(q_heads=4, kv_heads=2, q_len=200, qk_dim=64, dtype="bfloat16")
 DENSE = {
     "64": {},
