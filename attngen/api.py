@@ -176,18 +176,28 @@ def certify(f: Any, *shapes: Any, target: str | None = None) -> Certificate:
     """What the target's own compiler says that a function allocates.
 
     Args:
-        f: a JAX function (a training step, say), a Kernel, or a Plan.
-        shapes: its arguments, as arrays or `jax.ShapeDtypeStruct`s, in pytrees where it
-            takes pytrees. None for a Kernel or a Plan.
-        target: None: the kernel's or plan's own, else this machine's processor.
+        f: a JAX function (a training step, say), a Kernel, a Plan, a Source, or the path of
+            an emitted file, edited or not.
+        shapes: a function's arguments, as arrays or `jax.ShapeDtypeStruct`s, in pytrees
+            where it takes pytrees.
+        target: None: the kernel's, plan's or file's own, else this machine's processor.
 
     Raises:
         TargetError, BackendError, NotBuiltError: there is no such target, or no compiler
             for it yet.
         CompileError: the compiler refused, crashed, or took too long.
+        FileError: the file can't be read, or attngen didn't emit it.
     """
+    from attngen.emitter import Source
     from attngen.kernel import Kernel
 
+    if isinstance(f, Source | str | Path):
+        path = stored(f) if isinstance(f, Source) else Path(f)
+        made, text = plan_of(path), files.read(path)
+        device, _ = building.where(target or made.target, made.backend)
+        edited = emit(made).text != text
+        source = Source(text, made.backend)
+        return building.certify(made, source, device.name, edited=edited)
     if isinstance(f, Kernel | Plan):
         chosen = f.plan if isinstance(f, Kernel) else f
         source = f.source if isinstance(f, Kernel) else emit(f)

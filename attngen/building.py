@@ -63,8 +63,13 @@ def emit(plan: Plan) -> Source:
     return emitter.emit(plan, by)
 
 
-def certify(chosen: Plan, source: Source, target: str) -> Certificate:
+def certify(
+    chosen: Plan, source: Source, target: str, *, edited: bool = False
+) -> Certificate:
     """What the compiler of a target says of a plan's source.
+
+    Args:
+        edited: whether its loops may turn otherwise than the plan says.
 
     Raises:
         BackendError: its compiler isn't installed here.
@@ -75,7 +80,10 @@ def certify(chosen: Plan, source: Source, target: str) -> Certificate:
     device, by = targets.get(target), backends.get(chosen.backend)
     compilers.check(device, by.name)
     program = vars(_program(chosen, source, by))
-    return plausible(certifier.certify(by.compiler, target, **program), chosen, device)
+    made = certifier.certify(by.compiler, target, **program)
+    if edited:
+        made = dataclasses.replace(made, estimated_cycles=None)
+    return plausible(made, chosen, device)
 
 
 def certify_many(

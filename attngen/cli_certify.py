@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import inspect
 import sys
@@ -45,7 +46,10 @@ def certify(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Ask the target's own compiler what the best plan allocates, or a function.
+    """Ask the target's own compiler what the best plan allocates, a file, or a function.
+
+    An emitted file, edited or not, is compiled as it is, for the target that its header
+    names, or for --target.
 
     In place of SPEC.toml, MODULE:FUNCTION or FILE.py:FUNCTION names a JAX function of your
     own, a training step, say; --shapes says what it is called with: DTYPE[SIZE,…], or JSON
@@ -58,7 +62,7 @@ def certify(
 
     name = given["spec"]
     if name is not None and ":" in name and not Path(name).exists():
-        _refuse_options(given, fix, backend)
+        _refuse_options("a function", given, fix, backend)
         budget = given["budget"]
         most = None if budget is None else parse_bytes(budget)
         _print(_of_function(name, texts, target), most, None, as_json, inputs=True)
@@ -69,6 +73,10 @@ def certify(
             got=f"--shapes {texts[0]}, and no MODULE:FUNCTION",
             needed="MODULE:FUNCTION, or no --shapes: a spec says its own",
         )
+    if name is not None and Path(name).suffix == ".py":
+        _refuse_options("a file", given, fix, backend)
+        _print(*_of_file(Path(name), given["budget"], target), as_json)
+        return
     spec = read_spec(given)
     made = api.plan(spec, target, backend, read_fix(fix))
     with status("compiling …"):
@@ -105,10 +113,28 @@ def _print(
         sys.exit(CHECK_FAILED)
 
 
+def _of_file(
+    path: Path, budget: str | None, target: str | None
+) -> tuple[Certificate, int | None, str | None]:
+    """The certificate of an emitted file, its budget, and why it isn't to be used.
+
+    Raises:
+        As api.certify.
+    """
+    from attngen import api, descent
+
+    made = api.plan_of(path)
+    with status(f"compiling {path} …"):
+        certificate = api.certify(path, target=target)
+    most = made.spec.budget_bytes if budget is None else parse_bytes(budget)
+    made = dataclasses.replace(made, target=certificate.target)
+    return certificate, most, descent.unfit(certificate, made)
+
+
 def _refuse_options(
-    given: dict[str, Any], fix: tuple[str, ...], backend: str | None
+    what: str, given: dict[str, Any], fix: tuple[str, ...], backend: str | None
 ) -> None:
-    """Refuse what is said of a spec, which a function has not.
+    """Refuse what is said of a spec, which a function has not, and a file has already.
 
     Raises:
         SpecError: as it says.
@@ -118,9 +144,11 @@ def _refuse_options(
     said += ["fix"] if fix else []
     if said:
         raise SpecError(
-            "These options are of a spec, not of a function.",
+            f"These options are of a spec, not of {what}.",
             got=", ".join("--" + n.replace("_", "-") for n in said),
-            needed="--shapes, --target, --budget and --json beside MODULE:FUNCTION",
+            needed="--shapes, --target, --budget and --json beside MODULE:FUNCTION"
+            if what == "a function"
+            else "--target, --budget and --json beside an emitted file",
         )
 
 

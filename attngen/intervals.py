@@ -218,19 +218,23 @@ def examine(spec: AttentionSpec, limits: Iterable[Expr] = ()) -> Ranges:
 
 
 def drops_keys(
-    spec: AttentionSpec, env: Mapping[str, Interval], tame: Collection[Expr] = ()
+    spec: AttentionSpec,
+    env: Mapping[str, Interval],
+    tame: Collection[Expr] = (),
+    limit: float = FLOAT32_LIMIT,
 ) -> bool:
     """Whether a score can be −inf.
 
     Args:
         env: where variables can lie.
         tame: reads of operands whose floats are taken to lie within ±TAME.
+        limit: of float32 scores, at which they are infinite.
     """
 
     def tamed(node: Expr) -> Expr | None:
         return expr.var("tame", "float") if node in tame else None
 
-    limit = math.inf if spec.stats_dtype == "float64" else FLOAT32_LIMIT
+    limit = math.inf if spec.stats_dtype == "float64" else limit
     around = {**env, "s": SCORES, "tame": (-TAME, TAME)}
     for score in spec.score:
         around["s"] = interval(expr.substitute(score.expr, tamed), around)

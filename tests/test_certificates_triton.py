@@ -167,6 +167,51 @@ def test_a_certificate_is_of_the_outputs_own_dtype(monkeypatch, out_dtype, point
     assert raised.value.args == (pointer,)
 
 
+@pytest.mark.parametrize("loads", ["pointers", "descriptors"])
+@pytest.mark.parametrize("outputs", [("out",), ("out", "lse")])
+def test_a_launcher_allocates_its_outputs_and_nothing_else(outputs, loads, monkeypatch):
+    """As the certificate of a file that says nothing of TEMP_BYTES has it."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from attngen.backends.triton import loader
+
+    class Counting(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.made = {}
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor):
+                self.made[made.untyped_storage().data_ptr()] = made
+            return made
+
+    class Unlaunched:
+        def __getitem__(self, grid):
+            return lambda *_, **__: None
+
+    spec = dataclasses.replace(
+        BASE, outputs=outputs, mask=masks.causal(), kv_lengths=True, sink=True
+    )
+    plan = attngen.plan(spec, "h100", "triton", {"loads": loads, "k_chunk": 32})
+    module = loader.import_file(api.stored(attngen.emit(plan)))
+    monkeypatch.setattr(module, "forward", Unlaunched())
+    names = ("q", "k", "v", *(o.name for o in spec.operands))
+    given = [
+        torch.zeros(spec.shape_of(n), dtype=getattr(torch, spec.dtype_of(n)))
+        for n in names
+    ]
+    with Counting() as counting:
+        made = module._attention._init_fn(*given)
+    made = made if isinstance(made, tuple) else (made,)
+    for tensor in (*given, *made):
+        counting.made.pop(tensor.untyped_storage().data_ptr(), None)
+    assert not counting.made
+    assert not hasattr(module, "TEMP_BYTES")
+    assert [x.nbytes for x in made] == [spec.bytes_of(name) for name in outputs]
+
+
 @pytest.mark.parametrize("target", ["a100", "h100", "b200", "mi300x"])
 def test_the_interior_of_a_mask_costs_what_no_mask_costs(target):
     fix = {"q_chunk": 128, "k_chunk": 64, "num_warps": 8, "num_stages": 2}
@@ -178,8 +223,10 @@ def test_the_interior_of_a_mask_costs_what_no_mask_costs(target):
         plan = attngen.plan(spec, target=target, backend="triton", fix=fix)
         shapes = [(n, spec.shape_of(n), "float16") for n in "qkv"]
         text = attngen.emit(plan).text
-        mix = certifier.certify(COMPILER, target, shapes=shapes, source=text).mix
-        counts.append(sum(mix.values()))
+        found = certifier.certify(COMPILER, target, shapes=shapes, source=text)
+        instruction = {**DEFAULT, "h100": "HGMMA", "b200": "UTCHMMA"}[target]
+        assert found.matrix_instruction.startswith(instruction)
+        counts.append(sum(found.mix.values()))
     plain, *masked = counts
     assert all(abs(n - plain) <= 0.05 * plain for n in masked), counts
 
@@ -209,6 +256,25 @@ def test_a_plan_that_spills_is_certified_and_called_unfit():
     assert "not to be used: 64 × 32 spills" in said
     said, _ = run("certify", *spec, "--json", code=1)
     assert json.loads(said)["fits"] is False
+
+
+def test_an_edited_file_is_compiled_as_it_is_for_its_own_target(tmp_path):
+    """Not planned anew for this machine's processor."""
+    spec = AttentionSpec(q_heads=2, q_len=500, qk_dim=64, dtype="float16")
+    fix = {"q_chunk": 64, "k_chunk": 32, "num_warps": 4, "num_stages": 2}
+    path = attngen.emit(attngen.plan(spec, "a100", fix=fix)).write(tmp_path / "a.py")
+    plain = attngen.certify(path)
+    assert (plain.target, plain.warps, plain.spill_bytes) == ("a100", 4, 0)
+    text = path.read_text()
+    path.write_text(text.replace("NUM_STAGES = 4, 2", "NUM_STAGES = 2, 2"))
+    edited = json.loads(run("certify", path, "--json")[0])
+    assert (edited["target"], edited["warps"], edited["fits"]) == ("a100", 2, True)
+    assert edited["digest"] != plain.digest
+    assert run("certify", path, "--target", "h100")[0].startswith("h100: ")
+    path.write_text(
+        text.replace("Q_BLOCK = tl.constexpr(64)", "Q_BLOCK = tl.constexpr(256)")
+    )
+    assert "not to be used: " in run("certify", path, code=1)[0]
 
 
 BASE = AttentionSpec(q_heads=4, kv_heads=2, q_len=200, qk_dim=64, dtype="bfloat16")

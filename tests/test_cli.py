@@ -131,6 +131,18 @@ def test_certify_fails_where_the_certificate_is_over_the_budget(certified):
     assert json.loads(out)["fits"] is False
 
 
+def test_certify_compiles_a_file_as_it_is(certified, emitted):
+    path = edit(emitted, "SCALE = 0.35", "SCALE = 0.36", "edited.py")
+    digest = attngen.emitter.Source(path.read_text(), "jax").digest
+    data = json.loads(run("certify", path, "--json")[0])
+    assert (data["digest"], data["fits"]) == (digest, True)
+    out, _ = run("certify", path, "--budget", 2**20 - 1, code=FAILED)
+    assert out.endswith(": over the budget\n")
+    for option in (("--q-len", 5), ("--fix", "q_chunk=5"), ("--backend", "jax")):
+        _, err = run("certify", path, *option, code=2)
+        assert "options are of a spec, not of a file" in err
+
+
 WRONG_EDITS = {
     "number.py": ("SCALE = 0.35", "SCALE = 0.36"),
     "forgotten.py": (" * rescale[..., None]", ""),

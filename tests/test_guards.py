@@ -124,3 +124,27 @@ def test_rows_that_a_bias_hides_whole_are_zero():
     assert (lse[:, :, ::2] == -np.inf).all()
     assert np.isfinite(lse[:, :, 1::2]).all()
     check(spec, api.stored(source), arrays)
+
+
+LEAST = float(np.finfo(np.float32).min)  # with which masks are often written
+HIDING = {
+    "a constant": attngen.score(lambda s, b, h, q, k: attngen.where(k < 40, LEAST, s)),
+    "a sum": attngen.score(lambda s, b, h, q, k: s + attngen.where(k < 40, LEAST, 0.0)),
+    "bias": SCORES["keys"][0],
+}
+
+
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("mask", [None, masks.causal()], ids=["all", "causal"])
+@pytest.mark.parametrize("name", HIDING)
+def test_keys_of_the_least_finite_score_are_there(name, mask, sink):
+    """Where a row has no others they share it; else they weigh nothing."""
+    spec = dataclasses.replace(LIKE, score=(HIDING[name],), mask=mask, sink=sink)
+    fix = {"q_chunk": 32, "k_chunk": 16}
+    path = api.stored(attngen.emit(attngen.plan(spec, "h100", "triton", fix)))
+    arrays = inputs.arrays(spec)
+    if name == "bias":
+        arrays |= {"x": np.full_like(arrays["x"], LEAST)}
+        check(spec, path, arrays)
+        arrays["x"][:, 40:] = 0.5
+    check(spec, path, arrays)

@@ -11,13 +11,12 @@ from typing import Any
 from attngen import targets
 from attngen.backends.triton.bounds import bounds, end_of_keys, offset_source
 from attngen.backends.triton.candidates import pieces, power_above
-from attngen.backends.triton.guards import Guards, guards
+from attngen.backends.triton.guards import Guards, guards, overflows
 from attngen.backends.triton.tile_code import Writer
 from attngen.expr import walk
 from attngen.intervals import (
     Interval,
     domain,
-    drops_keys,
     interval,
     limit_leaves_int32,
     proven,
@@ -44,9 +43,8 @@ def context(plan: Plan) -> dict[str, Any]:
     where = bounds(plan, env, helpers)
     interior = writer.write(edge=False)
     edge = writer.write(edge=True)
-    guard = (
-        guards(writer, env) if where.interior else Guards(edge=drops_keys(spec, env))
-    )
+    dropping = overflows(spec, env)
+    guard = guards(writer, env) if where.interior else Guards(dropping, dropping)
     if guard.lines:
         where.only_where("tame")
     out, lse = "out" in spec.outputs, "lse" in spec.outputs

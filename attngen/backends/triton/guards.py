@@ -4,17 +4,24 @@ A key whose score is −inf isn't there, which an interior tile would have to as
 Where only slopes, tables or temperatures could do that, which a program reads before its
 loops, it asks these once: if all are finite, and not huge, no score is −inf. Else all of its
 tiles are taken as edges, which ask.
+
+Scores are multiplied by log2(e), which takes the lowest that are finite beyond float32, too
+(masks are often written so, with the least float). Where interiors ask of each score, only
+differences to the maximum are multiplied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from attngen.backends.triton.tile_code import Writer
+from attngen.dtypes import FLOAT32_LIMIT
 from attngen.expr import Expr, variables, walk
 from attngen.intervals import TAME, Interval, drops_keys
 from attngen.operands import Operand
+from attngen.spec import AttentionSpec
 
 MOST = 4096  # values of an operand that a program looks at
 LIMIT = f"{TAME:.0e}".replace("e+0", "e")
@@ -25,7 +32,8 @@ class Guards:
     """Of the scores of one kernel.
 
     Args:
-        edge, interior: whether a score of such a tile can be −inf before it is masked.
+        edge, interior: whether a score of such a tile can be −inf before it is masked, or
+            be so by the factor log2(e).
         lines: statements that define `tame`, where interiors need it.
     """
 
@@ -37,22 +45,29 @@ class Guards:
 def guards(writer: Writer, env: Mapping[str, Interval]) -> Guards:
     """What a writer's interior tiles, which it has written, needn't ask of each score."""
     spec = writer.spec
-    if not drops_keys(spec, env):
+    if not overflows(spec, env):
         return Guards()
     reads = [n for score in spec.score for n in walk(score.expr) if n.op == "load"]
     floats = dict.fromkeys(n for n in reads if n.kind == "float")
     needed = [n for n in floats if _outside(n) or _whole(n) is not None]
-    if drops_keys(spec, env, frozenset(needed)):
+    if overflows(spec, env, frozenset(needed)):
         return Guards(edge=True, interior=True)
     for node in tuple(needed):
         rest = [n for n in needed if n != node]
-        if not drops_keys(spec, env, frozenset(rest)):
+        if not overflows(spec, env, frozenset(rest)):
             needed = rest
     lines = ["# whether no score can be -inf: what could make one so is finite"]
     for i, node in enumerate(needed):
         text = _values(node, writer, lines)
         lines.append(f"tame {'&=' if i else '='} {text}")
     return Guards(edge=True, lines=tuple(lines))
+
+
+def overflows(
+    spec: AttentionSpec, env: Mapping[str, Interval], tame: Collection[Expr] = ()
+) -> bool:
+    """Whether a score, times log2(e), can be −inf. See `drops_keys`."""
+    return drops_keys(spec, env, tame, FLOAT32_LIMIT * math.log(2))
 
 
 def _outside(node: Expr) -> bool:
