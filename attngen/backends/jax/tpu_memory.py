@@ -29,6 +29,7 @@ LEAST = 80 * 2**10  # the same, where no small chunks are padded
 UNROLLED = 100 * 2**10  # the same, of each further tile of a step, and of most parts
 PADDING = 1.09  # what is left to chance: holes, orders that were guessed wrong
 ALWAYS_HBM = ("v2", "v3", "v5p")
+USED = {"v7x": 0.5}  # of the chip's memory, that arrays come to lie in
 ON_CHIP = 240 * 2**10  # where nothing large is outside
 OUTSIDE = 1.06  # the same as PADDING, of what lies beside the chip
 FULL = 0.8  # of VMEM: a whole output that fills it to more stays in HBM
@@ -48,7 +49,8 @@ def temp_bytes(
     """
     at = arrays(spec, choice, tiles)
     if tpu.generation not in ALWAYS_HBM:
-        return int(OUTSIDE * _outside(at, tpu.on_chip_bytes)) + ON_CHIP + _odd(at)
+        room = int(USED.get(tpu.generation, 1.0) * tpu.on_chip_bytes)
+        return int(OUTSIDE * _outside(at, room)) + ON_CHIP + _odd(at)
     small = (SMALL if at.filled else LEAST) + (
         at.unroll - 1 + max(0, at.parts - 2)
     ) * UNROLLED
