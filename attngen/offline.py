@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from attngen.emitter import Source
     from attngen.reports import Certificate
 
+ROOM = 1.6  # times the budget, that a plan which is compiled may take by the model
 GROUP = 8  # plans that are compiled before they are kept
 PROCESSES = 8  # at most, that compile at once: each takes up to a gigabyte
 
@@ -61,7 +62,7 @@ def tune(
     search = _Search(spec, target, by, wisdom.find(key) or Record(key=key))
     search.allowance = tuner.SECONDS[effort] if seconds is None else float(seconds)
     search.say = say or search.say
-    ranked = planner.rank(spec, target, by, fix, smallest=descent.TRIES)
+    ranked = planner.rank(search.roomy, target, by, fix, smallest=descent.TRIES)
     search.compile(shortlist.different(ranked, tuner.MOST[effort]))
     leader = search.leader(fix) or search.descend(fix)
     while leader is not None and effort != "estimate":
@@ -74,6 +75,14 @@ def tune(
     return search.record
 
 
+def _roomier(spec: AttentionSpec) -> AttentionSpec:
+    """With a larger budget for modelled bytes: certificates decide, and the model is above."""
+    budget = spec.budget_bytes
+    if budget is None:
+        return spec
+    return dataclasses.replace(spec, memory_budget=int(ROOM * budget))
+
+
 class _Search:
     """Plans that are compiled, those of a record excepted; and the record as it grows."""
 
@@ -81,6 +90,7 @@ class _Search:
         self, spec: AttentionSpec, target: Target, by: Backend, record: Record
     ) -> None:
         self.spec, self.target, self.by, self.record = spec, target, by, record
+        self.roomy = _roomier(spec)
         self.say: Callable[[str], None] = lambda _: None
         self.tried: set[str] = set()
         self.allowance, self.start = float("inf"), time.monotonic()
