@@ -20,8 +20,11 @@ WINDOW = masks.causal() & masks.sliding_window(9)
 UNUSUAL = {"algorithm": "running", "q_chunk": 16, "k_chunk": 24}
 
 
-@pytest.mark.parametrize("target", ["tpu-v3", "tpu-v6e", "h100"])
 @pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    "target",
+    ["tpu-v6e", *(pytest.param(t, marks=pytest.mark.slow) for t in ("tpu-v3", "h100"))],
+)
 def test_first_plans_compute_it(name, target):
     spec = SPECS[name]
     first = planner.rank(spec, targets.get(target), JAX, most=1)[0]
