@@ -64,7 +64,7 @@ def test_values_that_nobody_sees_do_not_matter_by_limits():
 
 @pytest.mark.parametrize(
     ("mask", "offset"),
-    [(masks.causal(), -16), (WINDOW, 32), (masks.causal() & masks.prefix(0), 0)],
+    [(masks.causal(), -16), (WINDOW, 40), (masks.causal() & masks.prefix(0), 0)],
     ids=["before all keys", "after all keys", "no key"],
 )
 def test_the_only_tile_is_blanked_where_no_query_sees_any_key(mask, offset):
