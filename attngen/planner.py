@@ -318,14 +318,21 @@ def no_fit(
         assert least is not None
         choice, need = least[0], least[2].temp_bytes
     budget = spec.budget_bytes
-    got = "what the target's memory leaves" if budget is None else show_bytes(budget)
+    if budget is not None:
+        what = show_bytes(budget)
+        got, hint = f"{what} ({budget} bytes)", f"raise memory_budget to {need}"
+    else:
+        what = got = "what the target's memory leaves"
+        hint = "a smaller batch, shorter lengths, or a larger target"
+        if (left := _budget(spec, target)) is not None and target.memory_bytes:
+            own, has = target.memory_bytes - left, target.memory_bytes
+            got += f": {show_bytes(own)} of inputs and outputs, of {show_bytes(has)}"
     return BudgetError(
-        f"No plan fits {got} on {target.name}.",
-        got=f"memory_budget = {got}"
-        + (f" ({budget} bytes)" if budget is not None else ""),
+        f"No plan fits {what} on {target.name}.",
+        got=f"memory_budget = {got}",
         needed=f"at least {show_bytes(need)} ({need} bytes, "
         f"{'certified' if certified else 'modelled'}): {backend.describe(choice)}",
-        hint=f"raise memory_budget to {need}",
+        hint=hint,
     )
 
 

@@ -65,6 +65,26 @@ def test_values_that_nobody_sees_do_not_matter_by_limits():
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("mask", "offset"),
+    [(masks.causal(), -16), (WINDOW, 40), (masks.causal() & masks.prefix(0), 0)],
+    ids=["before all keys", "after all keys", "no key"],
+)
+def test_the_only_tile_is_blanked_where_no_query_sees_any_key(mask, offset):
+    spec = AttentionSpec(q_heads=1, q_len=16, qk_dim=4, mask=mask, q_offset=offset)
+    fix = {"algorithm": "running", "q_chunk": 16, "k_chunk": 16, "blank": "limits"}
+    function = load_function(stored(attngen.emit(attngen.plan(spec, fix=fix))))
+    nan = jnp.full((1, 16, 1, 4), jnp.nan)
+    assert (function(jnp.ones_like(nan), nan, nan) == 0).all()
+
+
+def test_distances_that_leave_32_bits_are_not_legal():
+    far = attngen.mask(lambda b, h, q, k: (k <= q - 2**30 + 8) | (k >= q + 2**30 + 10))
+    spec = dataclasses.replace(BASE, mask=far, q_offset=0, kv_offset=-(2**30) + 1)
+    assert not distant(spec)
+    assert distant(dataclasses.replace(spec, kv_offset=0))
+
+
 def test_comparisons_by_distance():
     def of(function):
         return str(by_distance(attngen.mask(function).expr))

@@ -173,6 +173,13 @@ def test_an_impossible_target_memory_is_an_error():
         planner.rank(SPEC, tiny, JAX)
 
 
+def test_without_a_budget_none_is_to_be_raised():
+    spec = AttentionSpec(q_heads=128, q_len=2**22, qk_dim=128)
+    with pytest.raises(BudgetError, match=r"1024\.0 GiB of inputs") as caught:
+        planner.rank(spec, targets.get("tpu-v5e"), JAX)
+    assert "memory_budget" not in caught.value.hint
+
+
 def test_index_dtype_and_dropped_keys_are_in_the_plan():
     far = attngen.mask(lambda b, h, q, k: q * 10**8 >= k * 10**8)
     assert rank(dataclasses.replace(SPEC, mask=far))[0].index_dtype == "int64"

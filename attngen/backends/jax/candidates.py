@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from attngen.backends.jax.distance import has_distance
+from attngen.backends.jax.distance import has_distance, overflows
 from attngen.backends.jax.shards import local
 from attngen.errors import NotBuiltError
 from attngen.intervals import examine
@@ -254,6 +254,7 @@ def distant(spec: AttentionSpec) -> bool:
         known
         and has_distance(spec.mask.expr)  # type: ignore[union-attr]
         and examine(spec).index_dtype == "int32"
+        and not overflows(spec)
     )
 
 

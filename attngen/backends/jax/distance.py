@@ -7,8 +7,10 @@ tile to tile, and is a number.
 
 from __future__ import annotations
 
-from attngen.expr import COMPARISONS, Expr, apply, const, var
+from attngen.expr import COMPARISONS, Expr, apply, const, var, walk
+from attngen.intervals import domain, interval
 from attngen.regions import affine
+from attngen.spec import AttentionSpec
 
 AWAY, SHIFT = var("away", "int"), var("shift", "int")
 _MIRRORED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "eq": "eq", "ne": "ne"}
@@ -17,6 +19,21 @@ _MIRRORED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "eq": "eq", "ne": "
 def has_distance(mask: Expr) -> bool:
     """Whether some comparison of a mask relates k to q by one."""
     return _distance(mask) is not None or any(has_distance(a) for a in mask.args)
+
+
+def overflows(spec: AttentionSpec) -> bool:
+    """Whether a number of a mask by distance can leave int32; its offset is known."""
+    env = domain(spec)
+    (q_low, q_high), (k_low, k_high) = env["q"], env["k"]
+    env |= {
+        "away": (-spec.q_len, spec.kv_len),
+        "shift": (q_low - k_high, q_high - k_low),
+    }
+    assert spec.mask is not None
+    found = (
+        interval(n, env) for n in walk(by_distance(spec.mask.expr)) if n.kind == "int"
+    )
+    return any(low < -(2**31) or high > 2**31 - 1 for low, high in found)
 
 
 def by_distance(mask: Expr) -> Expr:

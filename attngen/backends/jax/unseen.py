@@ -54,10 +54,18 @@ def unseen(
 
 
 def _whole(plan: Plan) -> tuple[bool, bool]:
-    """Whether the lower, and the upper limit of each chunk lie where tiles end."""
+    """Whether the lower, and the upper limit of each chunk lie where tiles end.
+
+    The only tile is visited also where no key lies between them.
+    """
     spec, k = plan.spec, plan.k_chunk
     if spec.static_q_offset is None or -(-spec.q_len // plan.q_chunk) > CHUNKS:
         return False, False
     found = chunk_limits(spec, analyse(spec), plan.q_chunk)
+    if k == spec.kv_len:
+        return (
+            all(low == 0 for low, *_ in found),
+            all(high == k for _, high, *_ in found),
+        )
     low = all(low % k == 0 for low, *_ in found)
     return low, all(high % k == 0 or high == spec.kv_len for _, high, *_ in found)
