@@ -23,6 +23,7 @@ Space = Mapping[str, Mapping[str, Sequence[Option]]]
 FEW = 64  # rows of a kv head: so few queries leave a processor waiting for keys
 LARGEST_CHUNK = 8192  # that the planner considers by itself
 LARGEST_KEYS = 16384  # on an accelerator
+MOST_KEYS = 2**17  # there, for few queries
 SMALL_CHUNKS = (1, 8, 32)  # where little memory is left
 LANES = 128  # a TPU's: chunks of fewer leave them empty
 
@@ -147,6 +148,9 @@ def _accelerator(spec: AttentionSpec, target: Target, *, whole: bool) -> Space:
     first["mask"] = ("positions", "distance")
     if tpu and distant(spec):
         first["mask"] = ("distance", "positions")
+    rows = spec.q_len * spec.repeats
+    if rows <= FEW:  # keys are read once: a column of ones would copy the values
+        first["denominator"] = ("sum", "ones")
     lesser: dict[str, Sequence[Option]] = {
         "exp": exps if whole else exps[:1],
         "product_dtype": narrow if whole else narrow[:1],
@@ -155,7 +159,7 @@ def _accelerator(spec: AttentionSpec, target: Target, *, whole: bool) -> Space:
     }
     common: dict[str, Sequence[Option]] = {
         "q_chunk": _lanes(spec.q_len, LARGEST_CHUNK),
-        "k_chunk": _lanes(spec.kv_len, LARGEST_KEYS),
+        "k_chunk": _lanes(spec.kv_len, LARGEST_KEYS if rows > FEW else MOST_KEYS),
         "head_chunk": _of_each(
             _parts(spec.kv_heads // spec.head_shards), spec.head_shards
         ),
