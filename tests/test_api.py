@@ -87,8 +87,9 @@ def test_a_choice_that_cannot_be_fixed_is_refused(fix):
     ("kind", "where"),
     [
         (TargetError, {"target": "abacus"}),
-        (NotBuiltError, {"target": "tpu-v3"}),
+        (TargetError, {"target": "tpu-v1"}),
         (BackendError, {"backend": "abacus"}),
+        (BackendError, {"target": "tpu-v3", "backend": "triton"}),
     ],
 )
 @pytest.mark.parametrize("ask", [attngen.plan, attngen.build])

