@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import attngen
-from attngen import AttentionSpec, certifier, presets
+from attngen import AttentionSpec, certifier, machine, presets
 from attngen.units import show_bytes, show_time
 
 FOLDER = Path("demo")
@@ -56,7 +56,7 @@ def standard(spec: AttentionSpec) -> Callable[..., Any]:
 def measure(spec: AttentionSpec, rounds: int, **program: Any) -> dict[str, Any]:
     """Compile and time a program in a process of its own."""
     shapes = [(n, spec.shape_of(n), spec.dtype_of(n)) for n in "qkv"]
-    job = {"shapes": shapes, "x64": False, "rounds": rounds, **program}
+    job = {"target": "cpu", "shapes": shapes, "rounds": rounds, **program}
     found: dict[str, Any] = certifier.run(COMPILER, "measure", job)
     return found
 
@@ -115,6 +115,8 @@ def show(console: Console, name: str) -> None:
 
 
 def main() -> None:
+    machine.quiet_jax()  # of devices that aren't here
+    machine.start_jax()
     console = Console(width=None if sys.stdout.isatty() else 100)
     FOLDER.mkdir(exist_ok=True)
     start = time.perf_counter()
