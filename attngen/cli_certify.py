@@ -228,7 +228,8 @@ def _found(name: str) -> Callable[..., Any]:
             got=type(value).__name__,
             needed="a function of JAX arrays",
         )
-    return value  # type: ignore[no-any-return]
+    function: Callable[..., Any] = value
+    return function
 
 
 def _functions(module: Any) -> str:

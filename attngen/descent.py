@@ -223,6 +223,6 @@ def _holds(plan: Plan, other: Plan) -> bool:
     return (
         _rows(plan) >= _rows(other)
         and plan.k_chunk >= other.k_chunk
-        and plan.choice["num_stages"] >= other.choice["num_stages"]  # type: ignore[operator]
+        and int(plan.choice["num_stages"]) >= int(other.choice["num_stages"])
         and plan.choice["loads"] == other.choice["loads"]
     )

@@ -76,6 +76,12 @@ def option(choice: Choice, name: str) -> Option:
     return choice.get(name, DEFAULTS[name])
 
 
+def edge_share(choice: Choice) -> float:
+    """The part of a chunk's edge tiles that is computed: below a diagonal, in steps."""
+    step = int(option(choice, "diagonal"))
+    return (1 + step / int(choice["q_chunk"])) / 2 if step else 1.0
+
+
 def illegal(spec: AttentionSpec, choice: Choice) -> str | None:
     """The reason why a candidate can't be emitted, or None."""
     return (
@@ -249,10 +255,10 @@ def limited(spec: AttentionSpec, many: bool) -> bool:
 
 def distant(spec: AttentionSpec) -> bool:
     """Whether the mask can be told by distances."""
-    known = spec.mask is not None and spec.static_q_offset is not None
+    if spec.mask is None or spec.static_q_offset is None:
+        return False
     return (
-        known
-        and has_distance(spec.mask.expr)  # type: ignore[union-attr]
+        has_distance(spec.mask.expr)
         and examine(spec).index_dtype == "int32"
         and not overflows(spec)
     )

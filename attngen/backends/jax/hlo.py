@@ -66,10 +66,11 @@ class Instruction:
     @property
     def bytes(self) -> int:
         """Of all arrays of its type, without padding."""
-        return sum(_bytes(d, n) for d, n, _ in _TYPE.findall(self.shape))
+        return sum(array_bytes(d, n) for d, n, _ in _TYPE.findall(self.shape))
 
 
-def _bytes(dtype: str, dims: str) -> int:
+def array_bytes(dtype: str, dims: str) -> int:
+    """Of an array as XLA spells its type: "bf16", "4,128"."""
     bits = _BITS.fullmatch(dtype)
     size = max(1, int(bits[1]) // 8) if bits and bits[1] else 1
     for n in dims.split(","):

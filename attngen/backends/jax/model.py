@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 
 from attngen.backends.jax import gpu_model, tpu_memory, tpu_model
-from attngen.backends.jax.candidates import option
+from attngen.backends.jax.candidates import edge_share, option
 from attngen.backends.jax.memory import temp_bytes as temp_bytes
 from attngen.cost import Cost, tile_flop
 from attngen.dtypes import BYTES
@@ -56,12 +56,6 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
     else:
         seconds = _time_s(spec, choice, tiles, temporaries)
     return Cost(temporaries, seconds, share)
-
-
-def edge_share(choice: Choice) -> float:
-    """The part of a chunk's edge tiles that is computed: below a diagonal, in steps."""
-    step = int(option(choice, "diagonal"))
-    return (1 + step / int(choice["q_chunk"])) / 2 if step else 1.0
 
 
 # Seconds of a CPU of two cores, fitted with benchmarks/model_cpu.py.

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import re
 
+from attngen.backends.jax.hlo import array_bytes
+
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
 _CALLS = re.compile(r"calls=%?([\w.\-]+)")
 _RESULT = re.compile(r"^\s+(ROOT )?%?[\w.\-]+ = (\w+)\[([\d,]*)\]\S* ([\w\-]+)\(")
 _FREE = ("parameter", "constant", "bitcast", "broadcast", "iota", "get-tuple-element")
-_BITS = re.compile(r"[a-z]+(\d+)?\w*")
 
 
 def scratch_bytes(hlo: str) -> int:
@@ -30,15 +31,7 @@ def scratch_bytes(hlo: str) -> int:
             name = head[1]
             inside[name] = 0
         elif (found := _RESULT.match(line)) and not found[1] and found[4] not in _FREE:
-            inside[name] += _bytes(found[2], found[3])
+            inside[name] += array_bytes(found[2], found[3])
     fusions = (line for line in hlo.splitlines() if "__ynn_fusion" in line)
     called = [match[1] for line in fusions if (match := _CALLS.search(line))]
     return max((inside.get(c, 0) for c in called), default=0)
-
-
-def _bytes(dtype: str, dims: str) -> int:
-    bits = _BITS.fullmatch(dtype)
-    size = max(1, int(bits[1]) // 8) if bits and bits[1] else 1
-    for n in dims.split(","):
-        size *= int(n) if n else 1
-    return size

@@ -55,17 +55,7 @@ def _processor(
         "blank": ("scores",),
         "mask": ("positions",),
     }
-    dense: dict[str, Sequence[Option]] = {
-        "q_chunk": (spec.q_len,),
-        "k_chunk": (spec.kv_len,),
-        "head_chunk": (spec.kv_heads,),
-        "batch_chunk": (spec.batch,),
-        "loop": ("unrolled",),
-        "exp": ("exp",),
-        "product_dtype": product,
-        "guard": (False,),
-        "scale": rare["scale"] if whole or len(products(spec)) > 1 else ("queries",),
-    }
+    scale = rare["scale"] if whole or len(products(spec)) > 1 else ("queries",)
     common: dict[str, Sequence[Option]] = {
         "q_chunk": _chunks(spec.q_len),
         "k_chunk": _chunks(spec.kv_len),
@@ -100,7 +90,7 @@ def _processor(
     split = common if whole or spec.q_len * spec.repeats <= FEW else common | few
     return {
         "running": running,
-        "dense": dense,
+        "dense": _dense(spec, product, scale),
         "split_kv": split | {"parts": (2, 4, 8, 16) if whole else (2, 8)},
         "summaries": common
         | ({} if whole else few)
@@ -180,24 +170,30 @@ def _accelerator(spec: AttentionSpec, target: Target, *, whole: bool) -> Space:
         "k_chunk": tuple(n for n in (512, 4096) if 2 * n <= spec.kv_len) or (1,),
     }
     parts = {"parts": (2, 4, 8, 16) if whole else (2, 8)}
-    dense: dict[str, Sequence[Option]] = {
+    return {
+        "running": running,
+        "dense": _dense(spec, lesser["product_dtype"], lesser["scale"]),
+        "split_kv": common | ({} if whole else few) | parts,
+        "summaries": common
+        | ({} if whole else few)
+        | {"loop": ("fori", "map") if whole else ("fori",)},
+    }
+
+
+def _dense(
+    spec: AttentionSpec, product: Sequence[Option], scale: Sequence[Option]
+) -> Mapping[str, Sequence[Option]]:
+    """The whole square at once."""
+    return {
         "q_chunk": (spec.q_len,),
         "k_chunk": (spec.kv_len,),
         "head_chunk": (spec.kv_heads,),
         "batch_chunk": (spec.batch,),
         "loop": ("unrolled",),
         "exp": ("exp",),
-        "product_dtype": lesser["product_dtype"],
+        "product_dtype": product,
         "guard": (False,),
-        "scale": lesser["scale"],
-    }
-    return {
-        "running": running,
-        "dense": dense,
-        "split_kv": common | ({} if whole else few) | parts,
-        "summaries": common
-        | ({} if whole else few)
-        | {"loop": ("fori", "map") if whole else ("fori",)},
+        "scale": scale,
     }
 
 

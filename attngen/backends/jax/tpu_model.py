@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attngen.backends.jax.candidates import DEFAULTS
+from attngen.backends.jax.candidates import edge_share, option
+from attngen.backends.jax.tpu_arrays import padded
 from attngen.dtypes import BYTES
 from attngen.plans import Choice
 from attngen.regions import Tiles
@@ -196,10 +197,6 @@ RATES = {
 FITS = 0.6  # of the on-chip memory, that a tile may take
 
 
-def _padded(count: int, step: int) -> int:
-    return -(-count // step) * step
-
-
 def time_s(spec: AttentionSpec, choice: Choice, tiles: Tiles, tpu: Tpu) -> float:
     """Modelled seconds of a candidate."""
     return cycles(spec, choice, tiles, tpu) / tpu.clock_hz
@@ -211,11 +208,10 @@ def cycles(spec: AttentionSpec, choice: Choice, tiles: Tiles, tpu: Tpu) -> float
     matrices = int(choice["head_chunk"]) * int(choice["batch_chunk"])
     q, keys = int(choice["q_chunk"]), int(choice["k_chunk"])
     rows = spec.repeats * q
-    elements = matrices * _padded(rows, SUBLANES) * _padded(keys, LANES)
+    elements = matrices * padded(rows, SUBLANES) * padded(keys, LANES)
     groups = spec.batch * spec.kv_heads / matrices
-    strip = int(_chosen(choice, "diagonal"))
-    share = (1 + strip / q) / 2 if strip else 1.0
-    visited = groups * (tiles.full + tiles.edge * share)
+    strip = int(option(choice, "diagonal"))
+    visited = groups * (tiles.full + tiles.edge * edge_share(choice))
     edges = groups * tiles.edge
     steps = groups * -(-spec.q_len // q)
     dims = spec.qk_dim + spec.v_dim
@@ -238,15 +234,11 @@ def cycles(spec: AttentionSpec, choice: Choice, tiles: Tiles, tpu: Tpu) -> float
     )
 
 
-def _chosen(choice: Choice, name: str) -> int | str | bool:
-    return choice.get(name, DEFAULTS[name])
-
-
 def _element(spec: AttentionSpec, choice: Choice, rate: Rates) -> float:
     """Cycles of an element of a tile without a mask."""
     cost = rate.element + len(spec.score) * rate.score
-    cost += rate.sum if _chosen(choice, "denominator") == "sum" else 0.0
-    cost += rate.twice if _chosen(choice, "qk") == "twice" else 0.0
+    cost += rate.sum if option(choice, "denominator") == "sum" else 0.0
+    cost += rate.twice if option(choice, "qk") == "twice" else 0.0
     return cost + (rate.power if choice["exp"] == "polynomial" else 0.0)
 
 
@@ -255,7 +247,7 @@ def _products(spec: AttentionSpec, choice: Choice, elements: int, tpu: Tpu) -> f
     if BYTES[str(choice["product_dtype"])] <= 2:
         return 0.0
     side = tpu.matrix_side
-    dims = _padded(spec.qk_dim, side) + _padded(spec.v_dim + 1, side)
+    dims = padded(spec.qk_dim, side) + padded(spec.v_dim + 1, side)
     return 2 * elements * dims / tpu.flop_per_cycle
 
 
@@ -264,9 +256,7 @@ def _stored(choice: Choice, elements: int, tpu: Tpu) -> float:
 
     v2 and v3 keep no array on the chip between operations: their rate of an element has it.
     """
-    fused = (
-        _chosen(choice, "qk") == "twice" and _chosen(choice, "denominator") == "ones"
-    )
+    fused = option(choice, "qk") == "twice" and option(choice, "denominator") == "ones"
     if fused or 4 * elements <= FITS * tpu.on_chip_bytes:
         return 0.0
     return 4 * elements / tpu.bytes_per_cycle

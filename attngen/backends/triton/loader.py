@@ -18,14 +18,10 @@ from attngen.backends.emitted import attention_of, running
 from attngen.errors import BackendError
 from attngen.gpus import GPUS
 from attngen.interrupts import undisturbed
+from attngen.machine import GPU_DRIVERS, may_have
 from attngen.targets import Target
 
-DRIVERS = (
-    "/dev/nvidiactl",
-    "/dev/nvidia0",
-    "/dev/kfd",
-    "/dev/dxg",
-)  # of GPUs, on Linux
+DRIVERS = GPU_DRIVERS  # of GPUs, on Linux
 
 
 def import_file(path: Path) -> ModuleType:
@@ -60,7 +56,7 @@ def has_gpu() -> bool:
     """Whether torch sees a GPU here."""
     if importlib.util.find_spec("torch") is None:
         return False
-    if sys.platform == "linux" and not any(Path(x).exists() for x in DRIVERS):
+    if not may_have(DRIVERS):
         return False  # and torch's import takes seconds
     with undisturbed():  # an import that is cut short isn't repaired
         import torch
