@@ -266,6 +266,18 @@ def chunk_limits(
     return [key_limits(spec, span, start, q_chunk) for start in starts]
 
 
+def key_chunks(limits: Limits, k_chunk: int) -> tuple[int, int, int, int]:
+    """first, full_first, full_last, last of the key chunks that a chunk of queries visits.
+
+    [first, last) hold what any of the queries sees, [full_first, full_last) only what all do.
+    """
+    low, high, full_low, full_high = limits
+    first = low // k_chunk
+    last = max(first, -(-high // k_chunk))
+    full_first = min(max(-(-full_low // k_chunk), first), last)
+    return first, full_first, min(max(full_high // k_chunk, full_first), last), last
+
+
 def count_tiles(
     spec: AttentionSpec,
     span: Span,
@@ -284,11 +296,8 @@ def count_tiles(
     if limits is None:
         limits = chunk_limits(spec, span, q_chunk, exact=exact)
     full = edge = 0
-    for (low, high, full_low, full_high), alike in Counter(limits).items():
-        first = low // k_chunk
-        last = max(first, -(-high // k_chunk))
-        full_first = min(max(-(-full_low // k_chunk), first), last)
-        full_last = min(max(full_high // k_chunk, full_first), last)
+    for own, alike in Counter(limits).items():
+        first, full_first, full_last, last = key_chunks(own, k_chunk)
         full += alike * (full_last - full_first)
         edge += alike * (last - first - (full_last - full_first))
     q_chunks, k_chunks = -(-spec.q_len // q_chunk), -(-spec.kv_len // k_chunk)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from attngen import targets
+from attngen import compilers, targets
 from attngen.backends.jax import devices
 from attngen.backends.jax.cycles import estimated_cycles
 from attngen.backends.jax.scratch import scratch_bytes
@@ -17,7 +17,6 @@ from attngen.certifier import TOO_LARGE
 from attngen.targets import Target
 from attngen.version import installed
 
-COMPILERS = {"cpu": "XLA:CPU", "tpu": "XLA:TPU", "cuda": "XLA:GPU"}
 PACKAGES = {
     "cpu": ("jax", "jaxlib"),
     "tpu": ("jax", "jaxlib", "libtpu"),
@@ -39,8 +38,10 @@ def certify(job: dict[str, Any]) -> dict[str, Any]:
     compiled = _compile(job, target)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
+    own = compilers.of(target, "jax")
+    assert own is not None
     found: dict[str, Any] = {
-        "compiler": COMPILERS[target.kind],
+        "compiler": own.name,
         "temp_bytes": int(memory.temp_size_in_bytes),
         "argument_bytes": int(memory.argument_size_in_bytes),
         "output_bytes": int(memory.output_size_in_bytes),

@@ -93,10 +93,10 @@ class _Weights:
         if body is None or condition is None:
             return None
         start = self._tuple(computation, loop.operands[0], known)
-        turns: float | None = self._constant_turns(body, condition, start)
+        kept = {n: v for n, v in start.items() if self._is_kept(body, n)}
+        turns: float | None = self._constant_turns(body, condition, start, kept)
         if turns is None:
             turns = self.loops.get(loop.name)
-        kept = {n: v for n, v in start.items() if self._is_kept(body, n)}
         once = self.cost(body, kept)
         return None if turns is None or once is None else turns * once
 
@@ -146,7 +146,9 @@ class _Weights:
             return False
         return self._element(body, root.operands[element]) == element
 
-    def _constant_turns(self, body: str, condition: str, start: Known) -> int | None:
+    def _constant_turns(
+        self, body: str, condition: str, start: Known, kept: Known
+    ) -> int | None:
         test = self.module.root(condition)
         if (
             test is None
@@ -157,7 +159,6 @@ class _Weights:
         counter = self._element(condition, test.operands[0])
         if counter is None or counter not in start:
             return None
-        kept = {n: v for n, v in start.items() if self._is_kept(body, n)}
         end = self._value(condition, test.operands[1], kept)
         step = self._step(body, counter, kept)
         if end is None or not step or step < 0:

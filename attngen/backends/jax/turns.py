@@ -6,7 +6,7 @@ from attngen.backends.jax.bounds import Lengths, bounds
 from attngen.backends.jax.candidates import bounded
 from attngen.backends.jax.tile import Starts, chosen, tile
 from attngen.plans import Plan
-from attngen.regions import analyse, chunk_limits
+from attngen.regions import analyse, chunk_limits, key_chunks
 
 Turns = dict[str, list[float]]
 
@@ -42,23 +42,11 @@ def _named(chunks: list[dict[str, int]], first: str, last: str) -> list[dict[str
 
 def _chunks(plan: Plan) -> list[dict[str, int]]:
     """The key chunks that each chunk of queries visits, by the names in the file."""
-    spec, k = plan.spec, plan.k_chunk
+    spec, names = plan.spec, ("first", "full_first", "full_last", "last")
     limits = chunk_limits(spec, analyse(spec), plan.q_chunk, exact=False)
-    found = []
-    for low, high, full_low, full_high in limits:
-        first = low // k
-        last = max(first, -(-high // k))
-        full_first = min(max(-(-full_low // k), first), last)
-        full_last = min(max(full_high // k, full_first), last)
-        found.append(
-            {
-                "first": first,
-                "last": last,
-                "full_first": full_first,
-                "full_last": full_last,
-            }
-        )
-    return found
+    return [
+        dict(zip(names, key_chunks(own, plan.k_chunk), strict=True)) for own in limits
+    ]
 
 
 def _grouped(
