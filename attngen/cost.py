@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from attngen.dtypes import BYTES
-from attngen.regions import Tiles
 from attngen.spec import AttentionSpec
+from attngen.tiles import Tiles
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 from attngen.expr import Expr
-from attngen.regions import Span, analyse
+from attngen.regions import Span, spans
 from attngen.spec import AttentionSpec
 
 # (a, b, c): a * q_lo + b * q_hi + c
@@ -18,9 +18,10 @@ def none_full(spec: AttentionSpec, q_chunk: int, k_chunk: int) -> bool:
     Of whole chunks of queries, and lengths of any size: the last chunk, with fewer queries,
     may see more. False where it isn't proven.
     """
-    span = analyse(spec)
     queries = min(q_chunk, spec.q_len)
-    return not span.any_full or _narrower(span, queries, k_chunk)
+    return all(
+        not span.any_full or _narrower(span, queries, k_chunk) for span in spans(spec)
+    )
 
 
 def _narrower(span: Span, queries: int, keys: int) -> bool:

@@ -22,6 +22,7 @@ _JAX = """
     q_start k_start at q_here k_here v_here rows kc vc
     b_index h_index q_index k_index q_pos k_pos kv_length q_length
     kv_count q_count offset q_lo q_hi first last full_first full_last
+    key k_lo k_hi b_lo b_hi h_lo h_hi some every kind order full visited
     seen there m m_safe m_sink p acc total rescale
     out lse out_all lse_all
 """
@@ -35,7 +36,9 @@ _TRITON = """
 _TAKEN = (*_OWN.split(), *_JAX.split(), *_TRITON.split())
 RESERVED = frozenset((*_TAKEN, *dir(builtins)))
 # steps of long expressions, slices of operands
-_PATTERN = re.compile(r"(part|index|indices|limit|score\d*)(_\d+)+|.*_at_.*|_.*")
+_PATTERN = re.compile(
+    r"(part|some_part|every_part|index|indices|limit|score\d*)(_\d+)+|(full_)?(first|last)_\d|.*_at_.*|_.*"
+)
 
 
 def is_free(name: str) -> bool:

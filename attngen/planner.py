@@ -11,16 +11,10 @@ from attngen.cost import Cost, executed_flop, moved_bytes
 from attngen.errors import BudgetError, PlanError
 from attngen.intervals import examine
 from attngen.plans import Alternative, Choice, Option, Plan, check_fix
-from attngen.regions import (
-    Limits,
-    Span,
-    Tiles,
-    analyse,
-    chunk_limits,
-    count_tiles,
-)
+from attngen.regions import spans
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
+from attngen.tiles import Limits, Tiles, chunk_limits, count_tiles
 from attngen.units import show_bytes, show_time
 
 SHOWN = 3  # alternatives that a plan keeps of each kind
@@ -65,7 +59,8 @@ def rank(
     listed = _alternatives(priced, refused, of.budget, fitting[0])
     best, *others = fitting[:most]
     sizes = int(best[0]["q_chunk"]), int(best[0]["k_chunk"])
-    exact = count_tiles(spec, of.span, *sizes)
+    by_list = best[0].get("skip") == "list"
+    exact = (_count_listed if by_list else count_tiles)(spec, *sizes)
     first = of.plan((best[0], exact, best[2]), listed)
     return (first, *(of.plan(p, listed) for p in others))
 
@@ -128,9 +123,9 @@ class _Pricing:
     ) -> None:
         self.spec, self.target, self.backend = spec, target, backend
         self.fixed = tuple(fix)
-        self.span = analyse(spec)
-        self.ranges = examine(spec, self.span.limits)
-        self.count = _Counter(spec, self.span)
+        limits = tuple(limit for span in spans(spec) for limit in span.limits)
+        self.ranges = examine(spec, limits)
+        self.count = _Counter(spec)
         self.budget = _budget(spec, target)
 
     def price(self, choice: dict[str, Option]) -> Priced:
@@ -196,22 +191,33 @@ def check(plan: Plan, target: Target, backend: Backend) -> None:
 class _Counter:
     """Tiles by chunk sizes: most candidates share them."""
 
-    def __init__(self, spec: AttentionSpec, span: Span) -> None:
-        self.spec, self.span = spec, span
+    def __init__(self, spec: AttentionSpec) -> None:
+        self.spec = spec
         self.tiles: dict[tuple[int, int], Tiles] = {}
-        self.limits: dict[int, list[Limits]] = {}
+        self.listed: dict[tuple[int, int], Tiles] = {}
+        self.limits: dict[int, list[tuple[Limits, ...]]] = {}
 
     def __call__(self, choice: Choice) -> Tiles:
         q_chunk, k_chunk = int(choice["q_chunk"]), int(choice["k_chunk"])
         key = (q_chunk, k_chunk)
+        if choice.get("skip") == "list":
+            if key not in self.listed:
+                self.listed[key] = _count_listed(self.spec, *key, exact=False)
+            return self.listed[key]
         if q_chunk not in self.limits:
-            self.limits[q_chunk] = chunk_limits(
-                self.spec, self.span, q_chunk, exact=False
-            )
+            self.limits[q_chunk] = chunk_limits(self.spec, q_chunk, exact=False)
         if key not in self.tiles:
             known = self.limits[q_chunk]
-            self.tiles[key] = count_tiles(self.spec, self.span, *key, limits=known)
+            self.tiles[key] = count_tiles(self.spec, *key, limits=known)
         return self.tiles[key]
+
+
+def _count_listed(
+    spec: AttentionSpec, q_chunk: int, k_chunk: int, *, exact: bool = True
+) -> Tiles:
+    from attngen.tilemap import count_listed  # needs NumPy
+
+    return count_listed(spec, q_chunk, k_chunk, exact=exact)
 
 
 def _split(

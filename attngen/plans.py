@@ -9,8 +9,8 @@ from typing import Any, Literal
 import msgspec
 
 from attngen.errors import FileError, InternalError, PlanError
-from attngen.regions import Tiles
 from attngen.spec import AttentionSpec
+from attngen.tiles import Tiles
 
 Option = int | str | bool
 Choice = Mapping[str, Option]

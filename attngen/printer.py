@@ -147,6 +147,30 @@ class ArrayPrinter:
         return repr(value)
 
 
+def stepwise(printer: ArrayPrinter, target: str, node: Expr, width: int) -> list[str]:
+    """Statements for a condition, one for each that it joins where a line is too short."""
+    if (
+        node.op not in ("and", "or")
+        or len(printer.text(node)) + len(target) + 3 <= width
+    ):
+        return printer.lines(target, node, width=width)
+    parts: list[Expr] = []
+    left = [node]
+    while left:
+        part = left.pop()
+        if part.op == node.op:
+            left += reversed(part.args)
+        else:
+            parts.append(part)
+    sign = {"and": "&=", "or": "|="}[node.op]
+    lines = printer.lines(target, parts[0], width=width)
+    for part in parts[1:]:
+        own = printer.lines(target, part, width=width - 1)
+        own[-1] = own[-1].replace(f"{target} = ", f"{target} {sign} ", 1)
+        lines += own
+    return lines
+
+
 def read_name(node: Expr, operand: str) -> str:
     """A name for an operand's values where variables and numbers index it.
 

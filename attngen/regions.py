@@ -1,26 +1,35 @@
-"""What each tile is: empty, full or an edge; the bounds in closed form.
+"""Which keys a chunk of queries visits: bounds of the key loops in closed form.
 
-For a chunk of queries at positions [q_lo, q_hi), a mask of affine comparisons says which
-keys any of them can see, [low, high), and which keys all of them see,
-[full_low, full_high), as integer expressions of q_lo and q_hi. Key chunks outside the
-first are empty and never visited; those inside the second need no mask. What isn't affine
-(an operand, say) leaves a tile at the edge: visited, with its mask.
+For queries at positions [q_lo, q_hi), each of the mask's alternatives (terms.py) says which
+keys any of the queries can see: an interval [low, high), as integer expressions of q_lo and
+q_hi. Those that meet become one; what is left is one interval, or a few in order: the first
+tokens apart from a window, say. In the same way the opposite of the mask says which keys some
+query doesn't see; between these lie those that all see, [full_low, full_high). Key chunks
+outside the first are empty and never visited; those inside the second need no mask.
+
+A condition on the query alone, or on an operand, limits nothing here: its tiles are at the
+edge, visited with their mask. What verdicts.py says of single tiles tells more.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from attngen import expr
-from attngen.expr import Expr, apply, const, var
+from attngen.expr import Expr, walk
+from attngen.extremes import below, inverse, join
+from attngen.linear import (
+    Linear,
+    expression,
+    linear,
+)
+from attngen.reach import Interval, interval, known, stricter
 from attngen.spec import AttentionSpec
+from attngen.terms import Term, alternatives
 
-Q_LO, Q_HI = var("q_lo", "int"), var("q_hi", "int")
-_OPPOSITE = {"lt": "ge", "ge": "lt", "le": "gt", "gt": "le", "eq": "ne", "ne": "eq"}
+MOST = 3  # intervals that are kept apart
+LONGEST = 2**24  # keys, of kernels whose lengths are known at run time only
 
 
 @dataclass(frozen=True)
@@ -45,346 +54,205 @@ class Span:
         return tuple(limit for limit in known if limit is not None)
 
 
-EDGE = Span(any_full=False)
+NOTHING = Span(some=False, any_full=False)
 
 
 def analyse(spec: AttentionSpec) -> Span:
-    """The span of the spec's mask, in positions; lengths are not part of it."""
-    return Span() if spec.mask is None else _analyse(spec.mask.expr)
+    """The span of the spec's mask, in positions, all of its intervals in one.
+
+    Lengths are not part of it.
+    """
+    found = spans(spec)
+    if len(found) == 1:
+        return found[0]
+    first, last = found[0], found[-1]
+    full = next((s for s in reversed(found) if s.any_full), last)
+    high = functools.reduce(_farther, (s.high for s in found))
+    return Span(
+        first.low,
+        high,
+        full.full_low,
+        full.full_high,
+        True,
+        any(s.any_full for s in found),
+    )
+
+
+def _farther(x: Expr | None, y: Expr | None) -> Expr | None:
+    if x is None or y is None:
+        return None
+    return expression(known(join("maximum", linear(x), linear(y))))
+
+
+def spans(spec: AttentionSpec) -> tuple[Span, ...]:
+    """Each of the mask's intervals, in order: no key of one is before the one before it."""
+    if spec.mask is None:
+        return (Span(),)
+    near = spec.kv_offset
+    far = near + max(spec.kv_len, LONGEST)
+    return _spans(spec.mask.expr, (near, far), _samples(spec))
+
+
+def _samples(spec: AttentionSpec) -> tuple[int, ...]:
+    """Positions of a few queries, by which intervals are compared where proof isn't needed."""
+    static = spec.static_q_offset
+    first = spec.kv_len - spec.q_len if static is None else static
+    return (first, first + spec.q_len // 2, first + spec.q_len - 1)
 
 
 @functools.lru_cache(maxsize=128)
-def _analyse(node: Expr) -> Span:
-    return _span(node, negated=False)
+def _spans(
+    mask: Expr, ends_of_keys: tuple[int, int], at: tuple[int, ...]
+) -> tuple[Span, ...]:
+    terms = alternatives(mask)
+    seen = [Interval()] if terms is None else _intervals(terms, ends_of_keys)
+    opposite = alternatives(inverse(mask))
+    unseen = [Interval()] if opposite is None else _intervals(opposite, ends_of_keys)
+    if not seen:
+        return (NOTHING,)
+    return tuple(_span(group, unseen, at) for group in _grouped(seen, at))
 
 
-def _span(node: Expr, *, negated: bool) -> Span:
-    if node.op == "not":
-        return _span(node.args[0], negated=not negated)
-    if node.op in ("and", "or"):
-        x, y = (_span(a, negated=negated) for a in node.args)
-        return _both(x, y) if (node.op == "and") != negated else _either(x, y)
-    if node.op == "const":
-        return (
-            Span() if bool(node.value) != negated else Span(some=False, any_full=False)
+def _intervals(
+    terms: tuple[Term, ...], ends_of_keys: tuple[int, int]
+) -> list[Interval]:
+    found = (interval(term, *ends_of_keys) for term in terms)
+    return list(dict.fromkeys(i for i in found if i is not None))
+
+
+# Intervals that meet become one.
+
+
+def _grouped(seen: list[Interval], at: tuple[int, ...]) -> list[Interval]:
+    left = list(seen)
+    while (pair := _joinable(left, at)) is not None:
+        x, y = pair
+        low = None if x.low is None or y.low is None else join("minimum", x.low, y.low)
+        high = (
+            None
+            if x.high is None or y.high is None
+            else join("maximum", x.high, y.high)
         )
-    if node.op in _OPPOSITE:
-        op = _OPPOSITE[node.op] if negated else node.op
-        left, right = (affine(a) for a in node.args)
-        if left is not None and right is not None:
-            return _comparison(op, *(i - j for i, j in zip(left, right, strict=True)))
-    return EDGE
+        left = [i for i in left if i not in pair] + [Interval(low, high)]
+    return sorted(left, key=functools.cmp_to_key(_order))
 
 
-def affine(node: Expr) -> tuple[int, int, int] | None:
-    """(a, b, c) where the expression is a·q + b·k + c, else None."""
-    if node.op == "const" and isinstance(node.value, int):
-        return (0, 0, int(node.value))
-    if node.op == "var" and node.value in ("q", "k"):
-        return (1, 0, 0) if node.value == "q" else (0, 1, 0)
-    parts = [affine(a) for a in node.args]
-    if node.op not in ("add", "sub", "mul", "neg") or None in parts:
+def _order(x: Interval, y: Interval) -> int:
+    return -1 if _starts_first(x, y) else 1
+
+
+def _joinable(
+    found: list[Interval], at: tuple[int, ...]
+) -> tuple[Interval, Interval] | None:
+    """Two that are to become one; of too many the two that are closest."""
+    pairs = [(x, y) for i, x in enumerate(found) for y in found[i + 1 :]]
+    for x, y in pairs:
+        ordered = _starts_first(x, y) or _starts_first(y, x)
+        if x.low == y.low or not ordered or max(_gaps(x, y, at)) <= 0:
+            return x, y
+    if len(found) <= MOST:
         return None
-    x, y = parts[0], parts[-1]
-    assert x is not None
-    assert y is not None
-    if node.op == "neg":
-        return (-x[0], -x[1], -x[2])
-    if node.op == "mul":
-        if x[:2] != (0, 0):
-            x, y = y, x
-        return None if x[:2] != (0, 0) else (x[2] * y[0], x[2] * y[1], x[2] * y[2])
-    sign = 1 if node.op == "add" else -1
-    return (x[0] + sign * y[0], x[1] + sign * y[1], x[2] + sign * y[2])
+    return min(pairs, key=lambda pair: max(_gaps(pair[0], pair[1], at)))
 
 
-def _comparison(op: str, a: int, b: int, c: int) -> Span:
-    """The span of a·q + b·k + c (op) 0."""
-    if op == "eq":
-        return _both(_at_most(a, b, c), _at_most(-a, -b, -c))
-    if op == "ne":
-        return _either(_at_most(a, b, c + 1), _at_most(-a, -b, -c + 1))
-    if op in ("ge", "gt"):
-        a, b, c = -a, -b, -c
-    return _at_most(a, b, c + 1 if op in ("lt", "gt") else c)
+def _starts_first(x: Interval, y: Interval) -> bool:
+    """Whether x is proven to begin no later than y, for whatever chunk of queries."""
+    if x.low is None or y.low is None:
+        return x.low is None
+    return below(x.low, y.low)
 
 
-def _at_most(a: int, b: int, c: int) -> Span:
-    """The span of a·q + b·k + c <= 0."""
-    if b == 0:
-        if a == 0:
-            return Span() if c <= 0 else Span(some=False, any_full=False)
-        return EDGE  # whether a query sees anything depends on the query alone
-    if b > 0:  # k < (-a·q - c) // b + 1
-        return Span(
-            high=_extreme(-a, b - c, b, largest=True),
-            full_high=_extreme(-a, b - c, b, largest=False),
-        )
-    # k >= ceil((a·q + c) / -b)
-    return Span(
-        low=_extreme(a, c - b - 1, -b, largest=False),
-        full_low=_extreme(a, c - b - 1, -b, largest=True),
+def _gaps(x: Interval, y: Interval, at: tuple[int, ...]) -> list[int]:
+    """How many keys lie between two, for a few single queries."""
+    found = []
+    for q in at:
+        first, second = sorted((_numbers(x, q), _numbers(y, q)))
+        found.append(second[0] - first[1] if second[1] > second[0] else 0)
+    return found
+
+
+FAR = 2**62
+
+
+def _numbers(x: Interval, q: int) -> tuple[int, int]:
+    low = -FAR if x.low is None else evaluate(expression(x.low), q, q + 1)
+    return low, FAR if x.high is None else evaluate(expression(x.high), q, q + 1)
+
+
+# Between what isn't seen.
+
+
+def _span(own: Interval, unseen: list[Interval], at: tuple[int, ...]) -> Span:
+    """The interval, and what of it all queries see: sound whichever side of it each lies."""
+    low: Linear | None = None
+    high: Linear | None = None
+    any_full = True
+    for other in unseen:
+        if _apart(own, other):
+            continue
+        if other.low is None and other.high is None:
+            any_full = False
+        elif _is_left(own, other, at):
+            low = stricter(low, other.high, "maximum")
+        else:
+            high = stricter(high, other.low, "minimum")
+    first, last, full_first, full_last = (
+        None if x is None else expression(x) for x in (own.low, own.high, low, high)
     )
+    return Span(first, last, full_first, full_last, any_full=any_full)
 
 
-def _extreme(a: int, c: int, divisor: int, *, largest: bool) -> Expr:
-    """The largest or smallest value of (a·q + c) // divisor for q in [q_lo, q_hi)."""
-    if a == 0:
-        return const(c // divisor)
-    if (a > 0) == largest:
-        at, c = Q_HI, c - a  # q = q_hi - 1
-    else:
-        at = Q_LO
-    value = at if a == 1 else apply("mul", at, const(a))
-    if c:
-        value = apply("add" if c > 0 else "sub", value, const(abs(c)))
-    return value if divisor == 1 else apply("floordiv", value, const(divisor))
+def _apart(x: Interval, y: Interval) -> bool:
+    """Whether two are proven to have no key in common."""
+    pairs = ((x.high, y.low), (y.high, x.low))
+    return any(a is not None and b is not None and below(a, b) for a, b in pairs)
 
 
-def _join(op: str, x: Expr | None, y: Expr | None) -> Expr | None:
-    """min or max of two limits, where one that is None doesn't limit."""
-    if x is None or y is None or x == y:
-        return y if x is None else x
-    if x.op == y.op == "const":
-        pick = min if op == "minimum" else max
-        return const(pick(x.value, y.value))  # type: ignore[type-var,arg-type]
-    return apply(op, x, y)
+def _is_left(own: Interval, other: Interval, at: tuple[int, ...]) -> bool:
+    """Whether what isn't seen leaves more of an interval on its right."""
+    if other.low is None or other.high is None:
+        return other.low is None
+    left = right = 0
+    for q in at:
+        (low, high), (first, last) = _numbers(own, q), _numbers(other, q)
+        left += max(0, min(first, high) - low)
+        right += max(0, high - max(last, low))
+    return right > left
 
 
-def _both(x: Span, y: Span) -> Span:
-    return Span(
-        low=_join("maximum", x.low, y.low),
-        high=_join("minimum", x.high, y.high),
-        full_low=_join("maximum", x.full_low, y.full_low),
-        full_high=_join("minimum", x.full_high, y.full_high),
-        some=x.some and y.some,
-        any_full=x.any_full and y.any_full,
-    )
+# Numbers, and what the planner asks of a region.
 
-
-def _either(x: Span, y: Span) -> Span:
-    """The hull of what is seen; of what is full, a part that is one interval."""
-    if not x.some or not y.some:
-        return y if not x.some else x
-    low = None if x.low is None or y.low is None else _join("minimum", x.low, y.low)
-    high = (
-        None if x.high is None or y.high is None else _join("maximum", x.high, y.high)
-    )
-    full = y if not x.any_full else x
-    full_low, full_high = full.full_low, full.full_high
-    if x.any_full and y.any_full:
-        if x.full_low == y.full_low:
-            unlimited = x.full_high is None or y.full_high is None
-            full_high = (
-                None if unlimited else _join("maximum", x.full_high, y.full_high)
-            )
-        elif x.full_high == y.full_high:
-            unlimited = x.full_low is None or y.full_low is None
-            full_low = None if unlimited else _join("minimum", x.full_low, y.full_low)
-    return Span(low, high, full_low, full_high, True, x.any_full or y.any_full)
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How many tiles of one head are full, on an edge, or empty and never visited."""
-
-    full: int
-    edge: int
-    empty: int
-
-    @property
-    def visited(self) -> int:
-        return self.full + self.edge
-
-    @property
-    def total(self) -> int:
-        return self.full + self.edge + self.empty
-
-
-_INTEGER: dict[str, Callable[..., int]] = {
+_NUMBERS: dict[str, Callable[..., int]] = {
     "add": lambda x, y: x + y,
     "sub": lambda x, y: x - y,
     "mul": lambda x, y: x * y,
+    "neg": lambda x: -x,
+    "abs": abs,
     "floordiv": lambda x, y: x // y,
+    "mod": lambda x, y: x % y,
     "minimum": min,
     "maximum": max,
+    "lt": lambda x, y: x < y,
+    "le": lambda x, y: x <= y,
+    "gt": lambda x, y: x > y,
+    "ge": lambda x, y: x >= y,
+    "eq": lambda x, y: x == y,
+    "ne": lambda x, y: x != y,
+    "and": lambda x, y: x and y,
+    "or": lambda x, y: x or y,
+    "not": lambda x: not x,
+    "where": lambda c, x, y: x if c else y,
+    "int": int,
 }
 
 
-def _evaluate(node: Expr, q_lo: int, q_hi: int) -> int:
-    if node.op == "const":
-        return int(node.value)  # type: ignore[arg-type]
-    if node.op == "var":
-        return q_lo if node.value == "q_lo" else q_hi
-    return _INTEGER[node.op](*(_evaluate(a, q_lo, q_hi) for a in node.args))
-
-
-Limits = tuple[int, int, int, int]
-
-
-def key_limits(spec: AttentionSpec, span: Span, q_start: int, q_chunk: int) -> Limits:
-    """low, high, full_low, full_high of one chunk of queries, as key indices.
-
-    Lengths and offsets that come at run time are taken at their largest. low may lie
-    beyond the keys, where the loops end before they begin.
-    """
-    n, shift = spec.kv_len, spec.kv_offset
-    if not span.some:
-        return (0, 0, 0, 0)
-    static = spec.static_q_offset
-    q_lo = q_start + (spec.kv_len - spec.q_len if static is None else static)
-
-    def at(limit: Expr | None, otherwise: int) -> int:
-        if limit is None:
-            return otherwise
-        return max(0, _evaluate(limit, q_lo, q_lo + q_chunk) - shift)
-
-    low, high = at(span.low, 0), min(n, at(span.high, n))
-    if not span.any_full:
-        return (low, high, low, low)
-    return (low, high, min(n, at(span.full_low, 0)), min(n, at(span.full_high, n)))
-
-
-SAMPLES = 512
-
-
-def chunk_limits(
-    spec: AttentionSpec, span: Span, q_chunk: int, *, exact: bool = True
-) -> list[Limits]:
-    """The limits of each chunk of queries, whatever the key chunks are.
-
-    Args:
-        exact: False looks at no more than about 512 chunks, evenly spaced.
-    """
-    chunks = -(-spec.q_len // q_chunk)
-    step = 1 if exact else max(1, chunks // SAMPLES)
-    looked_at = range(step // 2, chunks, step)
-    bounds = (span.low, span.high, span.full_low, span.full_high)
-    if not any(b is not None and expr.variables(b) for b in bounds):  # all are alike
-        return [key_limits(spec, span, 0, q_chunk)] * len(looked_at)
-    starts = (min(i * q_chunk, spec.q_len - q_chunk) for i in looked_at)
-    return [key_limits(spec, span, start, q_chunk) for start in starts]
-
-
-def key_chunks(limits: Limits, k_chunk: int) -> tuple[int, int, int, int]:
-    """first, full_first, full_last, last of the key chunks that a chunk of queries visits.
-
-    [first, last) hold what any of the queries sees, [full_first, full_last) only what all do.
-    """
-    low, high, full_low, full_high = limits
-    first = low // k_chunk
-    last = max(first, -(-high // k_chunk))
-    full_first = min(max(-(-full_low // k_chunk), first), last)
-    return first, full_first, min(max(full_high // k_chunk, full_first), last), last
-
-
-def count_tiles(
-    spec: AttentionSpec,
-    span: Span,
-    q_chunk: int,
-    k_chunk: int,
-    *,
-    exact: bool = True,
-    limits: list[Limits] | None = None,
-) -> Tiles:
-    """The tiles of one head, as the emitted loops visit them.
-
-    Args:
-        exact: as for `chunk_limits`; what isn't looked at is taken to be alike.
-        limits: of the chunks of queries, where they are known.
-    """
-    if limits is None:
-        limits = chunk_limits(spec, span, q_chunk, exact=exact)
-    full = edge = 0
-    for own, alike in Counter(limits).items():
-        first, full_first, full_last, last = key_chunks(own, k_chunk)
-        full += alike * (full_last - full_first)
-        edge += alike * (last - first - (full_last - full_first))
-    q_chunks, k_chunks = -(-spec.q_len // q_chunk), -(-spec.kv_len // k_chunk)
-    if len(limits) < q_chunks:
-        full, edge = (round(x * q_chunks / len(limits)) for x in (full, edge))
-    return Tiles(full, edge, q_chunks * k_chunks - full - edge)
-
-
-def hull_is_seen(spec: AttentionSpec) -> bool:
-    """Whether each key between a chunk's low and high is seen by one of its queries.
-
-    So it is where the mask is a conjunction of limits that are constant, or move with the
-    query one by one (causal, a window), unless these leave nothing between them.
-    """
-    if spec.q_lengths:
-        return False  # limits are of all queries, also of those that aren't there
-    if spec.mask is None:
-        return True
-    moving = _moving(spec.mask.expr) if _moves_by_one(spec.mask.expr) else None
-    if moving is None:
-        return False
-    lower = max((c for side, c in moving if side == "low"), default=-math.inf)
-    upper = min((c for side, c in moving if side == "high"), default=math.inf)
-    return lower <= upper
-
-
-def _moving(node: Expr) -> list[tuple[str, int]]:
-    """Limits q + c of k, both ends included, of a conjunction that moves by one."""
-    if node.op == "and":
-        return [limit for a in node.args for limit in _moving(a)]
-    left, right = (affine(a) for a in node.args)
-    assert left is not None
-    assert right is not None
-    a, b, c = (x - y for x, y in zip(left, right, strict=True))
-    if a == 0:
-        return []
-    most = node.op in ("lt", "le")
-    strict = int(node.op in ("lt", "gt"))
-    if b < 0:
-        c, most = -c, not most
-    return [("high", -c - strict)] if most else [("low", -c + strict)]
-
-
-def _moves_by_one(node: Expr) -> bool:
-    if node.op == "and":
-        return all(_moves_by_one(a) for a in node.args)
-    if node.op not in ("lt", "le", "gt", "ge"):
-        return False
-    left, right = (affine(a) for a in node.args)
-    if left is None or right is None:
-        return False
-    a, b = left[0] - right[0], left[1] - right[1]
-    return abs(b) == 1 and a in (0, -b)
-
-
-def rises(spec: AttentionSpec, q_chunk: int, k_chunk: int) -> bool:
-    """Whether each query sees one key more than the one before, from a chunk's start on.
-
-    Then the edge tiles of a chunk of queries are a triangle below a diagonal: its first
-    query sees the first key of it, the last all of them. All chunks must be whole.
-    """
-    span, static = analyse(spec), spec.static_q_offset
-    high, full = span.high, span.full_high
-    limits = high is not None and full is not None and span.any_full
-    if not limits or span.low or span.full_low or static is None or not span.some:
-        return False
-    assert high is not None
-    assert full is not None
-    if spec.kv_lengths or spec.q_lengths or not (_by_one(high) and _by_one(full)):
-        return False
-    first = _evaluate(high, static, static + 1) - spec.kv_offset
-    return (
-        first == _evaluate(full, static, static + 1) - spec.kv_offset
-        and spec.q_len % q_chunk == q_chunk % k_chunk == (first - 1) % k_chunk == 0
-        and first >= 1
-        and first - 1 + spec.q_len <= spec.kv_len
-        and k_chunk > 1
-    )
-
-
-def _by_one(limit: Expr) -> bool:
-    """Whether a limit is a position of a query and a constant."""
-    parts = (limit,) if limit.op == "var" else limit.args
-    ops = sorted(x.op for x in parts)
-    if limit.op == "sub" and parts[1].op == "var":
-        return False
-    return ops == ["var"] or (limit.op in ("add", "sub") and ops == ["const", "var"])
+def evaluate(limit: Expr, q_lo: int, q_hi: int) -> int:
+    """A limit's value for one chunk of queries."""
+    if limit.op == "const":
+        return int(limit.value)  # type: ignore[arg-type]
+    if limit.op == "var":
+        return q_lo if limit.value == "q_lo" else q_hi
+    return _NUMBERS[limit.op](*(evaluate(a, q_lo, q_hi) for a in limit.args))
 
 
 def largest_constant(spec: AttentionSpec) -> int:
@@ -392,7 +260,7 @@ def largest_constant(spec: AttentionSpec) -> int:
     found = [
         abs(n.value)
         for root in spec.expressions
-        for n in expr.walk(root)
+        for n in walk(root)
         if n.op == "const" and isinstance(n.value, int)
     ]
     return max(found, default=0)

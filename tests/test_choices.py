@@ -9,8 +9,8 @@ from test_conformance import SPECS
 
 import attngen
 from attngen import AttentionSpec, api, backends, masks, scores, targets
+from attngen.diagonals import rises
 from attngen.errors import PlanError
-from attngen.regions import rises
 
 PLAIN = AttentionSpec(
     batch=2, q_heads=4, kv_heads=2, q_len=64, qk_dim=16, outputs=("out", "lse")

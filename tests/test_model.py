@@ -9,7 +9,7 @@ from attngen import AttentionSpec, api, backends, masks, scores, targets
 from attngen.backends.jax import model
 from attngen.backends.jax.loader import load_function
 from attngen.backends.jax.scratch import scratch_bytes
-from attngen.regions import Tiles
+from attngen.tiles import Tiles
 
 JAX, CPU = backends.get("jax"), targets.get("cpu")
 SPECS = {

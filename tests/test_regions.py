@@ -10,7 +10,8 @@ from hypothesis import given, settings
 import attngen
 from attngen import AttentionSpec, masks
 from attngen.expr import apply, const, var
-from attngen.regions import analyse, chunk_limits, count_tiles, key_limits
+from attngen.regions import analyse, spans
+from attngen.tiles import chunk_limits, count_tiles, key_chunks, key_limits
 from attngen.tracing import mask_of
 
 
@@ -70,12 +71,21 @@ def check(mask, q_chunk, start, q_offset, kv_offset):
     """No key that is seen is left out; no key that isn't seen by all is called full."""
     spec = spec_of(mask, q_offset=q_offset, kv_offset=kv_offset)
     start = min(start, spec.q_len - q_chunk)
-    low, high, full_low, full_high = key_limits(spec, analyse(spec), start, q_chunk)
+    limits = [key_limits(spec, span, start, q_chunk) for span in spans(spec)]
+    low, high, _, _ = key_limits(spec, analyse(spec), start, q_chunk)
     for j, count in enumerate(seen_by(spec, start, q_chunk)):
-        if not low <= j < high:
+        inside = [at for at in limits if at[0] <= j < at[1]]
+        if not inside:
             assert count == 0, f"key {j} is skipped, {count} queries see it"
-        if full_low <= j < full_high and low <= j < high:
-            assert count == q_chunk, f"key {j} is called full, {count} see it"
+        assert low <= j < high or not count, f"key {j} is outside the hull"
+        for _, _, full_low, full_high in inside:
+            if full_low <= j < full_high:
+                assert count == q_chunk, f"key {j} is called full, {count} see it"
+    visits = key_chunks(limits, 3)
+    visited = [c for first, _, _, last in visits for c in range(first, last)]
+    assert len(visited) == len(set(visited)), "a key chunk is visited twice"
+    wanted = {c for low, high, *_ in limits for c in range(low // 3, -(-high // 3))}
+    assert set(visited) == wanted
 
 
 CASES = (MASKS, st.integers(1, 8), st.integers(0, 16), st.integers(-9, 9))
@@ -129,28 +139,28 @@ def test_a_window_is_exact(left, right, q_chunk, start, q_offset):
 )
 def test_tiles_of_the_library(mask, counts):
     spec = AttentionSpec(q_heads=1, q_len=64, qk_dim=8, mask=mask)
-    tiles = count_tiles(spec, analyse(spec), 8, 8)
+    tiles = count_tiles(spec, 8, 8)
     assert (tiles.full, tiles.edge, tiles.empty) == counts
     assert tiles.total == 64
 
 
 def test_a_ragged_tail_is_an_edge():
     spec = AttentionSpec(q_heads=1, q_len=20, qk_dim=8)
-    tiles = count_tiles(spec, analyse(spec), 8, 8)
+    tiles = count_tiles(spec, 8, 8)
     assert (tiles.full, tiles.edge, tiles.empty) == (6, 3, 0)
 
 
 def test_a_sample_of_the_chunks_counts_about_the_same():
     spec = AttentionSpec(q_heads=1, q_len=2**16, qk_dim=8, mask=masks.causal())
-    exact = count_tiles(spec, analyse(spec), 16, 64)
-    about = count_tiles(spec, analyse(spec), 16, 64, exact=False)
+    exact = count_tiles(spec, 16, 64)
+    about = count_tiles(spec, 16, 64, exact=False)
     assert about.total == exact.total
     assert abs(about.visited - exact.visited) <= 0.01 * exact.visited
 
 
 def test_a_mask_that_is_never_true_visits_nothing():
     never = dataclasses.replace(spec_of(const(True)), mask=mask_of(const(False)))
-    tiles = count_tiles(never, analyse(never), 5, 5)
+    tiles = count_tiles(never, 5, 5)
     assert tiles.visited == 0
 
 
@@ -158,7 +168,10 @@ def test_a_mask_that_is_never_true_visits_nothing():
 @settings(max_examples=60)
 def test_limits_that_all_chunks_share_are_those_of_each(mask, q_len, q_chunk):
     spec = spec_of(mask, q_len=q_len)
-    span, q_chunk = analyse(spec), min(q_chunk, q_len)
+    q_chunk = min(q_chunk, q_len)
     starts = [min(i, q_len - q_chunk) for i in range(0, q_len, q_chunk)]
-    want = [key_limits(spec, span, start, q_chunk) for start in starts]
-    assert chunk_limits(spec, span, q_chunk) == want
+    want = [
+        tuple(key_limits(spec, span, start, q_chunk) for span in spans(spec))
+        for start in starts
+    ]
+    assert chunk_limits(spec, q_chunk) == want

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 from attngen.cost import Cost
 from attngen.errors import BackendError
 from attngen.plans import Choice, Option, Plan
-from attngen.regions import Tiles
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
+from attngen.tiles import Tiles
 
 
 class Backend(Protocol):

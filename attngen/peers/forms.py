@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from attngen import expr
 from attngen.expr import Expr
-from attngen.regions import affine
+from attngen.linear import affine
 from attngen.spec import AttentionSpec
 
 

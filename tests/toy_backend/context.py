@@ -9,7 +9,7 @@ from attngen.expr import Expr
 from attngen.intervals import domain, proven
 from attngen.plans import Plan
 from attngen.printer import ArrayPrinter
-from attngen.regions import analyse
+from attngen.regions import spans
 from attngen.spec import AttentionSpec
 
 # of the template, beyond those that attngen reserves for its own
@@ -112,9 +112,9 @@ def _typed(node: Expr) -> Expr:
     return expr.substitute(node, change)
 
 
-def _bounds(plan: Plan) -> dict[str, str]:
-    """First and last key chunk of a chunk of queries; which of them need no mask."""
-    spec, span = plan.spec, analyse(plan.spec)
+def _bounds(plan: Plan) -> dict[str, list[str]]:
+    """Ranges of key chunks that a chunk of queries visits, and of those without a mask."""
+    spec = plan.spec
     printer = ArrayPrinter("np", {"q_lo": "q_lo", "q_hi": "q_hi"}, repr)
 
     def index(limit: Expr | None, otherwise: str) -> str:
@@ -122,14 +122,15 @@ def _bounds(plan: Plan) -> dict[str, str]:
             return otherwise
         return f"({printer.text(limit)})" + (" - K_OFFSET" if spec.kv_offset else "")
 
-    if not span.some:
-        return {"first": "0", "last": "0"}
-    low, high = index(span.low, "0"), index(span.high, "kv_length")
-    found = {
-        "first": f"max({low}, 0) // K_CHUNK",
-        "last": f"-(-min({high}, kv_length) // K_CHUNK)",
-    }
-    if span.any_full and spec.mask is not None:
-        found["full_first"] = f"-(-({index(span.full_low, '0')}) // K_CHUNK)"
-        found["full_last"] = f"({index(span.full_high, 'S + K_CHUNK')}) // K_CHUNK"
-    return found
+    visited, full = [], []
+    for span in spans(spec):
+        if not span.some:
+            continue
+        low, high = index(span.low, "0"), index(span.high, "kv_length")
+        first = f"max({low}, 0) // K_CHUNK"
+        visited.append(f"range({first}, -(-min({high}, kv_length) // K_CHUNK))")
+        if span.any_full and spec.mask is not None:
+            first = f"-(-({index(span.full_low, '0')}) // K_CHUNK)"
+            last = f"({index(span.full_high, 'S + K_CHUNK')}) // K_CHUNK"
+            full.append(f"range({first}, {last})")
+    return {"visited": visited, "full": full}

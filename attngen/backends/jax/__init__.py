@@ -11,9 +11,9 @@ from attngen.backends.jax.turns import turns
 from attngen.cost import Cost
 from attngen.files import template_folder
 from attngen.plans import Choice, Option, Plan
-from attngen.regions import Tiles
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
+from attngen.tiles import Tiles
 
 
 class JaxBackend:

@@ -4,39 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from attngen.backends.jax import shards
 from attngen.backends.jax.candidates import bounded
+from attngen.backends.jax.lengths import Lengths
+from attngen.backends.jax.listing import listing
 from attngen.backends.jax.tile import Starts, Tile, chosen
 from attngen.expr import POSTFIX, Expr, variables
 from attngen.expr import level as tightness
 from attngen.intervals import interval
 from attngen.plans import Plan
 from attngen.printer import ArrayPrinter
-from attngen.regions import analyse
-
-
-class Lengths:
-    """Run-time lengths and offsets of a tile's batches, as scalars for the bounds."""
-
-    def __init__(self, plan: Plan, at: Tile, starts: Starts) -> None:
-        self.many = "b" in at.letters
-        self.start = starts.b
-        self.begins = ", ".join(shards.begins(plan, "b", {"b": starts.b}))
-        self.sizes = ", ".join(shards.sizes(plan, "b", at.sizes))
-
-    def part(self, operand: str) -> str:
-        """As JAX's own integers, which loops count in: 64 bits where those are on."""
-        text = operand
-        if not self.many:
-            text = f"{operand}[{self.start}]"
-        elif self.start != "0":
-            comma = "" if "," in self.begins else ","
-            at = f"({self.begins}{comma}), ({self.sizes}{comma})"
-            text = f"lax.dynamic_slice({operand}, {at})"
-        return f"{text}.astype(int)"
-
-    def extreme(self, name: str, which: str) -> str:
-        return f"{name}.{which}()" if self.many else name
+from attngen.regions import analyse, spans
 
 
 def bounds(
@@ -48,8 +25,20 @@ def bounds(
     """
     lines: list[str] = []
     limits = Limits(plan, lines, lengths)
+    if chosen(plan, "skip") == "list":
+        made = listing(plan, at, starts, ragged, lengths)
+        about = ["What each key chunk holds, told by its ends"]
+        about[0] += " and by what is read there." if made.ahead else "."
+        return {
+            "lines": made.lines,
+            "limits": limits,
+            "loops": made.loops,
+            "about": about,
+            "ahead": made.ahead,
+            "listed": True,
+        }
     found = _bounds(plan, starts, ragged, lengths, lines, limits)
-    return {"lines": lines, "limits": limits} | found
+    return {"lines": lines, "limits": limits, "ahead": [], "listed": False} | found
 
 
 def _bounds(
@@ -60,62 +49,119 @@ def _bounds(
     lines: list[str],
     limits: Limits,
 ) -> dict[str, Any]:
-    spec, span = plan.spec, analyse(plan.spec)
-    if not span.some:
+    spec, whole = plan.spec, analyse(plan.spec)
+    if not whole.some:
         return {"loops": [], "about": ["No query sees any key."]}
     if spec.kv_len <= plan.k_chunk and not chosen(plan, "diagonal"):
         # nothing to skip: the only chunk, with its mask if there is one
-        edge = bounded(spec) or not span.any_full
+        edge = bounded(spec) or not whole.any_full
         return {"loops": [("edge" if edge else "interior", "0", "1")], "about": []}
     if spec.kv_lengths:
         lines.append(f"kv_count = {lengths.part('kv_lengths')}")
     if spec.q_lengths:
         lines.append(f"q_count = {lengths.part('q_lengths')}")
-    whole = spec.kv_len // plan.k_chunk
-    chunks = whole + ragged
     if chosen(plan, "diagonal"):
         return _above_triangle(plan, lines, limits)
-    first = limits.chunk("first", span.low, up=False, otherwise="0")
-    low_edge = span.any_full and span.full_low is not None
-    high_edge = span.full_high is not None or spec.kv_lengths
-    high = limits.high(span.high, lengths.extreme("kv_count", "max"))
-    last = limits.chunk("last", high, up=True, otherwise=str(chunks))
-    if spec.q_lengths:
-        q_most = lengths.extreme("q_count", "max")
-        lines.append(f"last = jnp.where({starts.q} < {q_most}, {last}, {first})")
-        last = "last"
-    if not span.any_full:
-        about = [f"Key chunks [{first}, {last}) hold what any query here sees."]
-        return {"loops": [("edge", first, last)], "about": about}
-    inner_first, inner_last = first, last
-    if low_edge:
-        text = limits.text(span.full_low, up=True)
-        lines.append(f"full_first = jnp.clip({text}, {first}, {last})")
-        inner_first = "full_first"
-    if high_edge:
-        full = limits.high(span.full_high, lengths.extreme("kv_count", "min"))
-        text = limits.text(full, up=False)
-        lines.append(f"full_last = jnp.clip({text}, {inner_first}, {last})")
-        inner_last = "full_last"
-    elif ragged and (inner_first, last) == ("0", str(chunks)):
-        inner_last = str(whole)
-    elif ragged:
-        lines.append(f"full_last = jnp.clip({whole}, {inner_first}, {last})")
-        inner_last = "full_last"
-    if spec.q_lengths:
-        every = f"{starts.q} + Q_CHUNK <= {lengths.extreme('q_count', 'min')}"
-        lines.append(f"full_last = jnp.where({every}, {inner_last}, {inner_first})")
-        inner_last = "full_last"
-    loops = [
-        ("edge", first, inner_first),
-        ("interior", inner_first, inner_last),
-        ("edge", inner_last, last),
+    made = [
+        _Visit(plan, starts, ragged, lengths, lines, limits, index)
+        for index in range(len(spans(spec)))
     ]
-    about = [
-        f"Key chunks [{first}, {last}) hold what any query here sees, and",
-        f"[{inner_first}, {inner_last}) only what every one of them sees.",
-    ]
+    loops: list[tuple[str, str, str]] = []
+    for visit in made:
+        loops += visit.write(loops[-1][2] if loops else None)
+    texts = [f"[{v.first}, {v.last})" for v in made]
+    about = [f"Key chunks {_listed(texts)} hold what any query here sees"]
+    if any(v.inner is not None for v in made):
+        about[0] += ", and"
+        inner = [f"[{v.inner[0]}, {v.inner[1]})" for v in made if v.inner is not None]
+        about.append(f"{_listed(inner)} only what every one of them sees.")
+    else:
+        about[0] += "."
     return {"loops": [x for x in loops if x[1] != x[2]], "about": about}
+
+
+def _listed(texts: list[str]) -> str:
+    return ", ".join(texts[:-1]) + " and " + texts[-1] if texts[1:] else texts[0]
+
+
+class _Visit:
+    """The loops over one span of the mask: its first edge, its interior, its last edge."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        starts: Starts,
+        ragged: bool,
+        lengths: Lengths,
+        lines: list[str],
+        limits: Limits,
+        index: int,
+    ) -> None:
+        self.spec, self.span = plan.spec, spans(plan.spec)[index]
+        self.starts, self.ragged, self.lengths = starts, ragged, lengths
+        self.lines, self.limits = lines, limits
+        self.number = f"_{index + 1}" if index else ""
+        self.whole = plan.spec.kv_len // plan.k_chunk
+        self.first, self.last = "0", str(self.whole + ragged)
+        self.inner: tuple[str, str] | None = None
+
+    def name(self, what: str) -> str:
+        return what + self.number
+
+    def write(self, before: str | None) -> list[tuple[str, str, str]]:
+        """The loops, in order; before: where the span before this one ends."""
+        self._ends(before)
+        if not self.span.any_full:
+            return [("edge", self.first, self.last)]
+        self._inside()
+        assert self.inner is not None
+        return [
+            ("edge", self.first, self.inner[0]),
+            ("interior", *self.inner),
+            ("edge", self.inner[1], self.last),
+        ]
+
+    def _ends(self, before: str | None) -> None:
+        spec, span, limits = self.spec, self.span, self.limits
+        self.first = limits.chunk(
+            self.name("first"), span.low, up=False, otherwise="0", after=before
+        )
+        high = limits.high(span.high, self.lengths.extreme("kv_count", "max"))
+        self.last = limits.chunk(self.name("last"), high, up=True, otherwise=self.last)
+        if spec.q_lengths:
+            q_most = self.lengths.extreme("q_count", "max")
+            name = self.name("last")
+            there = f"{self.starts.q} < {q_most}"
+            self.lines.append(f"{name} = jnp.where({there}, {self.last}, {self.first})")
+            self.last = name
+
+    def _inside(self) -> None:
+        spec, span, lines, limits = self.spec, self.span, self.lines, self.limits
+        first, last = self.first, self.last
+        full_first, full_last = self.name("full_first"), self.name("full_last")
+        inner_first, inner_last = first, last
+        if span.full_low is not None:
+            text = limits.text(span.full_low, up=True)
+            lines.append(f"{full_first} = jnp.clip({text}, {first}, {last})")
+            inner_first = full_first
+        if span.full_high is not None or spec.kv_lengths:
+            full = limits.high(span.full_high, self.lengths.extreme("kv_count", "min"))
+            text = limits.text(full, up=False)
+            lines.append(f"{full_last} = jnp.clip({text}, {inner_first}, {last})")
+            inner_last = full_last
+        elif self.ragged and (inner_first, last) == ("0", str(self.whole + 1)):
+            inner_last = str(self.whole)
+        elif self.ragged:
+            lines.append(f"{full_last} = jnp.clip({self.whole}, {inner_first}, {last})")
+            inner_last = full_last
+        if spec.q_lengths:
+            q_least = self.lengths.extreme("q_count", "min")
+            every = f"{self.starts.q} + Q_CHUNK <= {q_least}"
+            lines.append(
+                f"{full_last} = jnp.where({every}, {inner_last}, {inner_first})"
+            )
+            inner_last = full_last
+        self.inner = (inner_first, inner_last)
 
 
 def _above_triangle(plan: Plan, lines: list[str], limits: Limits) -> dict[str, Any]:
@@ -161,11 +207,12 @@ class Limits:
 
     def _read(self) -> list[str]:
         """Which of q_lo and q_hi the mask's limits read."""
-        span = analyse(self.spec)
         if chosen(self.plan, "diagonal"):
             return ["q_lo"]
-        limits = [span.low, span.high]
-        limits += [span.full_low, span.full_high] if span.any_full else []
+        found = spans(self.spec)
+        limits = [limit for span in found for limit in (span.low, span.high)]
+        for span in found:
+            limits += [span.full_low, span.full_high] if span.any_full else []
         read = {name for x in limits if x is not None for name in variables(x)}
         return [name for name in ("q_lo", "q_hi") if name in read]
 
@@ -233,7 +280,9 @@ class Limits:
         *,
         up: bool,
         otherwise: str,
+        after: str | None = None,
     ) -> str:
+        """The name of a chunk, or a number; no chunk before `after` does."""
         if limit is None:
             return otherwise
         if (
@@ -242,5 +291,7 @@ class Limits:
             and self._range(limit)[0] < 0
         ):
             limit = (f"jnp.maximum({self._index(limit)[0]}, 0)", 1)
-        self.lines.append(f"{name} = {self.text(limit, up=up)}")
+        text = self.text(limit, up=up)
+        text = text if after is None else f"jnp.maximum({text}, {after})"
+        self.lines.append(f"{name} = {text}")
         return name

@@ -9,8 +9,9 @@ from attngen.dtypes import BYTES
 from attngen.expr import Expr, variables, walk
 from attngen.intervals import examine
 from attngen.plans import Choice
-from attngen.regions import Span, analyse, key_limits
+from attngen.regions import Span, analyse
 from attngen.spec import AttentionSpec
+from attngen.tiles import key_limits
 
 FUSED_BYTES = 2**14  # of an element of each row: from here on the library chains rows
 LENT_BYTES = 2**16  # an output of less isn't counted on

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 
 from attngen.backends.jax.distance import has_distance, overflows
 from attngen.backends.jax.shards import local
+from attngen.diagonals import hull_is_seen, rises
 from attngen.errors import NotBuiltError
 from attngen.intervals import examine
+from attngen.lists import listed as verdict_of
+from attngen.lists import unlistable, worth_listing
 from attngen.plans import Choice, Option
-from attngen.regions import analyse, hull_is_seen, rises
+from attngen.regions import analyse
 from attngen.spec import AttentionSpec
 
 LOOPS = ("fori", "scan", "unrolled")
@@ -27,6 +30,7 @@ DEFAULTS: dict[str, Option] = {
     "parts": 1,
     "blank": "scores",
     "mask": "positions",
+    "skip": "bounds",
 }
 UNROLLED = 16  # key chunks, at most: each is compiled on its own
 
@@ -134,6 +138,7 @@ def _bad_word(spec: AttentionSpec, choice: Choice) -> str | None:
         "unroll": (1, 2, 4, 8),
         "blank": ("scores", "limits"),
         "mask": ("positions", "distance"),
+        "skip": ("bounds", "list"),
     }
     for name, values in words.items():
         if (value := choice.get(name, values[0])) not in values or value is True:
@@ -189,6 +194,13 @@ def _bad_loop(spec: AttentionSpec, choice: Choice) -> str | None:
             return "steps = map needs chunks of queries that are all whole"
         if not _steps(spec, choice):
             return "steps = map needs more than one step"
+    if option(choice, "skip") == "list":
+        if kind != "running" or loop != "fori":
+            return "skip = list is for running with loop = fori"
+        if chunks == 1:
+            return "skip = list is for more than one key chunk"
+        if (reason := unlistable(spec)) is not None:
+            return reason
     parts = choice.get("parts", 2)
     if kind == "split_kv" and (not _integer(parts) or not 2 <= int(parts) <= chunks):
         return "parts must be an integer from 2 to the number of key chunks"
@@ -213,6 +225,9 @@ def _bad_tile(spec: AttentionSpec, choice: Choice) -> str | None:
     if twice and choice["algorithm"] == "summaries":
         return "qk = twice is for a running maximum, which summaries don't have"
     many = int(choice["batch_chunk"]) > 1
+    listed = option(choice, "skip") == "list"
+    if listed and (option(choice, "blank") == "limits" or option(choice, "diagonal")):
+        return "skip = list has no limits: blank = scores, diagonal = 0"
     if option(choice, "blank") == "limits" and not limited(spec, many):
         return (
             "blank = limits needs each key between a chunk's limits to be seen by one of "
@@ -270,6 +285,19 @@ def unrollable(spec: AttentionSpec) -> bool:
     return span.some and span.any_full
 
 
+def skips(spec: AttentionSpec) -> tuple[str, ...]:
+    """How tiles are skipped, the best first; empty where bounds say all that there is.
+
+    By a list where a mask reads operands, whose values decide; which of both is better for
+    other masks, a count of tiles tells.
+    """
+    if not worth_listing(spec):
+        return ()
+    assert spec.mask is not None
+    _, reads = verdict_of(spec.mask.expr)
+    return ("list", "bounds") if reads else ("bounds", "list")
+
+
 def bounded(spec: AttentionSpec) -> bool:
     """Whether the key chunks to visit, or to mask, depend on queries or on lengths."""
     span = analyse(spec)
@@ -298,6 +326,6 @@ def describe(choice: Choice) -> str:
         text += f" · {parts} parts"
     if diagonal := option(choice, "diagonal"):
         text += f" · diagonal {diagonal}"
-    rare = ("denominator", "qk", "slices", "steps")
+    rare = ("denominator", "qk", "slices", "steps", "skip")
     unusual = [n for n in rare if option(choice, n) != DEFAULTS[n]]
     return text + "".join(f" · {n} {choice[n]}" for n in unusual)

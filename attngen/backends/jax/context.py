@@ -71,7 +71,7 @@ def _constants(plan: Plan, at: Tile) -> dict[str, Any]:
                     "tiles of a step, without a mask",
                 )
             )
-        if plan.algorithm == "summaries":
+        if plan.algorithm == "summaries" or chosen(plan, "skip") == "list":
             lines.append(("K_CHUNKS", "-(-S // K_CHUNK)", ""))
         if "b" in at.letters:
             lines.append(

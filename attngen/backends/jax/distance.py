@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from attngen.expr import COMPARISONS, Expr, apply, const, var, walk
 from attngen.intervals import domain, interval
-from attngen.regions import affine
+from attngen.linear import affine
 from attngen.spec import AttentionSpec
 
 AWAY, SHIFT = var("away", "int"), var("shift", "int")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from attngen.backends.jax.buffers import LENT_BYTES, Tile, facts
+from attngen.backends.jax.candidates import option
 from attngen.dtypes import BYTES
+from attngen.lists import listed
+from attngen.operands import Operand
 from attngen.plans import Choice
 from attngen.spec import AttentionSpec
 
@@ -134,7 +139,29 @@ def _one_round(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
     return at.chunks * at.keys if one and at.moved and at.all_heads else 0
 
 
+LISTED_BYTES = 64  # of a key chunk, as all are told, and put in order
+EXTREMES_BYTES = 8  # of a key chunk, and the padded copy of a batch's numbers beside it
+
+
+def _listed(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
+    """What all key chunks hold, their order, and what operands' values lie between."""
+    if option(choice, "skip") != "list":
+        return 0
+    assert spec.mask is not None
+    _, reads = listed(spec.mask.expr)
+    count = -(-spec.kv_len // int(choice["k_chunk"]))
+    bytes_ = LISTED_BYTES * count + STACK_BYTES // 4
+    for x in reads:
+        if x.of_keys:
+            assert isinstance(x.node.value, Operand)
+            own = [spec.lengths[str(a)] for a in x.node.value.axes if a in ("b", "h")]
+            whole = math.prod(own) * count
+            bytes_ += whole * (EXTREMES_BYTES + 8 * int(choice["k_chunk"]))
+    return bytes_
+
+
 EXTRAS = (
+    _listed,
     _one_round,
     _small,
     _unguarded,

@@ -11,8 +11,8 @@ from attngen.cost import tile_flop
 from attngen.dtypes import BYTES
 from attngen.gpus import Gpu
 from attngen.plans import Choice
-from attngen.regions import Tiles
 from attngen.spec import AttentionSpec
+from attngen.tiles import Tiles
 
 LAUNCH_S = 4e-6  # of a kernel, in a loop that XLA runs from the host
 KERNELS = 7  # of a tile: slices, two products, a maximum, weights, a sum, a rescaling

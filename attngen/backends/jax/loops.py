@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from attngen.backends.jax import shards
-from attngen.backends.jax.bounds import Lengths, bounds
+from attngen.backends.jax.bounds import bounds
 from attngen.backends.jax.candidates import bounded
+from attngen.backends.jax.lengths import Lengths
 from attngen.backends.jax.tile import (
     Starts,
     Tile,
@@ -19,8 +20,8 @@ from attngen.backends.jax.tile import (
 )
 from attngen.backends.jax.tile_code import tile_code
 from attngen.backends.jax.unseen import unseen
+from attngen.diagonals import rises
 from attngen.plans import Plan
-from attngen.regions import rises
 from attngen.spec import AttentionSpec
 
 Loop = tuple[str, str, str]  # the function of a step, the first chunk, the last
@@ -120,6 +121,15 @@ def _constant(loop: Loop) -> int | None:
     return int(last) - int(first) if known else None
 
 
+def main_loop(kinds: list[str]) -> int | None:
+    """Which of the loops goes over most chunks: the last that evaluates no mask, or edge."""
+    if not kinds:
+        return None
+    kind = "interior" if "interior" in kinds else "edge"
+    last = len(kinds) - 1 - kinds[::-1].index(kind)
+    return last if kind == "interior" else 0
+
+
 def unrolls(plan: Plan) -> bool:
     """Whether tiles go several to a step, a number of steps that isn't known."""
     return chosen(plan, "unroll") != 1 and bounded(plan.spec)
@@ -127,14 +137,14 @@ def unrolls(plan: Plan) -> bool:
 
 def _unrolled(plan: Plan, loops: list[Loop]) -> dict[str, Any] | None:
     """How tiles without a mask go several to a step, where their number isn't known."""
-    found = [loop for loop in loops if loop[0] == "interior"]
-    if not unrolls(plan) or not found:
+    main = main_loop([kind for kind, _, _ in loops])
+    if not unrolls(plan) or main is None or loops[main][0] != "interior":
         return None
     several = int(chosen(plan, "unroll")) * plan.k_chunk
     whole = bool(chosen(plan, "diagonal"))
     whole = whole and rises(plan.spec, plan.q_chunk, several)
-    lines, chunk = _grouped(found[0], "UNROLL", "interiors", "carry", "carry", whole)
-    return {"lines": lines, "chunk": chunk}
+    lines, chunk = _grouped(loops[main], "UNROLL", "interiors", "carry", "carry", whole)
+    return {"lines": lines, "chunk": chunk, "index": main}
 
 
 def _split(plan: Plan, loops: list[Loop]) -> dict[str, Any] | None:
@@ -143,7 +153,7 @@ def _split(plan: Plan, loops: list[Loop]) -> dict[str, Any] | None:
     if parts == 1 or not loops:
         return None
     kinds = [kind for kind, _, _ in loops]
-    index = kinds.index("interior") if "interior" in kinds else 0
+    index = main_loop(kinds) or 0
     count = _constant(loops[index])
     if count is not None and count < parts:
         return {"kind": kinds[index], "index": -1, "lines": [], "chunk": "c"}

@@ -13,13 +13,15 @@ that are combined at the end (splits.py). What lives beside all of these is in e
 from __future__ import annotations
 
 from attngen.backends.jax.buffers import Facts, Tile, facts, tile
+from attngen.backends.jax.candidates import option
 from attngen.backends.jax.extras import EXTRAS
 from attngen.backends.jax.keyloops import loop
 from attngen.backends.jax.splits import parts
 from attngen.backends.jax.unrolled import single, steps
+from attngen.lists import finds_full
 from attngen.plans import Choice
-from attngen.regions import Tiles
 from attngen.spec import AttentionSpec
+from attngen.tiles import Tiles
 
 # What is left to chance: where XLA packs buffers with gaps.
 GAPS = 1.021
@@ -37,6 +39,8 @@ def temp_bytes(spec: AttentionSpec, choice: Choice, tiles: Tiles | None = None) 
         tiles: of a head, which tell whether any needs no mask; without them, some do.
     """
     know = facts(spec)
+    if option(choice, "skip") == "list":
+        know = know._replace(bounded=True, interior=finds_full(spec))
     at = tile(spec, choice, know)
     interior = _interior(at, know, tiles)
     if at.unroll > 1 and know.interior and not interior:

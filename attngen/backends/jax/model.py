@@ -19,9 +19,9 @@ from attngen.cost import Cost, tile_flop
 from attngen.dtypes import BYTES
 from attngen.expr import Expr, walk
 from attngen.plans import Choice
-from attngen.regions import Tiles
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
+from attngen.tiles import Tiles
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ ROW_S = 0.15e-9  # of an element of the weighted sum, rescaled in each step
 SLICE_S = (1e-9, 1.6e-9)  # of an element of keys or values: of one matrix, of several
 READ_S = 0.5e-9  # of one, where so few rows use it that it isn't packed
 FEW = 16
+LIST_S = (60e-9, 30e-6)  # of a list: of each key chunk in it, and of all
 WHOLE_S = (0.9e-9, 1.5e-9)  # of one, where all keys are read at once
 MOVED_S = 1e-9  # of an element that is transposed, or put in order at the end
 NARROW = 1.5  # times the products' time, in a narrower dtype than the statistics'
@@ -102,6 +103,11 @@ def _time_s(
         steps *= seen
         edges += tiles.visited * masked_share * tile.rows * tile.keys * MASK_S
     once = temporaries * FAULT_S + _moved_s(spec, choice)
+    if option(choice, "skip") == "list":
+        chunks = tiles.total  # of keys, for each chunk of queries
+        edges += LIST_S[0] * chunks + LIST_S[1] * -(
+            -spec.q_len // int(choice["q_chunk"])
+        )
     return float(groups * (steps * visited / max(1, tiles.visited) + edges) + once)
 
 

@@ -12,10 +12,11 @@ from attngen.backends.jax.candidates import (
     exponentials,
     limited,
     products,
+    skips,
     unrollable,
 )
+from attngen.diagonals import rises
 from attngen.plans import Option
-from attngen.regions import rises
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
 
@@ -71,6 +72,7 @@ def _processor(
     common |= {n: v if whole else v[:1] for n, v in rare.items()}
     if len(products(spec)) > 1:
         common["scale"] = rare["scale"]
+    skip = _skip(spec, whole=whole)
     diagonal = (0, 128, 256, 512) if whole else (0, 128, 256)
     unroll = (1, 2, 4, 8) if whole else (1, 2)
     running = common | {
@@ -81,6 +83,7 @@ def _processor(
         else ("fori", "unrolled"),
         "unroll": unroll if unrollable(spec) else (1,),
         "diagonal": diagonal if rises(spec, 2, 2) else (0,),
+        **skip,
     }
     few = {
         "q_chunk": tuple(n for n in (1024,) if n < spec.q_len) or (spec.q_len,),
@@ -96,6 +99,13 @@ def _processor(
         | ({} if whole else few)
         | {"loop": ("fori", "map") if whole else ("fori",)},
     }
+
+
+def _skip(spec: AttentionSpec, *, whole: bool) -> Mapping[str, Sequence[Option]]:
+    """How tiles are skipped, where there is a choice."""
+    found = skips(spec)
+    decided = bool(found) and found[0] == "list" and not whole
+    return {"skip": found[:1] if decided else found} if found else {}
 
 
 def _chunks(length: int) -> tuple[int, ...]:
@@ -164,6 +174,7 @@ def _accelerator(spec: AttentionSpec, target: Target, *, whole: bool) -> Space:
         "loop": static,
         "unroll": ((1, 2, 4) if whole else (1, 2)) if unrollable(spec) else (1,),
         "diagonal": diagonal if rises(spec, 2, 2) else (0,),
+        **_skip(spec, whole=whole),
     }
     few: dict[str, Sequence[Option]] = {
         "q_chunk": (min(1024, spec.q_len),),

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from attngen.backends.jax.candidates import option
 from attngen.dtypes import BYTES
 from attngen.plans import Choice
-from attngen.regions import Tiles
 from attngen.spec import AttentionSpec
+from attngen.tiles import Tiles
 from attngen.tpus import LANES, SUBLANES
 
 NARROW = 2  # bytes of a number that matrix units take, also for products of float32

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 from attngen.backends.jax.tpu_arrays import Arrays, arrays
 from attngen.plans import Choice
-from attngen.regions import Tiles
 from attngen.spec import AttentionSpec
+from attngen.tiles import Tiles
 from attngen.tpus import LANES, Tpu
 
 SLACK = 220 * 2**10  # scalars, limits, row statistics: 1 KiB each, at least

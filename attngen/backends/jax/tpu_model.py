@@ -13,8 +13,8 @@ from attngen.backends.jax.candidates import edge_share, option
 from attngen.backends.jax.tpu_arrays import padded
 from attngen.dtypes import BYTES
 from attngen.plans import Choice
-from attngen.regions import Tiles
 from attngen.spec import AttentionSpec
+from attngen.tiles import Tiles
 from attngen.tpus import LANES, SUBLANES, Tpu
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from attngen.backends.jax.bounds import Lengths, bounds
+from attngen.backends.jax.bounds import bounds
 from attngen.backends.jax.candidates import bounded
+from attngen.backends.jax.lengths import Lengths
+from attngen.backends.jax.loops import main_loop, unrolls
 from attngen.backends.jax.tile import Starts, chosen, tile
 from attngen.plans import Plan
-from attngen.regions import analyse, chunk_limits, key_chunks
+from attngen.tiles import chunk_limits, key_chunks
 
 Turns = dict[str, list[float]]
 
@@ -19,7 +21,8 @@ def turns(plan: Plan) -> Turns:
     """
     spec = plan.spec
     run_time = spec.kv_lengths or spec.q_lengths or spec.static_q_offset is None
-    if plan.algorithm == "dense" or (run_time and bounded(spec)):
+    listed = chosen(plan, "skip") == "list"
+    if plan.algorithm == "dense" or (run_time and bounded(spec)) or listed:
         return {}
     at = tile(plan)
     ragged = spec.kv_len % plan.k_chunk != 0 and not chosen(plan, "diagonal")
@@ -42,10 +45,15 @@ def _named(chunks: list[dict[str, int]], first: str, last: str) -> list[dict[str
 
 def _chunks(plan: Plan) -> list[dict[str, int]]:
     """The key chunks that each chunk of queries visits, by the names in the file."""
-    spec, names = plan.spec, ("first", "full_first", "full_last", "last")
-    limits = chunk_limits(spec, analyse(spec), plan.q_chunk, exact=False)
+    names = ("first", "full_first", "full_last", "last")
+    limits = chunk_limits(plan.spec, plan.q_chunk, exact=False)
     return [
-        dict(zip(names, key_chunks(own, plan.k_chunk), strict=True)) for own in limits
+        {
+            name + (f"_{i + 1}" if i else ""): at
+            for i, visit in enumerate(key_chunks(own, plan.k_chunk))
+            for name, at in zip(names, visit, strict=True)
+        }
+        for own in limits
     ]
 
 
@@ -58,13 +66,11 @@ def _grouped(
 ) -> list[tuple[str, list[int]]]:
     """A loop's turns, where it goes several chunks at a time: of these, and the rest."""
     several, name = 1, kind
-    if kind == "interior" and chosen(plan, "unroll") != 1 and bounded(plan.spec):
+    main = index == main_loop([k for k, _, _ in loops])
+    if main and kind == "interior" and unrolls(plan):
         several, name = int(chosen(plan, "unroll")), "interiors"
-    elif chosen(plan, "parts") != 1:
-        kinds = [k for k, _, _ in loops]
-        dealt = kinds.index("interior") if "interior" in kinds else 0
-        if index == dealt:
-            several, name = int(chosen(plan, "parts")), "together"
+    elif main and chosen(plan, "parts") != 1:
+        several, name = int(chosen(plan, "parts")), "together"
     if several == 1:
         return [(kind, counts)]
     whole = (name, [n // several for n in counts])

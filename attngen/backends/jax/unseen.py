@@ -12,7 +12,8 @@ from collections.abc import Collection
 from attngen.backends.jax.bounds import Limits
 from attngen.backends.jax.tile import chosen
 from attngen.plans import Plan
-from attngen.regions import analyse, chunk_limits
+from attngen.regions import analyse
+from attngen.tiles import chunk_limits
 
 CHUNKS = 4096  # of queries, at most, whose limits are all looked at
 
@@ -61,7 +62,7 @@ def _whole(plan: Plan) -> tuple[bool, bool]:
     spec, k = plan.spec, plan.k_chunk
     if spec.static_q_offset is None or -(-spec.q_len // plan.q_chunk) > CHUNKS:
         return False, False
-    found = chunk_limits(spec, analyse(spec), plan.q_chunk)
+    found = [own[0] for own in chunk_limits(spec, plan.q_chunk)]
     if k == spec.kv_len:
         return (
             all(low == 0 for low, *_ in found),

@@ -11,9 +11,9 @@ from attngen.backends.triton import candidates, context, model, small
 from attngen.cost import Cost
 from attngen.files import template_folder
 from attngen.plans import Choice, Option, Plan
-from attngen.regions import Tiles
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
+from attngen.tiles import Tiles
 
 
 class TritonBackend:

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from attngen.backends.triton.printer import TritonPrinter
+from attngen.diagonals import hull_is_seen
 from attngen.expr import POSTFIX, Expr, variables
 from attngen.expr import level as tightness
 from attngen.fullness import none_full
 from attngen.intervals import Interval, interval
 from attngen.plans import Plan
-from attngen.regions import Span, analyse, hull_is_seen
+from attngen.regions import Span, analyse
 from attngen.spec import AttentionSpec
 
 

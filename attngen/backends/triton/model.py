@@ -16,9 +16,9 @@ from attngen.cost import Cost
 from attngen.dtypes import BYTES
 from attngen.errors import InternalError
 from attngen.plans import Choice
-from attngen.regions import Tiles
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
+from attngen.tiles import Tiles
 
 # instructions of an element of the scores: scale, subtract, compare, add, convert
 OPERATIONS = {"cuda": 6.0, "hip": 4.0}  # AMD does some of them in pairs

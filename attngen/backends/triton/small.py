@@ -7,8 +7,9 @@ from typing import Any
 
 from attngen.errors import OperandError, SpecError
 from attngen.expr import COMPARISONS, Expr, const, substitute
+from attngen.linear import affine
 from attngen.plans import Plan
-from attngen.regions import affine, largest_constant
+from attngen.regions import largest_constant
 from attngen.spec import AttentionSpec
 from attngen.tracing import mask_of
 
