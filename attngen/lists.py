@@ -8,6 +8,7 @@ is told by the least and the greatest value that it has in the tile: O(n / chunk
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from attngen.expr import Expr, var, variables, walk
@@ -128,3 +129,20 @@ def worth_listing(spec: AttentionSpec) -> bool:
     assert spec.mask is not None
     terms = alternatives(spec.mask.expr)
     return terms is None or not all(is_solved(atom) for term in terms for atom in term)
+
+
+def skips(spec: AttentionSpec, *, whole: bool = False) -> Mapping[str, Sequence[str]]:
+    """The choice `skip`, its values the best first; empty where bounds say all there is.
+
+    A list where a mask reads operands, whose values decide; for other masks a count of
+    tiles tells which is better.
+
+    Args:
+        whole: all that can be emitted.
+    """
+    if not worth_listing(spec):
+        return {}
+    assert spec.mask is not None
+    if not listed(spec.mask.expr)[1]:
+        return {"skip": ("bounds", "list")}
+    return {"skip": ("list", "bounds") if whole else ("list",)}

@@ -147,8 +147,14 @@ class ArrayPrinter:
         return repr(value)
 
 
-def stepwise(printer: ArrayPrinter, target: str, node: Expr, width: int) -> list[str]:
-    """Statements for a condition, one for each that it joins where a line is too short."""
+def stepwise(
+    printer: ArrayPrinter, target: str, node: Expr, width: int, *, in_place: bool = True
+) -> list[str]:
+    """Statements for a condition, one for each that it joins where a line is too short.
+
+    Args:
+        in_place: whether the target may take another shape by `&=`.
+    """
     if (
         node.op not in ("and", "or")
         or len(printer.text(node)) + len(target) + 3 <= width
@@ -162,11 +168,16 @@ def stepwise(printer: ArrayPrinter, target: str, node: Expr, width: int) -> list
             left += reversed(part.args)
         else:
             parts.append(part)
-    sign = {"and": "&=", "or": "|="}[node.op]
+    sign, start = INFIX[node.op][0], f"{target} = "
     lines = printer.lines(target, parts[0], width=width)
     for part in parts[1:]:
-        own = printer.lines(target, part, width=width - 1)
-        own[-1] = own[-1].replace(f"{target} = ", f"{target} {sign} ", 1)
+        own = printer.lines(target, part, width=width - len(target) - 5)
+        text = own[-1].removeprefix(start)
+        if in_place:
+            own[-1] = f"{target} {sign}= {text}"
+        else:
+            text = text if text.isidentifier() else f"({text})"
+            own[-1] = f"{start}{target} {sign} {text}"
         lines += own
     return lines
 

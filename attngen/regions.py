@@ -188,8 +188,6 @@ def _span(own: Interval, unseen: list[Interval], at: tuple[int, ...]) -> Span:
     high: Linear | None = None
     any_full = True
     for other in unseen:
-        if _apart(own, other):
-            continue
         if other.low is None and other.high is None:
             any_full = False
         elif _is_left(own, other, at):
@@ -202,16 +200,14 @@ def _span(own: Interval, unseen: list[Interval], at: tuple[int, ...]) -> Span:
     return Span(first, last, full_first, full_last, any_full=any_full)
 
 
-def _apart(x: Interval, y: Interval) -> bool:
-    """Whether two are proven to have no key in common."""
-    pairs = ((x.high, y.low), (y.high, x.low))
-    return any(a is not None and b is not None and below(a, b) for a, b in pairs)
-
-
 def _is_left(own: Interval, other: Interval, at: tuple[int, ...]) -> bool:
     """Whether what isn't seen leaves more of an interval on its right."""
     if other.low is None or other.high is None:
         return other.low is None
+    if own.high is not None and below(own.high, other.low):
+        return False
+    if own.low is not None and below(other.high, own.low):
+        return True
     left = right = 0
     for q in at:
         (low, high), (first, last) = _numbers(own, q), _numbers(other, q)

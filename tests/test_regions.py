@@ -73,7 +73,8 @@ def check(mask, q_chunk, start, q_offset, kv_offset):
     start = min(start, spec.q_len - q_chunk)
     limits = [key_limits(spec, span, start, q_chunk) for span in spans(spec)]
     low, high, _, _ = key_limits(spec, analyse(spec), start, q_chunk)
-    for j, count in enumerate(seen_by(spec, start, q_chunk)):
+    counts = seen_by(spec, start, q_chunk)
+    for j, count in enumerate(counts):
         inside = [at for at in limits if at[0] <= j < at[1]]
         if not inside:
             assert count == 0, f"key {j} is skipped, {count} queries see it"
@@ -84,6 +85,9 @@ def check(mask, q_chunk, start, q_offset, kv_offset):
     visits = key_chunks(limits, 3)
     visited = [c for first, _, _, last in visits for c in range(first, last)]
     assert len(visited) == len(set(visited)), "a key chunk is visited twice"
+    for _, full_first, full_last, _ in visits:
+        for j in range(3 * full_first, min(3 * full_last, spec.kv_len)):
+            assert counts[j] == q_chunk, f"key {j} is in a full chunk"
     wanted = {c for low, high, *_ in limits for c in range(low // 3, -(-high // 3))}
     assert set(visited) == wanted
 

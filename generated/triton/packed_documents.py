@@ -19,7 +19,7 @@ spec      {"batch": 2, "q_heads": 4, "kv_heads": 4, "q_len": 2048, "kv_len": 204
           "documents"]}}
 choices   {"backend": "triton", "target": "mi300x", "algorithm": "running", "q_chunk":
           64, "k_chunk": 64, "num_warps": 2, "num_stages": 2, "order": "reverse",
-          "head_dim": "padded", "loads": "pointers"}
+          "head_dim": "padded", "loads": "pointers", "skip": "list"}
 """
 
 import math
@@ -48,7 +48,7 @@ RUNTIME = [
     "q_len", "kv_len", "heads", "q_stride_b", "q_stride_t", "q_stride_h", "k_stride_b",
     "k_stride_t", "k_stride_h", "v_stride_b", "v_stride_t", "v_stride_h",
     "out_stride_b", "out_stride_t", "out_stride_h", "document_ids_stride_0",
-    "document_ids_stride_1",
+    "document_ids_stride_1", "tiles_stride_0", "tiles_stride_1", "tiles_stride_2",
 ]  # fmt: skip
 CONSTEXPRS = {"ALIGN": 16}  # of tensors that lie densely
 
@@ -83,6 +83,7 @@ def _attention(
     """Allocate the outputs and launch the kernel: one operation to torch.compile."""
     B, T, H, _ = q.shape
     out = _empty_out(q)
+    tiles = _tiles(q, k, document_ids)
     strides = [s for x in (q, k, v, out) for s in x.stride()[:3]]
     with torch.cuda.device_of(q):
         forward[(triton.cdiv(T, Q_BLOCK.value) * H * B,)](
@@ -91,6 +92,7 @@ def _attention(
             v,
             out,
             document_ids,
+            tiles,
             T,
             k.shape[1],
             H,
@@ -99,11 +101,58 @@ def _attention(
             *v.stride(),
             *out.stride(),
             *document_ids.stride(),
+            *tiles.stride()[:3],
             ALIGN=math.gcd(16, *strides),
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
         )
     return out
+
+
+def _tiles(q, k, document_ids):
+    """For each chunk of queries the key blocks that it visits [B, H, chunks, 2 + blocks].
+
+    How many are full, how many visited, then the blocks, the full ones first.
+    """
+    B, T, H, _ = q.shape
+    S = k.shape[1]
+    key = torch.arange(0, S, K_BLOCK.value, device=q.device)
+    query = torch.arange(0, T, Q_BLOCK.value, device=q.device)[:, None]
+    q_lo = query
+    q_hi = (query + Q_BLOCK.value).clamp(max=T)
+    k_lo = key
+    k_hi = (key + K_BLOCK.value).clamp(max=S)
+    document_ids_at_bq_min, document_ids_at_bq_max = _extremes(
+        document_ids[..., :T], Q_BLOCK.value
+    )
+    document_ids_at_bq_min = document_ids_at_bq_min[:, None, :, None]
+    document_ids_at_bq_max = document_ids_at_bq_max[:, None, :, None]
+    document_ids_at_bk_min, document_ids_at_bk_max = _extremes(
+        document_ids[..., :S], K_BLOCK.value
+    )
+    document_ids_at_bk_min = document_ids_at_bk_min[:, None, None, :]
+    document_ids_at_bk_max = document_ids_at_bk_max[:, None, None, :]
+    some = k_lo < q_hi
+    some = some & (document_ids_at_bq_min <= document_ids_at_bk_max)
+    some = some & (document_ids_at_bk_min <= document_ids_at_bq_max)
+    every = k_hi <= q_lo + 1
+    every = every & (document_ids_at_bk_max <= document_ids_at_bq_min)
+    every = every & (document_ids_at_bq_max <= document_ids_at_bk_min)
+    every = every & (key + K_BLOCK.value <= S)
+    kind = torch.where(every, 0, torch.where(some, 1, 2))
+    shape = torch.broadcast_shapes(kind.shape, (1, 1, query.shape[0], key.shape[0]))
+    kind = kind.expand(shape)
+    order = kind.argsort(-1, stable=True)
+    counts = [(kind < n).sum(-1, keepdim=True) for n in (1, 2)]
+    tiles = torch.cat([*counts, order], -1).to(torch.int32)
+    return tiles.expand(B, H, -1, -1)
+
+
+def _extremes(x, block):
+    """The least and the greatest value in each block of the last axis."""
+    tail = x[..., -1:].expand(*x.shape[:-1], -x.shape[-1] % block)
+    x = torch.cat([x, tail], -1).unflatten(-1, (-1, block))
+    return x.amin(-1), x.amax(-1)
 
 
 @_attention.register_fake
@@ -160,6 +209,7 @@ def forward(
     v_ptr,
     out_ptr,
     document_ids_ptr,
+    tiles_ptr,
     q_len,
     kv_len,
     heads,
@@ -181,6 +231,9 @@ def forward(
     out_stride_d,
     document_ids_stride_0,
     document_ids_stride_1,
+    tiles_stride_0,
+    tiles_stride_1,
+    tiles_stride_2,
     ALIGN: tl.constexpr,
 ):
     """Q_BLOCK queries of one head, over the key blocks that any of them sees."""
@@ -218,15 +271,25 @@ def forward(
     v_at = cols[:, None] * v_step + d[None, :] * v_stride_d
     v_block = v_step.to(tl.int64) * K_BLOCK
 
-    # Key blocks [0, last) hold what any query here sees.
-    # q_hi: positions, half-open
-    q_hi = tl.minimum(q_start + Q_BLOCK, q_len)
-    high = tl.minimum(q_hi, kv_len)
-    last = tl.cdiv(high, K_BLOCK)
+    # A row of the list of tiles: how many key blocks only hold what every query
+    # here sees, how many hold what any does, and which these are.
+    tiles = tiles_ptr + b_index * tiles_stride_0 + h_index * tiles_stride_1
+    tiles += (q_start // Q_BLOCK).to(tl.int64) * tiles_stride_2
+    full = tl.load(tiles)
+    visited = tl.load(tiles + 1)
     m = tl.full((Q_BLOCK,), float("-inf"), tl.float32)  # in units of log 2
     total = tl.zeros((Q_BLOCK,), tl.float32)
     acc = tl.zeros((Q_BLOCK, 64), tl.float32)
-    for c in range(last):
+    for i in range(full):
+        c = tl.load(tiles + 2 + i)
+        k = tl.load(k_head + c * k_block + k_at)
+        s = tl.dot(q, k)
+        m, total, p, rescale = _softmax(s, m, total, UNSEEN=False)
+        v = tl.load(v_head + c * v_block + v_at)
+        acc *= rescale[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc)
+    for i in range(full, visited):
+        c = tl.load(tiles + 2 + i)
         k_index = c * K_BLOCK + cols[None, :]
         k = tl.load(
             k_head + c * k_block + k_at,

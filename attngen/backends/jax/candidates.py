@@ -10,8 +10,7 @@ from attngen.backends.jax.shards import local
 from attngen.diagonals import hull_is_seen, rises
 from attngen.errors import NotBuiltError
 from attngen.intervals import examine
-from attngen.lists import listed as verdict_of
-from attngen.lists import unlistable, worth_listing
+from attngen.lists import unlistable
 from attngen.plans import Choice, Option
 from attngen.regions import analyse
 from attngen.spec import AttentionSpec
@@ -283,19 +282,6 @@ def unrollable(spec: AttentionSpec) -> bool:
     """Whether there are tiles without a mask."""
     span = analyse(spec)
     return span.some and span.any_full
-
-
-def skips(spec: AttentionSpec) -> tuple[str, ...]:
-    """How tiles are skipped, the best first; empty where bounds say all that there is.
-
-    By a list where a mask reads operands, whose values decide; which of both is better for
-    other masks, a count of tiles tells.
-    """
-    if not worth_listing(spec):
-        return ()
-    assert spec.mask is not None
-    _, reads = verdict_of(spec.mask.expr)
-    return ("list", "bounds") if reads else ("bounds", "list")
 
 
 def bounded(spec: AttentionSpec) -> bool:

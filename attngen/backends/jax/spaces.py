@@ -12,10 +12,10 @@ from attngen.backends.jax.candidates import (
     exponentials,
     limited,
     products,
-    skips,
     unrollable,
 )
 from attngen.diagonals import rises
+from attngen.lists import skips
 from attngen.plans import Option
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
@@ -72,7 +72,7 @@ def _processor(
     common |= {n: v if whole else v[:1] for n, v in rare.items()}
     if len(products(spec)) > 1:
         common["scale"] = rare["scale"]
-    skip = _skip(spec, whole=whole)
+    skip = skips(spec, whole=whole)
     diagonal = (0, 128, 256, 512) if whole else (0, 128, 256)
     unroll = (1, 2, 4, 8) if whole else (1, 2)
     running = common | {
@@ -99,13 +99,6 @@ def _processor(
         | ({} if whole else few)
         | {"loop": ("fori", "map") if whole else ("fori",)},
     }
-
-
-def _skip(spec: AttentionSpec, *, whole: bool) -> Mapping[str, Sequence[Option]]:
-    """How tiles are skipped, where there is a choice."""
-    found = skips(spec)
-    decided = bool(found) and found[0] == "list" and not whole
-    return {"skip": found[:1] if decided else found} if found else {}
 
 
 def _chunks(length: int) -> tuple[int, ...]:
@@ -174,7 +167,7 @@ def _accelerator(spec: AttentionSpec, target: Target, *, whole: bool) -> Space:
         "loop": static,
         "unroll": ((1, 2, 4) if whole else (1, 2)) if unrollable(spec) else (1,),
         "diagonal": diagonal if rises(spec, 2, 2) else (0,),
-        **_skip(spec, whole=whole),
+        **skips(spec, whole=whole),
     }
     few: dict[str, Sequence[Option]] = {
         "q_chunk": (min(1024, spec.q_len),),

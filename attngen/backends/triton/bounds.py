@@ -17,100 +17,160 @@ from attngen.expr import level as tightness
 from attngen.fullness import none_full
 from attngen.intervals import Interval, interval
 from attngen.plans import Plan
-from attngen.regions import Span, analyse
+from attngen.regions import Span, spans
 from attngen.spec import AttentionSpec
+
+Run = tuple[str, str]
 
 
 @dataclass
 class Bounds:
-    """Statements that define first, last, full_first and full_last, as far as needed.
+    """Statements that define the ends of runs of key blocks, as far as needed.
 
     Args:
-        low_edge: whether there are edges before the interior, too.
-        interior: whether there is one.
+        interiors: the runs of blocks without a mask; edges: of those with it.
         some: whether any key is ever seen.
         there: which keys of a block any query here sees; "" where only the mask tells.
+        listed: whether a row of the launcher's list says which blocks; runs count in it.
     """
 
     lines: list[str] = field(default_factory=list)
     about: list[str] = field(default_factory=list)
-    low_edge: bool = False
-    interior: bool = True
+    interiors: list[Run] = field(default_factory=list)
+    edges: list[Run] = field(default_factory=list)
     some: bool = True
-    first: str = "0"
     there: str = ""
+    listed: bool = False
+
+    @property
+    def interior(self) -> bool:
+        return bool(self.interiors)
 
     def only_where(self, condition: str) -> None:
-        """Leave the interior empty where a condition doesn't hold: all tiles are edges."""
-        inner = "full_first" if self.low_edge else self.first
-        self.lines.append(f"full_last = tl.where({condition}, full_last, {inner})")
+        """Leave the interiors empty where a condition doesn't hold: all tiles are edges."""
+        for first, last in self.interiors:
+            self.lines.append(f"{last} = tl.where({condition}, {last}, {first})")
 
     @property
     def names(self) -> list[str]:
         """The variables that bound the loops, of those that are defined."""
         bounds = ("first", "last", "full_first", "full_last")
-        return [n for n in bounds if any(x.startswith(f"{n} = ") for x in self.lines)]
+        every = [f"{n}{i}" for i in ("", *NUMBERS) for n in bounds]
+        return [n for n in every if any(x.startswith(f"{n} = ") for x in self.lines)]
+
+
+NUMBERS = ("_2", "_3")  # of the second and third span of a mask
 
 
 def bounds(plan: Plan, env: Mapping[str, Interval], helpers: set[str]) -> Bounds:
-    spec, span = plan.spec, analyse(plan.spec)
-    if not span.some:
-        about = ["No query sees any key."]
-        return Bounds(about=about, interior=False, some=False)
+    spec, found = plan.spec, spans(plan.spec)
+    if not found[0].some:
+        return Bounds(about=["No query sees any key."], some=False)
     if none_full(spec, plan.q_chunk, plan.k_chunk):  # an edge tile is right of any kind
-        span = dataclasses.replace(span, any_full=False)
-    made = Bounds(interior=span.any_full)
+        found = tuple(dataclasses.replace(span, any_full=False) for span in found)
+    made = Bounds()
     limits = _Limits(plan, env, helpers, made.lines)
-    limits.define(span)
-    end = limits.end
-    if span.low is not None:
-        made.first = "first"
-        low = limits.index(span.low)
-        low = f"tl.maximum({low}, 0)" if limits.below_zero(span.low) else low
-        made.lines += [f"low = {low}", "first = low // K_BLOCK"]
-    high = "high" if span.high is not None else end
-    if span.high is not None:
-        made.lines.append(f"high = tl.minimum({limits.index(span.high)}, {end})")
-    last = f"tl.cdiv({high}, K_BLOCK)"
-    if span.low is not None:
-        last = f"tl.maximum({last}, first)"
-    elif span.high is not None and limits.below_zero(span.high):
-        last = f"tl.maximum({last}, 0)"
-    made.lines.append(f"last = {last}")
+    limits.define(found)
+    visits: list[_Visit] = []
+    for span, number in zip(found, ("", *NUMBERS), strict=False):
+        before = visits[-1].last if visits else None
+        visits.append(_Visit(spec, span, number, limits, made, before))
     if hull_is_seen(spec):
-        above = "(key >= low) & " if span.low is not None else ""
+        low, high = visits[0].low, visits[0].high
+        above = "(key >= low) & " if low else ""
         made.there = f"{above}(key < {high})" if above else f"key < {high}"
-    if spec.q_lengths:
-        made.lines.append(f"last = tl.where(q_start < q_length, last, {made.first})")
-    if not span.any_full:
-        made.about = [f"Key blocks [{made.first}, last) hold what any query here sees."]
-        return made
-    inner = made.first
-    if span.full_low is not None:
-        made.low_edge = True
-        inner = "full_first"
-        low = f"tl.cdiv({limits.index(span.full_low)}, K_BLOCK)"
-        made.lines.append(
-            f"full_first = tl.minimum(tl.maximum({low}, {made.first}), last)"
-        )
-    full = end
-    if span.full_high is not None:
-        full = f"tl.minimum({limits.index(span.full_high)}, {end})"
-    over = span.high is not None or spec.q_lengths  # else full_last <= last as it is
-    made.lines.append(f"full_last = {full} // K_BLOCK")
-    below = span.full_high is not None and limits.below_zero(span.full_high)
-    text = f"tl.maximum(full_last, {inner})" if below or inner != "0" else "full_last"
-    text = f"tl.minimum({text}, last)" if over else text
-    if text != "full_last":
-        made.lines.append(f"full_last = {text}")
-    if spec.q_lengths:
-        every = "tl.minimum(q_start + Q_BLOCK, q_len) <= q_length"
-        made.lines.append(f"full_last = tl.where({every}, full_last, {inner})")
-    made.about = [
-        f"Key blocks [{made.first}, last) hold what any query here sees, and",
-        f"[{inner}, full_last) only what every one of them sees.",
-    ]
+    texts = [f"[{v.first}, {v.last})" for v in visits]
+    made.about = [f"Key blocks {_and(texts)} hold what any query here sees"]
+    made.about[0] += ", and" if made.interior else "."
+    if made.interior:
+        inner = [f"[{first}, {last})" for first, last in made.interiors]
+        made.about.append(f"{_and(inner)} only what every one of them sees.")
     return made
+
+
+def _and(texts: list[str]) -> str:
+    return ", ".join(texts[:-1]) + " and " + texts[-1] if texts[1:] else texts[0]
+
+
+class _Visit:
+    """The runs of blocks of one span of the mask."""
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        span: Span,
+        number: str,
+        limits: _Limits,
+        made: Bounds,
+        before: str | None,
+    ) -> None:
+        self.spec, self.span, self.number = spec, span, number
+        self.limits, self.lines = limits, made.lines
+        self.first, self.last = "0", f"last{number}"
+        self.low = self.high = ""
+        self._ends(before)
+        if not span.any_full:
+            made.edges.append((self.first, self.last))
+            return
+        inner = self._inside()
+        full_last = f"full_last{number}"
+        made.interiors.append((inner, full_last))
+        if inner != self.first:
+            made.edges.append((self.first, inner))
+        made.edges.append((full_last, self.last))
+
+    def _ends(self, before: str | None) -> None:
+        span, limits, lines, end = self.span, self.limits, self.lines, self.limits.end
+        number = self.number
+        if span.low is not None:
+            self.first, self.low = f"first{number}", f"low{number}"
+            low = limits.index(span.low)
+            low = f"tl.maximum({low}, 0)" if limits.below_zero(span.low) else low
+            first = f"{self.low} // K_BLOCK"
+            if before is not None:
+                first = f"tl.maximum({first}, {before})"
+            lines += [f"{self.low} = {low}", f"{self.first} = {first}"]
+        self.high = f"high{number}" if span.high is not None else end
+        if span.high is not None:
+            high = f"tl.minimum({limits.index(span.high)}, {end})"
+            lines.append(f"{self.high} = {high}")
+        last = f"tl.cdiv({self.high}, K_BLOCK)"
+        if span.low is not None:
+            last = f"tl.maximum({last}, {self.first})"
+        elif span.high is not None and limits.below_zero(span.high):
+            last = f"tl.maximum({last}, 0)"
+        lines.append(f"{self.last} = {last}")
+        if self.spec.q_lengths:
+            there = f"tl.where(q_start < q_length, {self.last}, {self.first})"
+            lines.append(f"{self.last} = {there}")
+
+    def _inside(self) -> str:
+        """Where the blocks that all queries see begin; after statements that say so."""
+        span, limits, lines, end = self.span, self.limits, self.lines, self.limits.end
+        inner, last = self.first, self.last
+        full_first, full_last = f"full_first{self.number}", f"full_last{self.number}"
+        if span.full_low is not None:
+            inner = full_first
+            low = f"tl.cdiv({limits.index(span.full_low)}, K_BLOCK)"
+            text = f"tl.minimum(tl.maximum({low}, {self.first}), {last})"
+            lines.append(f"{full_first} = {text}")
+        full = end
+        if span.full_high is not None:
+            full = f"tl.minimum({limits.index(span.full_high)}, {end})"
+        # else full_last <= last as it is
+        over = span.high is not None or self.spec.q_lengths
+        lines.append(f"{full_last} = {full} // K_BLOCK")
+        below = span.full_high is not None and limits.below_zero(span.full_high)
+        text = full_last
+        if below or inner != "0":
+            text = f"tl.maximum({full_last}, {inner})"
+        text = f"tl.minimum({text}, {last})" if over else text
+        if text != full_last:
+            lines.append(f"{full_last} = {text}")
+        if self.spec.q_lengths:
+            every = "tl.minimum(q_start + Q_BLOCK, q_len) <= q_length"
+            lines.append(f"{full_last} = tl.where({every}, {full_last}, {inner})")
+        return inner
 
 
 def offset_source(spec: AttentionSpec) -> str:
@@ -145,9 +205,13 @@ class _Limits:
         self.end = end_of_keys(self.spec)
         self.count = 0
 
-    def define(self, span: Span) -> None:
+    def define(self, found: tuple[Span, ...]) -> None:
         """q_lo and q_hi, where a limit reads them."""
-        limits = (span.low, span.high) if not span.any_full else span.limits
+        limits = [
+            limit
+            for span in found
+            for limit in (span.limits if span.any_full else (span.low, span.high))
+        ]
         read = {n for limit in limits if limit is not None for n in variables(limit)}
         shift = " + offset" if offset_source(self.spec) else ""
         if read:

@@ -8,6 +8,7 @@ from attngen.dtypes import BYTES
 from attngen.errors import NotBuiltError
 from attngen.expr import variables, walk
 from attngen.gpus import Gpu
+from attngen.lists import skips, unlistable
 from attngen.plans import Choice, Option
 from attngen.regions import analyse
 from attngen.spec import AttentionSpec
@@ -95,6 +96,7 @@ def space(
             "order": ("forward", "reverse") if whole else (_order(spec),),
             "head_dim": ("split", "padded") if odd else ("padded",),
             "loads": LOADS if whole else ("pointers",),  # which take any strides
+            **skips(spec, whole=whole),
         }
     }
 
@@ -123,15 +125,18 @@ VALUES: dict[str, tuple[Option, ...]] = {
     "order": ("forward", "reverse"),
     "head_dim": ("split", "padded"),
     "loads": LOADS,
+    "skip": ("bounds", "list"),
 }
 
 
 def illegal(spec: AttentionSpec, target: Target, choice: Choice) -> str | None:
     """The reason why a candidate can't be emitted, or can't run on the target, or None."""
     for name, values in VALUES.items():
-        value = choice[name]
+        value = choice.get(name, values[0])
         if isinstance(value, bool) or value not in values:
             return f"{name} is one of {', '.join(map(str, values))}"
+    if choice.get("skip") == "list" and (reason := unlistable(spec)) is not None:
+        return reason
     gpu = target.gpu
     if gpu is None:
         return f"Triton makes kernels for GPUs; {target.name} is none"

@@ -109,6 +109,7 @@ def arguments(
     dtypes = {n: d for n, _, d in shapes}
     dtypes |= {"out": out_dtype or dtypes["q"], "lse": "float32"}
     shape_of = {n: s for n, s, _ in shapes}
+    dtypes["tiles"], shape_of["tiles"] = "int32", ()  # the list of tiles
     shape_of["lse"] = shape_of["q"][:-1]
     shape_of["out"] = (*shape_of["lse"], shape_of["v"][-1])
     sizes = {n: math.prod(s) * BYTES[dtypes[n]] for n, s in shape_of.items()}

@@ -9,9 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from attngen import targets
-from attngen.backends.triton.bounds import bounds, end_of_keys, offset_source
+from attngen.backends.triton.bounds import (
+    Bounds,
+    bounds,
+    end_of_keys,
+    offset_source,
+)
 from attngen.backends.triton.candidates import pieces, power_above
 from attngen.backends.triton.guards import Guards, guards, overflows
+from attngen.backends.triton.listing import Listing, listing
 from attngen.backends.triton.tile_code import Writer
 from attngen.expr import walk
 from attngen.intervals import (
@@ -23,7 +29,7 @@ from attngen.intervals import (
 )
 from attngen.operands import Operand
 from attngen.plans import Plan
-from attngen.regions import analyse
+from attngen.regions import spans
 from attngen.spec import AttentionSpec
 from attngen.spec_checks import relating
 
@@ -40,7 +46,8 @@ def context(plan: Plan) -> dict[str, Any]:
     index_dtype = "int64" if _leaves_int32(spec, env) else plan.index_dtype
     helpers: set[str] = set()
     writer = Writer(plan, env, index_dtype, helpers)
-    where = bounds(plan, env, helpers)
+    tiles = listing(plan) if plan.choice.get("skip") == "list" else None
+    where = bounds(plan, env, helpers) if tiles is None else _listed(tiles)
     interior = writer.write(edge=False)
     edge = writer.write(edge=True)
     dropping = overflows(spec, env)
@@ -51,7 +58,7 @@ def context(plan: Plan) -> dict[str, Any]:
     folded = not spec.score and spec.scale_value > 0
     return {
         **_constants(plan, folded),
-        **_arguments(plan, out, lse),
+        **_arguments(plan, out, lse, listed=tiles is not None),
         **_loads(plan, out),
         **_dims(plan, out),
         "layout": "[b, t, h, d]" if spec.layout == "bthd" else "[b, h, t, d]",
@@ -64,7 +71,7 @@ def context(plan: Plan) -> dict[str, Any]:
         "edge": edge,
         "rows_code": [*writer.rows, *guard.lines],
         "bounds": where,
-        "begins": "" if where.first == "0" else "first, ",
+        "tiles": tiles,
         "end": end_of_keys(spec),
         "wide": ".to(tl.int64)" if index_dtype == "int64" else "",
         "reverse": plan.option("order") == "reverse",
@@ -142,7 +149,7 @@ def _sizes(spec: AttentionSpec) -> list[str]:
 
 
 def _leaves_int32(spec: AttentionSpec, env: Mapping[str, Interval]) -> bool:
-    limits = analyse(spec).limits
+    limits = [limit for span in spans(spec) for limit in span.limits]
     if any(limit_leaves_int32(limit, spec.kv_offset, env) for limit in limits):
         return True
     for root in spec.expressions:
@@ -195,7 +202,25 @@ def _constants(plan: Plan, folded: bool) -> dict[str, Any]:
     }
 
 
-def _arguments(plan: Plan, out: bool, lse: bool) -> dict[str, Any]:
+def _listed(tiles: Listing) -> Bounds:
+    """Runs within a row of the launcher's list."""
+    interiors = [("0", "full")] if tiles.interior else []
+    edges = [("full" if tiles.interior else "0", "visited")]
+    lines = [
+        "tiles = tiles_ptr + b_index * tiles_stride_0 + h_index * tiles_stride_1",
+        "tiles += (q_start // Q_BLOCK).to(tl.int64) * tiles_stride_2",
+    ]
+    if tiles.interior:
+        lines.append("full = tl.load(tiles)")
+    lines.append("visited = tl.load(tiles + 1)")
+    about = [
+        "A row of the list of tiles: how many key blocks only hold what every query"
+    ]
+    about += ["here sees, how many hold what any does, and which these are."]
+    return Bounds(lines, about, interiors, edges, listed=True)
+
+
+def _arguments(plan: Plan, out: bool, lse: bool, *, listed: bool) -> dict[str, Any]:
     """Of attention(), of the kernel, and of its launch."""
     spec, gpu = plan.spec, targets.get(plan.target).gpu
     operands = [o.name for o in spec.operands]
@@ -211,7 +236,9 @@ def _arguments(plan: Plan, out: bool, lse: bool) -> dict[str, Any]:
         for o in spec.operands
     }
     strides += [name for names in more.values() for name in names]
-    pointers = [*tensors, *(["lse"] if lse else []), *operands]
+    rows = ["tiles"] if listed else []
+    strides += [f"{x}_stride_{i}" for x in rows for i in range(3)]
+    pointers = [*tensors, *(["lse"] if lse else []), *operands, *rows]
     sizes = ["q_len", "kv_len", "heads"]
     runtime = [*sizes, *(s for s in strides if not s.endswith("_d"))]
     shape = "(B, T, H, {})" if spec.layout == "bthd" else "(B, H, T, {})"
@@ -235,6 +262,7 @@ def _arguments(plan: Plan, out: bool, lse: bool) -> dict[str, Any]:
         f"k.shape[{axes.index('t')}],",
         "H,",
         *(f"*{x}.stride()," for x in (*pointed, *operands)),
+        *(f"*{x}.stride()[:3]," for x in rows),
     ]
     return {
         "tensors": tensors,

@@ -1,0 +1,170 @@
+"""Which key blocks each chunk of queries visits, as a list that the launcher makes with torch.
+
+The verdict on a tile (verdicts.py), over all tiles at once: [batch, head, chunk of queries, key
+block], of which an axis has length 1 where the mask doesn't depend on it. Operands tell by
+their least and greatest value in each block. A row of the list holds how many blocks are full,
+how many are visited, and then the blocks, the full ones first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from attngen.backends.triton.bounds import offset_source
+from attngen.expr import POSTFIX, Expr, variables
+from attngen.extremes import FALSE
+from attngen.lists import Extremes, listed, pairs
+from attngen.operands import Operand
+from attngen.plans import Plan
+from attngen.printer import ArrayPrinter, Part, stepwise
+from attngen.verdicts import ENDS
+
+WIDTH = 84
+PLACE = {
+    "b": "[:, None, None, None]",
+    "h": "[:, None, None]",
+    "q": "[:, None]",
+    "k": "",
+}
+
+
+class TorchPrinter(ArrayPrinter):
+    """As ArrayPrinter: torch has no minimum of a tensor and a number."""
+
+    def _print(self, node: Expr, args: list[Part]) -> str:
+        if node.op in ("minimum", "maximum"):
+            for i, a in enumerate(node.args):
+                if a.op == "const":
+                    text, level = args[1 - i]
+                    text = text if level >= POSTFIX else f"({text})"
+                    side = "max" if node.op == "minimum" else "min"
+                    return f"{text}.clamp({side}={args[i][0]})"
+        if node.op == "int":
+            text, level = args[0]
+            return f"{text if level >= POSTFIX else f'({text})'}.to(torch.int32)"
+        return super()._print(node, args)
+
+
+@dataclass
+class Listing:
+    """The statements of `_tiles`, and what it takes.
+
+    Args:
+        arguments: q, k and operands.
+        interior: whether a block can be full.
+        extremes: whether the function that finds them is needed.
+    """
+
+    lines: list[str] = field(default_factory=list)
+    arguments: list[str] = field(default_factory=list)
+    interior: bool = True
+    extremes: bool = False
+
+
+def listing(plan: Plan) -> Listing:
+    spec = plan.spec
+    assert spec.mask is not None
+    found, reads = listed(spec.mask.expr)
+    names = variables(found.some) | variables(found.every)
+    made = Listing(interior=found.every != FALSE)
+    made.arguments = ["q", "k"]
+    lines = made.lines
+    offset = _offset(made, plan, names)
+    key_shift = " + K_OFFSET.value" if spec.kv_offset else ""
+    lines += ["key = torch.arange(0, S, K_BLOCK.value, device=q.device)"]
+    lines.append("query = torch.arange(0, T, Q_BLOCK.value, device=q.device)[:, None]")
+    texts = {
+        "q_lo": f"query{offset}",
+        "q_hi": f"(query + Q_BLOCK.value).clamp(max=T){offset}",
+        "k_lo": f"key{key_shift}",
+        "k_hi": f"(key + K_BLOCK.value).clamp(max=S){key_shift}",
+        "b_lo": f"torch.arange(B, device=q.device){PLACE['b']}",
+        "b_hi": "b_lo + 1",
+        "h_lo": f"torch.arange(H, device=q.device){PLACE['h']}",
+        "h_hi": "h_lo + 1",
+    }
+    for name in ("b", "h"):
+        if f"{name}_hi" in names:
+            names |= {f"{name}_lo"}
+    lines += [f"{n} = {texts[n]}" for n in ENDS if n in names]
+    for x in reads:
+        lines += _extremes(made, x)
+    for name, condition in (("some", found.some), ("every", found.every)):
+        if condition.op == "const":
+            if name == "some":
+                lines.append("some = torch.ones_like(key, dtype=torch.bool)")
+            continue
+        printer = TorchPrinter(
+            "torch", {n: n for n in names}, repr, prefix=f"{name}_part"
+        )
+        lines += stepwise(printer, name, condition, WIDTH, in_place=False)
+    _lengths(made, plan)
+    return made
+
+
+def _offset(made: Listing, plan: Plan, names: frozenset[str]) -> str:
+    """What is added to the index of a query, as text; after statements that define it."""
+    source = offset_source(plan.spec)
+    if not source or not {"q_lo", "q_hi"} & names:
+        return ""
+    if source == "constant":
+        return " + Q_OFFSET.value"
+    if source == "bottom_right":
+        return " + (S - T)"
+    name = "kv_lengths" if source == "lengths" else "q_offset"
+    made.arguments.append(name)
+    shift = " - T" if source == "lengths" else ""
+    made.lines.append(f"offset = {name}{PLACE['b']}{shift}")
+    return " + offset"
+
+
+def _extremes(made: Listing, x: Extremes) -> list[str]:
+    """An operand's least and greatest value in each block, along the axes of the tiles."""
+    assert isinstance(x.node.value, Operand)
+    name = x.node.value.name
+    if name not in made.arguments:
+        made.arguments.append(name)
+    fixed = [i.value if i.op == "const" else ":" for _, i in pairs(x.node)]
+    letters = [str(i.value) for _, i in pairs(x.node) if i.op == "var"]
+    text = name
+    if any(i != ":" for i in fixed):
+        text += f"[{', '.join(map(str, fixed))}]"
+    ordered = sorted(letters, key="bhqk".index)
+    if letters != ordered:
+        text += f".permute({', '.join(str(letters.index(a)) for a in ordered)})"
+    token = next((a for a in ordered if a in "qk"), None)
+    view = ", ".join(":" if a in ordered else "None" for a in "bhqk")
+    if token is None:
+        view = f"[{view}]"
+        return [f"{x.least} = {x.greatest} = {text}{view}"]
+    made.extremes = True
+    length = {"q": "T", "k": "S"}[token]
+    block = {"q": "Q_BLOCK", "k": "K_BLOCK"}[token]
+    lines = [
+        f"{x.least}, {x.greatest} = _extremes(",
+        f"    {text}[..., :{length}], {block}.value",
+        ")",
+    ]
+    if view != ":, :, :, :":
+        lines += [f"{n} = {n}[{view}]" for n in (x.least, x.greatest)]
+    return lines
+
+
+def _lengths(made: Listing, plan: Plan) -> None:
+    """What else a key block must be, to be visited, or to need no mask."""
+    spec, lines = plan.spec, made.lines
+    if spec.kv_lengths:
+        if "kv_lengths" not in made.arguments:
+            made.arguments.append("kv_lengths")
+        lines.append(f"kv_end = kv_lengths.clamp(max=S){PLACE['b']}")
+        lines.append("some = some & (key < kv_end)")
+    end = "kv_end" if spec.kv_lengths else "S"
+    if made.interior:
+        lines.append(f"every = every & (key + K_BLOCK.value <= {end})")
+    if spec.q_lengths:
+        made.arguments.append("q_lengths")
+        lines.append(f"q_end = q_lengths{PLACE['b']}")
+        lines.append("some = some & (query < q_end)")
+        if made.interior:
+            last = "(query + Q_BLOCK.value).clamp(max=T)"
+            lines.append(f"every = every & ({last} <= q_end)")

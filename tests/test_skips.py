@@ -1,0 +1,143 @@
+"""Tiles skipped by several intervals and by lists: in JAX and Triton against the reference."""
+
+import collections
+import dataclasses
+import sys
+
+import jax
+import numpy as np
+import pytest
+from judge import judge, kernel
+
+import attngen
+from attngen import AttentionSpec, inputs, masks
+from attngen.lists import skips
+from attngen.regions import spans
+
+BASE = AttentionSpec(
+    batch=2,
+    q_heads=4,
+    kv_heads=2,
+    q_len=61,
+    kv_len=61,
+    qk_dim=16,
+    outputs=("out", "lse"),
+)
+LAST = masks.sliding_window(9)
+IDS = attngen.operand("ids", axes="bhk", dtype="int32")
+FLAGS = attngen.operand("flags", axes="kb", dtype="bool")
+PLACES = attngen.operand("places", axes="q", dtype="int32")
+SPANS = {
+    "first and window": masks.causal() & (LAST | masks.prefix(3)),
+    "window and global": attngen.mask(
+        lambda b, h, q, k: (abs(q - k) <= 5) | (k < 3) | (q < 3)
+    ),
+    "apart": ~masks.sliding_window(12, 9),
+    "three": attngen.mask(
+        lambda b, h, q, k: (k < 2) | ((q - k >= 20) & (q - k < 24)) | (abs(q - k) < 3)
+    ),
+    "rows of an image": attngen.mask(lambda b, h, q, k: abs(q // 8 - k // 8) <= 1),
+    "of some queries": attngen.mask(lambda b, h, q, k: (q >= 30) & (k <= q)),
+    "half as many": attngen.mask(lambda b, h, q, k: (k <= 2 * q) & (k > q)),
+}
+LISTS = {
+    "documents": masks.documents(),
+    "causal documents": masks.documents() & masks.causal(),
+    "of each head": attngen.mask(lambda b, h, q, k: IDS[b, h, k] == IDS[b, h, q]),
+    "flags": attngen.mask(lambda b, h, q, k: FLAGS[k, b] & (k <= q)),
+    "no flags": attngen.mask(lambda b, h, q, k: ~FLAGS[k, b] | (k == q)),
+    "places": attngen.mask(lambda b, h, q, k: abs(PLACES[q] - k) < 9),
+    "prefix": masks.prefix("known") | masks.causal(),
+    "board": attngen.mask(lambda b, h, q, k: (q // 8 + k // 8) % 2 == 0),
+    "dilated": attngen.mask(lambda b, h, q, k: ((q - k) % 24 == 0) & (k <= q)),
+    "heads": masks.causal()
+    & attngen.mask(lambda b, h, q, k: k > q - attngen.where(h < 2, 6, 40)),
+    "one document's id": attngen.mask(lambda b, h, q, k: IDS[0, h, 5] == IDS[b, 1, k]),
+}
+HOW = {
+    "": {},
+    "offset": {"q_len": 40, "q_offset": 21},
+    "bottom right": {"q_len": 23, "q_offset": "bottom_right"},
+    "operand": {"q_len": 16, "q_offset": "operand"},
+    "lengths": {"kv_lengths": True, "q_lengths": True},
+    "lengths' offset": {"kv_lengths": True, "q_offset": "bottom_right", "q_len": 33},
+    "shifted keys": {"kv_offset": 7, "q_offset": 7},
+}
+CHUNKS = ({"q_chunk": 16, "k_chunk": 8}, {"q_chunk": 5, "k_chunk": 7})
+
+
+def spec_of(mask, how):
+    return dataclasses.replace(BASE, mask=mask, **HOW[how])
+
+
+def cases(found):
+    for i, name in enumerate(found):
+        for j, how in enumerate(HOW):
+            marks = [] if not (i + j) % 5 or not j else [pytest.mark.slow]
+            yield pytest.param(name, how, marks=marks, id=f"{name}, {how}")
+
+
+@pytest.mark.parametrize(("name", "how"), [*cases(SPANS)])
+def test_intervals_in_jax(name, how):
+    spec = spec_of(SPANS[name], how)
+    judge(spec, algorithm="running", **CHUNKS[len(name + how) % 2])
+
+
+@pytest.mark.parametrize(("name", "how"), [*cases(LISTS)])
+def test_lists_in_jax(name, how):
+    spec = spec_of(LISTS[name], how)
+    judge(spec, algorithm="running", skip="list", **CHUNKS[len(name + how) % 2])
+
+
+@pytest.mark.parametrize(("name", "how"), [*cases(SPANS | LISTS)])
+def test_in_triton(name, how):
+    interpreted = pytest.importorskip("interpreted")
+    mask = (SPANS | LISTS)[name]
+    fix = {"q_chunk": 16, "k_chunk": 16}
+    if name in LISTS:
+        fix["skip"] = "list"
+    interpreted.judge(spec_of(mask, how), **fix)
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_is_offered(name):
+    found = skips(spec_of(LISTS[name], ""))["skip"]
+    reads = bool(spec_of(LISTS[name], "").own_operands)
+    assert found == (("list",) if reads else ("bounds", "list"))
+
+
+def test_intervals_are_kept_apart():
+    counts = {n: len(spans(spec_of(m, ""))) for n, m in SPANS.items()}
+    assert counts["first and window"] == counts["apart"] == 2
+    assert counts["window and global"] == 2
+    assert counts["three"] == 3
+    assert counts["rows of an image"] == counts["of some queries"] == 1
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+def test_a_list_visits_what_its_values_say(chunks):
+    """Each tile that holds a pair, and none that holds none where ids rise."""
+    spec = dataclasses.replace(BASE, batch=1, mask=masks.documents())
+    ids = np.repeat(np.arange(8), 8)[None, : spec.kv_len].astype(np.int32)
+    function, plan = kernel(spec, algorithm="running", skip="list", **chunks)
+    arrays = inputs.arrays(spec) | {"document_ids": ids}
+    same = ids[0][:, None] == ids[0][None, :]
+    q, k = plan.q_chunk, plan.k_chunk
+    starts = [min(i, spec.q_len - q) for i in range(0, spec.q_len, q)]
+    wanted = sum(
+        same[i : i + q, j : j + k].any() for i in starts for j in range(0, 61, k)
+    )
+    calls = collections.Counter()
+
+    def count(frame, event, argument):
+        if event == "call" and frame.f_code.co_name in ("interior", "edge"):
+            calls[frame.f_code.co_name] += 1
+
+    with jax.disable_jit():
+        sys.setprofile(count)
+        try:
+            function(**arrays)
+        finally:
+            sys.setprofile(None)
+    assert calls["interior"] + calls["edge"] == wanted
+    assert calls["interior"] > 0
