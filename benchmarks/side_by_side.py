@@ -7,7 +7,7 @@ isn't here, or has no room, is named with the reason and left out.
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,21 @@ class Contest:
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     rounds: timing.Rounds | None = None
 
-    def own(self, name: str, kernel: attngen.Kernel) -> None:
-        """attngen's own kernel, compiled as its peers in JAX are."""
+    def own(
+        self,
+        name: str,
+        kernel: attngen.Kernel,
+        arrays: Mapping[str, Any] | None = None,
+    ) -> None:
+        """attngen's own kernel, compiled as its peers in JAX are.
+
+        Args:
+            arrays: its inputs and operands; None: random ones.
+        """
         assert kernel.certificate is not None
         assert kernel.report is not None
-        arrays = inputs.arrays(kernel.spec, nan=False)
+        if arrays is None:
+            arrays = inputs.arrays(kernel.spec, nan=False)
         self.ready[name] = ready(kernel.function, jax_arrays(kernel.spec, arrays), "")
         self.facts[name] = {
             "choice": kernel.plan.choice,
@@ -66,6 +76,11 @@ class Contest:
             "error": entry.error,
         }
         say(f"{name}: {entry.note}, {entry.status}")
+
+    def call(self, name: str, call: Callable[[], Any]) -> None:
+        """Anything else that computes the same, judged elsewhere."""
+        self.ready[name] = Ready(call, lambda out: (out,), "")
+        self.facts[name] = {}
 
     def run(self, rounds: int) -> None:
         """All that is ready, in turns."""

@@ -142,7 +142,7 @@ def _tiles(q, k, document_ids):
     kind = torch.where(every, 0, torch.where(some, 1, 2))
     shape = torch.broadcast_shapes(kind.shape, (1, 1, query.shape[0], key.shape[0]))
     kind = kind.expand(shape)
-    order = kind.argsort(-1, stable=True)
+    order = kind.argsort(dim=-1, stable=True)
     counts = [(kind < n).sum(-1, keepdim=True) for n in (1, 2)]
     tiles = torch.cat([*counts, order], -1).to(torch.int32)
     return tiles.expand(B, H, -1, -1)

@@ -100,7 +100,7 @@ class _Visit:
         self.spec, self.span = plan.spec, spans(plan.spec)[index]
         self.starts, self.ragged, self.lengths = starts, ragged, lengths
         self.lines, self.limits = lines, limits
-        self.number = f"_{index + 1}" if index else ""
+        self.index, self.number = index, f"_{index + 1}" if index else ""
         self.whole = plan.spec.kv_len // plan.k_chunk
         self.first, self.last = "0", str(self.whole + ragged)
         self.inner: tuple[str, str] | None = None
@@ -127,7 +127,14 @@ class _Visit:
             self.name("first"), span.low, up=False, otherwise="0", after=before
         )
         high = limits.high(span.high, self.lengths.extreme("kv_count", "max"))
-        self.last = limits.chunk(self.name("last"), high, up=True, otherwise=self.last)
+        between = before is not None and self.index + 1 < len(spans(spec))
+        self.last = limits.chunk(
+            self.name("last"),
+            high,
+            up=True,
+            otherwise=self.last,
+            after=self.first if between else None,
+        )
         if spec.q_lengths:
             q_most = self.lengths.extreme("q_count", "max")
             name = self.name("last")
