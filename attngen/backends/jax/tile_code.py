@@ -14,7 +14,7 @@ from attngen.expr import Expr
 from attngen.intervals import domain, proven
 from attngen.operands import Operand
 from attngen.plans import Plan
-from attngen.printer import ArrayPrinter, read_name
+from attngen.printer import ArrayPrinter, read_name, search_name
 
 WIDTH = 88
 LENGTHS = {"b": "B", "h": "H", "q": "T", "k": "S"}
@@ -69,6 +69,7 @@ class _Writer:
         self.rows_defined: set[str] = set()
         self.keys_defined: set[str] = set()
         self.gathered: dict[Expr, str] = {}
+        self.searched: dict[Expr, str] = {}
         self.gathers = self.indices = 0
         self.env = domain(plan.spec)
 
@@ -144,6 +145,8 @@ class _Writer:
             self._gather(root, keys, float_dtype)
         elif root.op == "load":
             self._slice(root, keys)
+        elif root.op == "searchsorted":
+            self._search(root, keys, float_dtype)
 
     def _variable(self, name: str, keys: list[str]) -> None:
         if name in ("b", "h"):
@@ -365,9 +368,27 @@ class _Writer:
         lines += assign(name, [[f"{node.value.name}.at[{at}].get", *how]], self.width)
         self.gathered[node] = name
 
+    def _search(self, node: Expr, keys: list[str], float_dtype: str) -> None:
+        """Define how many entries of an operand are at most an expression of q or k."""
+        assert isinstance(node.value, Operand)
+        name = search_name(node, self.searched)
+        lines = self._lines(expr.variables(node), keys)
+        if not self._new(name, lines):
+            return
+        (x,) = node.args
+        text = self._printer(float_dtype, "index").text(x)
+        if x.op != "var":
+            self.indices += 1
+            text = f"index_{self.indices}"
+            lines += self._printer(float_dtype, text).lines(text, x, width=self.width)
+        call = ["jnp.searchsorted", node.value.name, text, 'side="right"']
+        lines += assign(name, [[*call, 'method="compare_all"']], self.width)
+
     def _load(self, node: Expr, float_dtype: str) -> str:
         """The text of a read inside an expression: a name, converted where it must be."""
         assert isinstance(node.value, Operand)
+        if node.op == "searchsorted":
+            return self.searched[node]
         text = self.gathered.get(node) or _slice_name(node)
         wanted = {"float": float_dtype, "int": self.plan.index_dtype}.get(node.kind)
         if wanted is None or node.value.dtype == wanted:

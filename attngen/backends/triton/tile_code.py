@@ -16,7 +16,7 @@ from attngen.expr import Expr
 from attngen.intervals import Interval, proven
 from attngen.operands import Operand
 from attngen.plans import Plan
-from attngen.printer import read_name
+from attngen.printer import read_name, search_name
 
 WIDTH = 88
 _NAMES = {"b": "b_index", "h": "h_index", "q": "q_pos", "k": "k_pos", "s": "s"}
@@ -59,6 +59,7 @@ class Writer:
         self.rows: list[str] = []
         self.rows_defined: set[str] = set()
         self.row_indices = 0
+        self.searched: dict[Expr, str] = {}
         self.names = dict(_NAMES)
         if not offset_source(self.spec):
             self.names["q"] = "q_index"
@@ -125,6 +126,8 @@ class Writer:
             self._variable(str(root.value), lines)
         elif root.op == "load":
             self._read(root, lines)
+        elif root.op == "searchsorted":
+            self._search(root, lines)
 
     def _variable(self, name: str, lines: list[str]) -> None:
         if name == "q":
@@ -265,6 +268,24 @@ class Writer:
         lines += self._printer(step).lines(step, index, width=self.width)
         return step
 
+    def _search(self, node: Expr, lines: list[str]) -> None:
+        """Define how many entries of an operand are at most an expression of q or k."""
+        assert isinstance(node.value, Operand)
+        lines = lines if "k" in expr.variables(node) else self.rows
+        name = search_name(node, self.searched)
+        known = self.rows_defined if lines is self.rows else self.defined
+        if name in known:
+            return
+        known.add(name)
+        (x,) = node.args
+        text = self.names[str(x.value)] if x.op == "var" else self._index(x, lines)
+        if x.op == "const":
+            text = f"tl.full((1, 1), {text}, tl.{self.index_dtype})"
+        operand, length = node.value.name, node.value.axes[0]
+        self.helpers.add("_searchsorted")
+        arguments = f"{operand}_ptr, {operand}_stride_0, {length}, {text}"
+        lines.append(f"{name} = _searchsorted({arguments})")
+
     def name(self, node: Expr) -> str:
         """A name for the values of a read: of its indices where these are variables."""
         assert isinstance(node.value, Operand)
@@ -276,4 +297,6 @@ class Writer:
         return self.gathered[node]
 
     def _load(self, node: Expr) -> str:
+        if node.op == "searchsorted":
+            return self.searched[node]
         return self.name(node)
