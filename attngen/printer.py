@@ -109,9 +109,12 @@ class ArrayPrinter:
         name = self._step(node, width)
         for i, link in enumerate(reversed(links)):
             room = width - 2 * len(name) - 8
-            right = (self._fit(link.args[1], room, width), level(link.args[1]))
-            if link.args[1] in self._named:
+            other = link.args[1]
+            right = (self._fit(other, room, width), level(other))
+            if other in self._named:
                 right = (right[0], POSTFIX)
+            elif len(right[0]) > room and other.args and other.op not in READS:
+                right = (self._step(other, width), POSTFIX)
             text = infix(link.op, (name, POSTFIX), right)
             if i == len(links) - 1:
                 return text
@@ -148,18 +151,19 @@ class ArrayPrinter:
         return repr(value)
 
 
-def read_name(node: Expr, operand: str) -> str:
+def read_name(node: Expr) -> str:
     """A name for an operand's values where variables and numbers index it.
 
     Numbers are kept apart: x[1, 12] isn't x[11, 2].
     """
+    assert isinstance(node.value, Operand)
     between = "_" if any(i.op == "const" for i in node.args) else ""
-    return f"{operand}_at_{between.join(str(i.value) for i in node.args)}"
+    return f"{node.value.name}_at_{between.join(str(i.value) for i in node.args)}"
 
 
 def search_name(node: Expr, searched: dict[Expr, str]) -> str:
-    """A name for how many entries of an operand are at most something, kept for good."""
+    """A name for how many entries of an operand go up to something, kept for good."""
     assert isinstance(node.value, Operand)
     (x,) = node.args
     which = str(x.value) if x.op == "var" else str(len(searched))
-    return searched.setdefault(node, f"{node.value.name}_at_most_{which}")
+    return searched.setdefault(node, f"{node.value.name}_at_to_{which}")

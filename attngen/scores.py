@@ -98,8 +98,7 @@ def alibi(
 
 @library
 def decay(
-    rates: str | None = None,
-    heads: int | None = None,
+    rates: str = "decay",
     grid: int | tuple[int, ...] | None = None,
     positions: Positions = None,
 ) -> Score:
@@ -109,16 +108,13 @@ def decay(
     grid, by the Manhattan distance (RMT, arXiv 2309.11523).
 
     Args:
-        rates: the name of the float32 operand [h] that holds log γ, negative ("decay"
-            unless given).
-        heads: instead of it, how many query heads there are: then γ is RetNet's,
-            1 − 2^(−5 − h).
+        rates: the name of the float32 operand [h] that holds log γ. RetNet's are
+            np.log1p(-(2.0 ** (-5 - np.arange(heads)))).
         grid: of the tokens, e.g. (height, width), the last axis runs fastest; None: a line.
         positions: where tokens stand, as for `masks.causal`.
 
     Raises:
-        ExpressionError: rates and heads are given, a size is below 1, or a grid with
-            positions.
+        ExpressionError: a size is below 1, or a grid and positions are given.
     """
     of_q, of_k = places(positions)
     if positions is not None and grid is not None:
@@ -128,31 +124,16 @@ def decay(
             needed="one of them",
         )
     extents = (1,) if grid is None else sizes("decay's grid", grid)
-    if heads is not None:
-        if rates is not None:
-            raise ExpressionError(
-                "decay takes rates or heads.",
-                got=f"rates={rates!r}, heads={heads!r}",
-                needed="one of them",
-            )
-        count("decay's heads", heads, 1)
-    else:
-        of = operand("decay" if rates is None else rates, axes="h", dtype="float32")
+    of = operand(rates, axes="h", dtype="float32")
 
     def add(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
         q_at, k_at = (coordinates(extents, p) for p in (of_q(b, q), of_k(b, k)))
         distance: Any = abs(q_at[0] - k_at[0])
         for i, j in zip(q_at[1:], k_at[1:], strict=True):
             distance = distance + abs(i - j)
-        return s + (of[h] if heads is None else _retnet_rate(h)) * distance
+        return s + of[h] * distance
 
     return score(add)
-
-
-def _retnet_rate(h: Any) -> Any:
-    """log(1 − x), x = 2^(−5 − h), by its series: in float32 1 − x has few of x's digits."""
-    x = exp((h + 5) * -math.log(2))
-    return -x * (1 + x * (1 / 2 + x * (1 / 3 + x * (1 / 4 + x / 5))))
 
 
 @library
@@ -205,13 +186,15 @@ def relative_table(
     of = operand(table, axes=("h", entries), dtype="float32")
 
     def add(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
-        index: Any = 0
-        inside: Any = True
+        index: Any = None
+        inside: Any = None
         axes = zip(coordinates(grid, q), coordinates(grid, k), reach, strict=True)
         for q_at, k_at, n in axes:
             offset = q_at - k_at
-            index = index * (2 * n - 1) + offset + (n - 1)
-            inside = inside & (offset > -n) & (offset < n)
+            near = (offset > -n) & (offset < n)
+            inside = near if inside is None else inside & near
+            moved = offset + (n - 1)
+            index = moved if index is None else index * (2 * n - 1) + moved
         return s + of[h, index if reach == grid else where(inside, index, -1)]
 
     return score(add)

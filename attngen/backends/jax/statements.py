@@ -1,4 +1,4 @@
-"""Assignments as text, in as many statements as lines of a width need."""
+"""Assignments as text, in as many statements as lines of a width need; small texts in them."""
 
 from __future__ import annotations
 
@@ -29,3 +29,11 @@ def _statement(name: str, receiver: str, call: list[str], width: int) -> list[st
 def _invoked(call: list[str]) -> str:
     function, *arguments = call
     return f"{function}({', '.join(arguments)})" if arguments else function
+
+
+def times(start: str, factor: int) -> str:
+    return start if factor == 1 or start == "0" else f"{start} * R"
+
+
+def as_tuple(items: list[str]) -> str:
+    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"

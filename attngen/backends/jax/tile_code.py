@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from attngen import expr
 from attngen.backends.jax import shards
 from attngen.backends.jax.distance import by_distance
-from attngen.backends.jax.statements import assign
+from attngen.backends.jax.statements import as_tuple, assign, times
 from attngen.backends.jax.tile import Starts, Tile, chosen, dimensions, heads
 from attngen.expr import Expr
 from attngen.intervals import domain, proven
@@ -187,7 +187,7 @@ class _Writer:
         if name == "b_index":
             return [f"{name} = {self._range(starts.b, 'b', at.sizes['b'])}"]
         if name == "h_index":
-            first = _times(starts.g, self.spec.repeats)
+            first = times(starts.g, self.spec.repeats)
             line = f"{name} = {self._range(first, 'gr', heads(at))}"
             if len(line) <= self.width:
                 return [line]
@@ -226,8 +226,8 @@ class _Writer:
         if self.starts.b == "0":
             part = [operand]
         else:
-            begins = _tuple(shards.begins(self.plan, "b", {"b": self.starts.b}))
-            sizes = _tuple(shards.sizes(self.plan, "b", {"b": size}))
+            begins = as_tuple(shards.begins(self.plan, "b", {"b": self.starts.b}))
+            sizes = as_tuple(shards.sizes(self.plan, "b", {"b": size}))
             part = ["lax.dynamic_slice", operand, begins, sizes]
         return assign(name, [part, [".reshape", *dimensions(shape)]], self.width)
 
@@ -240,7 +240,7 @@ class _Writer:
         numbers = f"jnp.arange({whole}{dtype}).reshape({', '.join(view)})"
         line = f"{name} = {numbers}"
         spread = self.at.spread({"b": "b", "h": "gr"}[letter])
-        calls = [["lax.dynamic_slice", name, _tuple(begins), _tuple(sizes)]]
+        calls = [["lax.dynamic_slice", name, as_tuple(begins), as_tuple(sizes)]]
         calls.append([".reshape", *dimensions(spread)])
         return [line, *assign(name, calls, self.width)]
 
@@ -272,7 +272,7 @@ class _Writer:
     def _slice(self, node: Expr, keys: list[str]) -> None:
         """Define the part of an operand that belongs to this tile."""
         assert isinstance(node.value, Operand)
-        name, used = _slice_name(node), _letters(node)
+        name, used = read_name(node), _letters(node)
         lines = self._lines(used, keys)
         if not self._new(name, lines):
             return
@@ -299,7 +299,7 @@ class _Writer:
         if set(begins) == {"0"} and self._is_whole(node):
             calls = [[node.value.name]]
         else:
-            arguments = [source, _tuple(begins), _tuple(sizes)]
+            arguments = [source, as_tuple(begins), as_tuple(sizes)]
             calls = [["lax.dynamic_slice", *arguments]]
         ordered = sorted(used, key="bhqk".index)
         if used != ordered:
@@ -313,7 +313,7 @@ class _Writer:
 
     def _begin(self, letter: str) -> str:
         starts = self.starts
-        head = _times(starts.g, self.spec.repeats)
+        head = times(starts.g, self.spec.repeats)
         return {"b": starts.b, "h": head, "q": starts.q, "k": starts.k}[letter]
 
     def _size(self, letter: str) -> str:
@@ -349,24 +349,25 @@ class _Writer:
             elif i.op == "const":
                 index.append(str(i.value))
             else:
-                self.indices += 1
-                step = f"index_{self.indices}"
-                printer = self._printer(float_dtype, step)
-                lines += printer.lines(step, i, width=self.width)
+                step = self._step(i, lines, float_dtype)
                 if not safe:  # JAX counts negative indices from the end
                     lines.append(f"{step} = jnp.where({step} < 0, {axis}, {step})")
                 index.append(step)
-        how = (
-            ['mode="promise_in_bounds"']
-            if safe
-            else ['mode="fill"', "fill_value=jnp.nan"]
-        )
+        how = ['mode="fill"', "fill_value=jnp.nan"]
+        if safe:
+            how = ['mode="promise_in_bounds"']
         at = ", ".join(index)
         if len(name) + len(node.value.name) + len(at) + 13 > self.width:
             lines.append(f"indices_{self.gathers} = ({at})")
             at = f"indices_{self.gathers}"
         lines += assign(name, [[f"{node.value.name}.at[{at}].get", *how]], self.width)
         self.gathered[node] = name
+
+    def _step(self, index: Expr, lines: list[str], float_dtype: str) -> str:
+        self.indices += 1
+        name = f"index_{self.indices}"
+        lines += self._printer(float_dtype, name).lines(name, index, width=self.width)
+        return name
 
     def _search(self, node: Expr, keys: list[str], float_dtype: str) -> None:
         """Define how many entries of an operand are at most an expression of q or k."""
@@ -376,11 +377,8 @@ class _Writer:
         if not self._new(name, lines):
             return
         (x,) = node.args
-        text = self._printer(float_dtype, "index").text(x)
-        if x.op != "var":
-            self.indices += 1
-            text = f"index_{self.indices}"
-            lines += self._printer(float_dtype, text).lines(text, x, width=self.width)
+        printer = self._printer(float_dtype, "index")
+        text = printer.text(x) if x.op == "var" else self._step(x, lines, float_dtype)
         call = ["jnp.searchsorted", node.value.name, text, 'side="right"']
         lines += assign(name, [[*call, 'method="compare_all"']], self.width)
 
@@ -389,7 +387,7 @@ class _Writer:
         assert isinstance(node.value, Operand)
         if node.op == "searchsorted":
             return self.searched[node]
-        text = self.gathered.get(node) or _slice_name(node)
+        text = self.gathered.get(node) or read_name(node)
         wanted = {"float": float_dtype, "int": self.plan.index_dtype}.get(node.kind)
         if wanted is None or node.value.dtype == wanted:
             return text
@@ -399,16 +397,3 @@ class _Writer:
 def _letters(node: Expr) -> list[str]:
     """The variables that index a slice, in the operand's own order."""
     return [str(i.value) for i in node.args if i.op == "var"]
-
-
-def _slice_name(node: Expr) -> str:
-    assert isinstance(node.value, Operand)
-    return read_name(node, node.value.name)
-
-
-def _times(start: str, factor: int) -> str:
-    return start if factor == 1 or start == "0" else f"{start} * R"
-
-
-def _tuple(items: list[str]) -> str:
-    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
