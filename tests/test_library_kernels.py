@@ -1,0 +1,86 @@
+"""The library through the whole pipeline: what is emitted for each mask, score and pairing."""
+
+import dataclasses
+
+import interpreted
+import pytest
+from judge import judge
+from library import EXAMPLES, FEW, OFFSETS, PAIRS, SWIN, holding, offsets_of, rotating
+
+from attngen import inputs, reference
+
+pytest.importorskip("triton", reason="needs attngen[triton]")
+
+JAX = {"algorithm": "running", "q_chunk": 16, "k_chunk": 24}
+TRITON = {"q_chunk": 32, "k_chunk": 16}
+EVERY = [(name, offset) for name in EXAMPLES for offset in offsets_of(name)]
+ONCE = rotating()
+
+
+def spec_of(name, offset):
+    return EXAMPLES[name].spec(q_offset=OFFSETS[offset])
+
+
+@pytest.mark.parametrize(("name", "offset"), ONCE.items())
+def test_jax(name, offset):
+    with holding(EXAMPLES[name].operands):
+        judge(spec_of(name, offset), **JAX)
+
+
+@pytest.mark.parametrize(("name", "offset"), ONCE.items())
+def test_triton(name, offset):
+    with holding(EXAMPLES[name].operands):
+        interpreted.judge(spec_of(name, offset), **TRITON)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "offset"), EVERY)
+def test_jax_with_every_offset(name, offset):
+    spec = spec_of(name, offset)
+    with holding(EXAMPLES[name].operands):
+        for fix in (JAX | {"q_chunk": 7, "k_chunk": 11}, {"algorithm": "dense"}):
+            judge(spec, **fix)
+        judge(dataclasses.replace(spec, layout="bhtd", kv_offset=0, sink=True), **JAX)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "offset"), EVERY)
+def test_triton_with_every_offset(name, offset):
+    spec = spec_of(name, offset)
+    with holding(EXAMPLES[name].operands):
+        interpreted.judge(spec, q_chunk=16, k_chunk=32)
+        interpreted.judge(dataclasses.replace(spec, dtype="float16"), **TRITON)
+
+
+@pytest.mark.parametrize(
+    "name", [p if p in FEW else pytest.param(p, marks=pytest.mark.slow) for p in PAIRS]
+)
+@pytest.mark.parametrize("backend", ["jax", "triton"])
+def test_pairs(name, backend):
+    spec, operands = PAIRS[name]
+    with holding(operands):
+        if backend == "jax":
+            judge(spec, **JAX)
+        else:
+            interpreted.judge(spec, **TRITON)
+
+
+@pytest.mark.parametrize("backend", ["jax", "triton"])
+def test_a_table_of_a_window_under_its_mask(backend):
+    if backend == "jax":
+        judge(SWIN, **JAX)
+    else:
+        interpreted.judge(SWIN, **TRITON)
+
+
+def test_some_queries_see_nothing():
+    """Among the examples, which is what kernels easily get wrong."""
+    empty = []
+    for name, offset in ONCE.items():
+        spec = spec_of(name, offset)
+        with holding(EXAMPLES[name].operands):
+            given = inputs.arrays(spec)
+        q, k, v = (given.pop(n) for n in ("q", "k", "v"))
+        lse = reference.attention(spec, q, k, v, given)["lse"]
+        empty += [name] if (lse == float("-inf")).any() else []
+    assert len(empty) >= 5
