@@ -113,8 +113,9 @@ def load(operand: Operand, index: tuple[Expr, ...]) -> Expr:
         if i.kind != "int":
             raise ExpressionError(
                 f"Operand {operand.name!r} is indexed by something that isn't an integer.",
-                got=f"{describe(i)}, a {i.kind}",
+                got=f"{read_text(operand, index)}, where {describe(i)} is a {i.kind}",
                 needed="an integer expression",
+                hint="// divides integers; a comparison plus 0 is 0 or 1",
             )
         if isinstance(axis, int) or i.op == "const":
             continue
@@ -122,12 +123,17 @@ def load(operand: Operand, index: tuple[Expr, ...]) -> Expr:
         if i.op != "var" or str(i.value) not in paired:
             raise ExpressionError(
                 f"Axis {axis!r} of operand {operand.name!r} is indexed by an expression.",
-                got=describe(i),
+                got=f"{describe(i)} in {read_text(operand, index)}",
                 needed=f"{' or '.join(paired)} alone, or a number",
                 hint="give the operand an axis of its own length, e.g. axes=('h', 64), "
                 "to index it by an expression",
             )
     return Expr("load", index, operand.kind, operand)
+
+
+def read_text(operand: Operand, index: tuple[Expr, ...]) -> str:
+    """A read as a person would write it."""
+    return f"{operand.name}[{', '.join(describe(i) for i in index)}]"
 
 
 def searchsorted(operand: Operand, x: Expr) -> Expr:

@@ -70,6 +70,7 @@ def from_data(data: Any, declared: Mapping[str, Operand]) -> Expr:
     raise ExpressionError(
         "An expression in a file can't be read.",
         got=repr(data)[:200],
-        needed="a number, one of b, h, q, k, s, or a list that opens with an operation",
+        needed="a number, one of b, h, q, k, s, or a list that opens with one of "
+        + ", ".join((*READS, *ARITY)),
         hint="write it in Python and take what spec.to_json() prints",
     )

@@ -1,16 +1,15 @@
-"""The library's masks and scores against definitions written without it: loops, trees, rolls."""
+"""The library's masks against definitions written without it: loops, trees, rolls."""
 
 import math
 
 import numpy as np
 import pytest
-from brute import evaluate
 from library import matrix, preorder, random_tree
 from refusals import refused
 
 import attngen
-from attngen import AttentionSpec, masks, scores, spec_files
-from attngen.errors import ExpressionError, OperandError, SpecError
+from attngen import AttentionSpec, masks
+from attngen.errors import OperandError
 
 
 def pairs(seen, q_len, kv_len):
@@ -323,81 +322,6 @@ def test_a_block_mask_that_could_be_left_is_refused():
             )
 
 
-# Scores.
-
-
-@pytest.mark.parametrize("heads", [1, 2, 3, 8, 12, 20, 32, 71])
-def test_alibi_slopes_are_the_papers(heads):
-    def slopes(
-        n,
-    ):  # get_slopes of the authors' repository, ofirpress/attention_with_linear_biases
-        def power_of_2(n):
-            start = 2 ** (-(2 ** -(math.log2(n) - 3)))
-            return [start * start**i for i in range(n)]
-
-        if math.log2(n).is_integer():
-            return power_of_2(n)
-        closest = 2 ** math.floor(math.log2(n))
-        return power_of_2(closest) + slopes(2 * closest)[0::2][: n - closest]
-
-    score = scores.alibi(heads=heads)
-    for h, slope in enumerate(slopes(heads)):
-        at = {"b": 0, "h": h, "q": 11, "k": 4, "s": 0.5}
-        assert evaluate(score.expr, at) == pytest.approx(0.5 - 7 * slope, rel=1e-12)
-
-
-def test_decay_multiplies_weights_by_its_rate_for_each_token_away():
-    gamma = np.array([0.9, 0.5])
-    arrays = {"decay": np.log(gamma)}
-    away = np.abs(np.arange(6)[:, None] - np.arange(8))
-    for h in range(2):
-        found = matrix(scores.decay(), 6, 8, arrays, h=h, s=0.0)
-        np.testing.assert_allclose(np.exp(found), gamma[h] ** away)
-    places = np.array(list(np.ndindex(3, 4)))
-    blocks = np.abs(places[:, None] - places).sum(-1)  # RMT's, of an image
-    found = matrix(scores.decay(grid=(3, 4)), 12, 12, arrays, s=0.0)
-    np.testing.assert_allclose(np.exp(found), gamma[0] ** blocks)
-
-
-@pytest.mark.parametrize("grid", [(6,), (3, 4), (2, 3, 2)])
-def test_a_relative_table_is_swins(grid):
-    count = math.prod(grid)
-    # Swin: coordinates of all tokens, their differences, moved and raveled
-    coordinates = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij")).reshape(
-        len(grid), -1
-    )
-    relative = coordinates[:, :, None] - coordinates[:, None, :]
-    shape = [2 * n - 1 for n in grid]
-    for axis, n in enumerate(grid):
-        relative[axis] += n - 1
-    index = np.ravel_multi_index(tuple(relative), shape)
-    table = np.random.default_rng(0).standard_normal((2, math.prod(shape)))
-    score = scores.relative_table(grid)
-    (operand,) = score.operands
-    assert operand.axes == ("h", math.prod(shape))
-    found = matrix(score, count, count, {"relative_table": table}, h=1, s=0.0)
-    np.testing.assert_array_equal(found, table[1][index])
-
-
-def test_a_table_of_a_window_has_no_entry_for_farther_pairs():
-    table = np.arange(25.0)[None]
-    score = scores.relative_table((6, 6), 3)
-    found = matrix(score, 36, 36, {"relative_table": table}, s=0.0)
-    places = np.array(list(np.ndindex(6, 6)))
-    away = np.abs(places[:, None] - places).max(-1)
-    np.testing.assert_array_equal(np.isnan(found), away > 2)
-    near = masks.shifted_windows((6, 6), 3, 1)
-    assert not np.isnan(found[matrix(near, 36, 36)]).any()
-
-
-def test_temperatures_divide_and_caps_may_differ_between_heads():
-    tau = {"temperature": [2.0, 4.0]}
-    assert evaluate(scores.temperature().expr, {"h": 1, "s": 8.0}, tau) == 2.0
-    cap = {"caps": [1.0, 3.0]}
-    found = evaluate(scores.softcap("caps").expr, {"h": 1, "s": 8.0}, cap)
-    assert found == 3.0 * math.tanh(8 / 3)
-
-
 # searchsorted.
 
 
@@ -414,138 +338,3 @@ def test_searchsorted_counts_the_entries_up_to_a_position(entries):
         if entries == sorted(entries):
             side = np.searchsorted(entries, np.arange(12) - 1, side="right")
             np.testing.assert_array_equal(found[:, 0], side == wanted)
-
-
-OFFSETS = attngen.operand("offsets", axes=(4,), dtype="int32")
-SEARCHES = {
-    "of both": lambda b, h, q, k: attngen.searchsorted(OFFSETS, q - k) == 1,
-    "of a float": lambda b, h, q, k: attngen.searchsorted(OFFSETS, q / 2) == 1,
-    "of no operand": lambda b, h, q, k: attngen.searchsorted([1, 2], q) == 1,
-    "of a read": lambda b, h, q, k: attngen.searchsorted(OFFSETS[1], q) == 1,
-    "of an array": lambda b, h, q, k: attngen.searchsorted(OFFSETS, np.arange(3)) == 1,
-    "of floats": lambda b, h, q, k: (
-        attngen.searchsorted(attngen.operand("x", axes=(4,), dtype="float32"), q) == 1
-    ),
-    "of lettered axes": lambda b, h, q, k: (
-        attngen.searchsorted(attngen.operand("x", axes="k", dtype="int32"), q) == 1
-    ),
-    "of two axes": lambda b, h, q, k: (
-        attngen.searchsorted(attngen.operand("x", axes=("b", 3), dtype="int32"), q) == 1
-    ),
-}
-
-
-@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
-def test_searches_that_can_not_be_are_refused(search):
-    with refused(ExpressionError):
-        attngen.mask(search)
-
-
-# Files.
-
-
-def example_forms():
-    from library import EXAMPLES
-
-    return EXAMPLES.items()
-
-
-@pytest.mark.parametrize(("name", "example"), example_forms())
-def test_it_is_known_by_its_name_in_files(name, example):
-    spec = example.spec()
-    text = spec.to_json()
-    assert '"expr"' not in text  # the library's names, not their trees
-    assert spec_files.from_json(text) == spec
-    toml = spec_files.to_toml(spec)
-    assert spec_files.from_toml(toml) == spec
-    assert spec_files.to_toml(spec_files.from_toml(toml)) == toml
-
-
-def test_every_name_of_the_library_has_an_example():
-    from library import MASKS, SCORES
-
-    said = {name.split()[0] for name in MASKS}
-    assert said == set(masks.LIBRARY) == set(masks.__all__) - {"LIBRARY"}
-    assert {name.split()[0] for name in SCORES} == set(scores.LIBRARY)
-
-
-def test_a_traced_search_goes_through_files():
-    mask = attngen.mask(lambda b, h, q, k: attngen.searchsorted(OFFSETS, q + 1) > k)
-    spec = AttentionSpec(q_heads=1, q_len=8, qk_dim=8, mask=mask)
-    assert spec_files.from_json(spec.to_json()) == spec
-    assert spec_files.from_toml(spec_files.to_toml(spec)) == spec
-    form = mask.form | {"expr": ["gt", ["searchsorted", "offsets", "q", "k"], 1]}
-    with refused(ExpressionError, "can't be read"):
-        spec_files.read_mask(form)
-
-
-# Refusals.
-
-REFUSED = {
-    "dilation of 0": lambda: masks.dilated_window(3, 0),
-    "dilated window of 0": lambda: masks.dilated_window(0, 2),
-    "dilated right of a float": lambda: masks.dilated_window(3, 2, 1.0),
-    "streaming window of 0": lambda: masks.streaming_llm(4, 0),
-    "streaming first of -1": lambda: masks.streaming_llm(-1, 4),
-    "longformer radius of -1": lambda: masks.longformer(-1, 4),
-    "longformer tokens of a float": lambda: masks.longformer(2, 1.5),
-    "stride of 0": lambda: masks.strided(0),
-    "stride of a string": lambda: masks.strided("8"),
-    "summary beyond the stride": lambda: masks.fixed(4, 5),
-    "summary of 0": lambda: masks.fixed(4, 0),
-    "ids of the queries alone": lambda: masks.documents(q_ids="q_ids"),
-    "ids of all and of both": lambda: masks.documents("ids", q_ids="x", k_ids="y"),
-    "no sequences": lambda: masks.packed(0),
-    "sequences of a name": lambda: masks.packed("cu_seqlens"),
-    "no causal sequences": lambda: masks.packed_causal(0),
-    "lengths of neither": lambda: masks.lengths(None),
-    "tree's prefix of a float": lambda: masks.tree(prefix=1.5),
-    "positions of three": lambda: masks.causal(positions=("x", "y", "z")),
-    "positions of a number": lambda: masks.causal(positions=3),
-    "even window": lambda: masks.neighborhood(9, 4),
-    "window longer than the grid": lambda: masks.neighborhood((9, 3), 5),
-    "dilated window longer than the grid": lambda: masks.neighborhood(8, 3, 3),
-    "grid of a string": lambda: masks.neighborhood("9", 3),
-    "grid of 0": lambda: masks.neighborhood((0, 4), 1),
-    "grid of four axes": lambda: masks.neighborhood((2, 2, 2, 2), 1),
-    "window of another grid": lambda: masks.neighborhood((5, 5), (3, 3, 3)),
-    "shift as long as the window": lambda: masks.shifted_windows((8, 8), 4, 4),
-    "negative shift": lambda: masks.shifted_windows((8, 8), 4, -1),
-    "windows of 0": lambda: masks.shifted_windows((8, 8), 0),
-    "blocks of 0": lambda: masks.block_sparse((0, 4)),
-    "three blocks": lambda: masks.block_sparse((4, 4, 4)),
-    "block of 0": lambda: masks.block_sparse((4, 4), 0),
-    "blocks with other axes": lambda: masks.block_sparse((4, 4), axes="q"),
-    "heads of 0": lambda: scores.alibi(heads=0),
-    "heads and slopes": lambda: scores.alibi("slopes", heads=4),
-    "decay of a grid and of positions": lambda: scores.decay(grid=4, positions="x"),
-    "decay of grid 0": lambda: scores.decay(grid=0),
-    "table of a larger window": lambda: scores.relative_table((4, 4), 5),
-    "table of another grid": lambda: scores.relative_table((4, 4), (2,)),
-    "temperature of a length": lambda: scores.temperature(axes=("h", 4)),
-    "cap of None": lambda: scores.softcap(None),
-}
-
-
-@pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED)
-def test_arguments_that_can_not_be_are_refused(make):
-    with refused(ExpressionError):
-        make()
-
-
-def test_names_that_collide_are_refused():
-    with refused(OperandError, "Two different operands"):
-        AttentionSpec(
-            q_heads=1, q_len=8, qk_dim=8,
-            mask=masks.prefix("lengths_of") & masks.documents("lengths_of"),
-        )  # fmt: skip
-    with refused(OperandError, "of the spec itself|can't be called"):
-        AttentionSpec(
-            q_heads=1, q_len=8, qk_dim=8, kv_lengths=True, mask=masks.lengths("kv_lengths")
-        )  # fmt: skip
-
-
-def test_masks_of_positions_ask_where_queries_stand():
-    for mask in (masks.strided(4), masks.neighborhood(9, 3), masks.packed(2)):
-        with refused(SpecError, "where do the queries stand"):
-            AttentionSpec(q_heads=1, q_len=8, kv_len=9, qk_dim=8, mask=mask)
