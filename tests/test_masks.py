@@ -109,6 +109,7 @@ def test_de_morgan(one, other):
         "flags": [[True, False, False, True]] * 4,
         "slopes": [1.0],
         "table": [[0.0] * 8],
+        "offsets": [0, 1, 3],
     }
     assert seen(~(one & other), 4, 4, arrays=arrays) == seen(
         ~one | ~other, 4, 4, arrays=arrays
