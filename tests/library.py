@@ -137,6 +137,10 @@ MASKS = {
         masks.packed(4, "cu_seqlens_q", "cu_seqlens_k"),
         {"cu_seqlens_q": _ints(0, 5, 5, 21, 48), "cu_seqlens_k": _ints(1, 9, 20, 33, 69)},
     ),
+    "packed of many": Example(
+        masks.packed(40, "cu_of_many"),
+        {"cu_of_many": np.sort(np.random.default_rng(0).integers(0, 70, 41)).astype("i4")},
+    ),
     "packed_causal": Example(
         masks.packed_causal(4),
         {"cu_seqlens_q": _ints(0, 5, 5, 21, 48), "cu_seqlens_k": _ints(1, 9, 20, 33, 69)},

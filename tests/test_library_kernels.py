@@ -3,10 +3,22 @@
 import dataclasses
 
 import interpreted
+import numpy as np
 import pytest
 from judge import judge
-from library import EXAMPLES, FEW, OFFSETS, PAIRS, SWIN, holding, offsets_of, rotating
+from library import (
+    EXAMPLES,
+    FEW,
+    OFFSETS,
+    PAIRS,
+    SPEC,
+    SWIN,
+    holding,
+    offsets_of,
+    rotating,
+)
 
+import attngen
 from attngen import inputs, reference
 
 pytest.importorskip("triton", reason="needs attngen[triton]")
@@ -61,6 +73,21 @@ def test_pairs(name, backend):
             judge(spec, **JAX)
         else:
             interpreted.judge(spec, **TRITON)
+
+
+@pytest.mark.parametrize("entries", [5, 40])  # few are compared, more are sorted by JAX
+def test_searches_count_whatever_the_order(entries):
+    of = attngen.operand("entries", axes=(entries,), dtype="int32")
+
+    def seen(b, h, q, k):
+        after = attngen.searchsorted(of, k // 2) + attngen.searchsorted(of, 3)
+        return attngen.searchsorted(of, q + 1) * 2 >= after
+
+    spec = dataclasses.replace(SPEC, mask=attngen.mask(seen))
+    mixed = np.random.default_rng(1).integers(0, 60, entries).astype(np.int32)
+    with holding({"entries": mixed}):
+        judge(spec, **JAX)
+        interpreted.judge(spec, **TRITON)
 
 
 @pytest.mark.parametrize("backend", ["jax", "triton"])

@@ -52,6 +52,9 @@ def packed(
     first offset and from the last on neither see nor are seen. With causal() each query
     sees what is before it in its sequence, where queries and keys are the same tokens.
 
+    Each token is compared with the offsets in every tile: of hundreds of sequences,
+    `documents` of ids costs less.
+
     Args:
         sequences: how many, N.
         q_offsets: the name of the int32 operand [N + 1] of the queries' offsets.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from attngen.operands import Operand
+
+COMPARED = 32  # entries (XLA:CPU of jax 0.10.2)
+
 
 def assign(name: str, calls: list[list[str]], width: int) -> list[str]:
     """name = function(arguments).method(…)…, in as many statements as it needs.
@@ -16,6 +20,21 @@ def assign(name: str, calls: list[list[str]], width: int) -> list[str]:
     for method in methods:
         lines += _statement(name, name, method, width)
     return lines
+
+
+def searched(name: str, operand: Operand, x: str, width: int) -> list[str]:
+    """name = how many entries of an operand are at most x, whatever their order.
+
+    Of few entries XLA compares and counts all in one loop; of more it would keep what it
+    compares, entries times elements of x.
+    """
+    (length,) = operand.axes
+    assert isinstance(length, int)
+    if length > COMPARED:
+        call = [f"jnp.sort({operand.name})", x, 'side="right"']
+    else:
+        call = [operand.name, x, 'side="right"', 'method="compare_all"']
+    return assign(name, [["jnp.searchsorted", *call]], width)
 
 
 def _statement(name: str, receiver: str, call: list[str], width: int) -> list[str]:

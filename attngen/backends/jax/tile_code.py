@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from attngen import expr
 from attngen.backends.jax import shards
 from attngen.backends.jax.distance import by_distance
-from attngen.backends.jax.statements import as_tuple, assign, times
+from attngen.backends.jax.statements import as_tuple, assign, searched, times
 from attngen.backends.jax.tile import Starts, Tile, chosen, dimensions, heads
 from attngen.expr import Expr
 from attngen.intervals import domain, proven
@@ -379,8 +379,7 @@ class _Writer:
         (x,) = node.args
         printer = self._printer(float_dtype, "index")
         text = printer.text(x) if x.op == "var" else self._step(x, lines, float_dtype)
-        call = ["jnp.searchsorted", node.value.name, text, 'side="right"']
-        lines += assign(name, [[*call, 'method="compare_all"']], self.width)
+        lines += searched(name, node.value, text, self.width)
 
     def _load(self, node: Expr, float_dtype: str) -> str:
         """The text of a read inside an expression: a name, converted where it must be."""
