@@ -18,6 +18,7 @@ from attngen.symbols import (
     log,
     maximum,
     minimum,
+    searchsorted,
     tanh,
     where,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "presets",
     "score",
     "scores",
+    "searchsorted",
     "tanh",
     "tune",
     "validate",

@@ -1,6 +1,7 @@
 """Expressions of the mask and score language: a small frozen tree.
 
     expression ::= const | var | load(operand, index, …) | op(expression, …)
+                 | searchsorted(operand, expression)
     const      ::= bool | int | float
     var        ::= b | h | q | k        batch, query head, query and key position (int)
                  | s                    the score so far (float; in scores only)
@@ -33,6 +34,7 @@ LOGIC = ("and", "or", "not")
 ARITHMETIC = ("add", "sub", "mul", "neg", "abs", "minimum", "maximum")
 INTEGER_ONLY = ("floordiv", "mod")
 FLOAT_ONLY = ("div", "exp", "log", "tanh")
+READS = ("load", "searchsorted")  # nodes that have an operand
 ARITY = (
     dict.fromkeys(("neg", "abs", "exp", "log", "tanh", "not", "int", "float"), 1)
     | dict.fromkeys(("add", "sub", "mul", "div", "floordiv", "mod"), 2)
@@ -53,8 +55,8 @@ VARIABLES: dict[str, Kind] = {
 class Expr:
     """A node: its operation, its arguments, and the kind of its value.
 
-    `const` holds its value in `value`, `var` its name, `load` its Operand; the other
-    operations have `value=None`. `depth` counts the operations inside each other.
+    `const` holds its value in `value`, `var` its name, `load` and `searchsorted` their
+    Operand; the other operations have `value=None`. `depth` counts the operations inside each other.
 
     Raises:
         ExpressionError: there are more than DEEPEST of them.
@@ -111,8 +113,9 @@ def load(operand: Operand, index: tuple[Expr, ...]) -> Expr:
         if i.kind != "int":
             raise ExpressionError(
                 f"Operand {operand.name!r} is indexed by something that isn't an integer.",
-                got=f"{describe(i)}, a {i.kind}",
+                got=f"{read_text(operand, index)}, where {describe(i)} is a {i.kind}",
                 needed="an integer expression",
+                hint="// divides integers; a comparison plus 0 is 0 or 1",
             )
         if isinstance(axis, int) or i.op == "const":
             continue
@@ -120,12 +123,44 @@ def load(operand: Operand, index: tuple[Expr, ...]) -> Expr:
         if i.op != "var" or str(i.value) not in paired:
             raise ExpressionError(
                 f"Axis {axis!r} of operand {operand.name!r} is indexed by an expression.",
-                got=describe(i),
+                got=f"{describe(i)} in {read_text(operand, index)}",
                 needed=f"{' or '.join(paired)} alone, or a number",
                 hint="give the operand an axis of its own length, e.g. axes=('h', 64), "
                 "to index it by an expression",
             )
     return Expr("load", index, operand.kind, operand)
+
+
+def read_text(operand: Operand, index: tuple[Expr, ...]) -> str:
+    """A read as a person would write it."""
+    return f"{operand.name}[{', '.join(describe(i) for i in index)}]"
+
+
+def searchsorted(operand: Operand, x: Expr) -> Expr:
+    """How many entries of an operand are at most x. See `symbols.searchsorted`."""
+    name = operand.name
+    if len(operand.axes) != 1 or isinstance(operand.axes[0], str):
+        raise ExpressionError(
+            f"Operand {name!r} can't be searched.",
+            got=f"axes {operand.axes}",
+            needed="one axis, of its own length: axes=(n,)",
+            hint="what differs between batches can be told by ids: masks.documents",
+        )
+    if operand.kind != "int" or x.kind == "float":
+        floats = operand.dtype if operand.kind != "int" else f"{describe(x)}, a float"
+        raise ExpressionError(
+            f"searchsorted of {name!r} takes integers.",
+            got=floats,
+            needed="an int32 or int64 operand, and an integer expression",
+        )
+    if {"q", "k"} <= variables(x):
+        raise ExpressionError(
+            f"searchsorted of {name!r} would be asked for each pair of query and key.",
+            got=describe(x),
+            needed="an expression of q or of k, not of both",
+            hint="compare searchsorted(…, q) with searchsorted(…, k)",
+        )
+    return Expr("searchsorted", (convert(x, "int"),), "int", operand)
 
 
 def convert(x: Expr, kind: Kind) -> Expr:
@@ -323,7 +358,10 @@ def describe(node: Expr) -> str:
         return ("-" if node.op == "neg" else "~") + wrap(parts[0], POSTFIX)
     inner = ", ".join(text for text, _ in parts)
     if isinstance(node.value, Operand):
-        return f"{node.value.name}[{inner}]"
+        name = node.value.name
+        return (
+            f"{name}[{inner}]" if node.op == "load" else f"{node.op}({name}, {inner})"
+        )
     return f"{node.op}({inner})"
 
 

@@ -7,7 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from attngen.errors import ExpressionError, OperandError
-from attngen.expr import ARITY, VARIABLES, Expr, apply, const, convert, load, var
+from attngen.expr import (
+    ARITY,
+    READS,
+    VARIABLES,
+    Expr,
+    apply,
+    const,
+    convert,
+    load,
+    searchsorted,
+    var,
+)
 from attngen.operands import Operand
 
 
@@ -42,21 +53,24 @@ def from_data(data: Any, declared: Mapping[str, Operand]) -> Expr:
             numeric = isinstance(number, int | float) and not isinstance(number, bool)
             if numeric and number == number:  # NaN isn't a constant of the language
                 return convert(const(number), "float")
-        elif op == "load" and rest and isinstance(rest[0], str):
+        elif op in READS and rest and isinstance(rest[0], str):
             if rest[0] not in declared:
                 raise OperandError(
                     f"An expression reads an operand {rest[0]!r} that isn't declared.",
                     got=rest[0],
                     needed="one of " + (", ".join(declared) or "none"),
                 )
-            return load(
-                declared[rest[0]], tuple(from_data(a, declared) for a in rest[1:])
-            )
+            args = tuple(from_data(a, declared) for a in rest[1:])
+            if op == "load":
+                return load(declared[rest[0]], args)
+            if len(args) == 1:
+                return searchsorted(declared[rest[0]], args[0])
         elif op in ARITY:
             return apply(op, *(from_data(a, declared) for a in rest))
     raise ExpressionError(
         "An expression in a file can't be read.",
         got=repr(data)[:200],
-        needed="a number, one of b, h, q, k, s, or a list that opens with an operation",
+        needed="a number, one of b, h, q, k, s, or a list that opens with one of "
+        + ", ".join((*READS, *ARITY)),
         hint="write it in Python and take what spec.to_json() prints",
     )

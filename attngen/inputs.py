@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from attngen import expr
 from attngen.operands import Operand
 from attngen.reference import Array, numpy_dtype
 from attngen.spec import AttentionSpec
@@ -17,7 +18,8 @@ def arrays(spec: AttentionSpec, *, seed: int = 0, nan: bool = True) -> dict[str,
     """q, k, v and every operand, as NumPy arrays in the spec's shapes and dtypes.
 
     q, k, v and float operands are standard normal. Lengths run from none to all; integer
-    operands repeat a few values and rise along their last axis, as document ids do.
+    operands repeat a few values and rise along their last axis, as document ids do; those
+    that are searched rise over all positions, as cumulative offsets do.
 
     Args:
         seed: of the generator.
@@ -56,7 +58,16 @@ def _operand(spec: AttentionSpec, operand: Operand, generator: Any) -> Array:
     if operand.kind == "bool":
         return np.asarray(generator.random(shape) < 0.7)
     if operand.kind == "int":
-        values = generator.integers(0, SMALL, shape)
+        most = max(spec.q_len, spec.kv_len) + 1 if _searched(spec, operand) else SMALL
+        values = generator.integers(0, most, shape)
         return np.sort(values, axis=-1).astype(operand.dtype)
     values = generator.standard_normal(shape, dtype=np.float32)
     return np.asarray(values.astype(numpy_dtype(operand.dtype)))
+
+
+def _searched(spec: AttentionSpec, operand: Operand) -> bool:
+    return any(
+        node.op == "searchsorted" and node.value == operand
+        for root in spec.expressions
+        for node in expr.walk(root)
+    )

@@ -40,6 +40,8 @@ def interval(node: Expr, env: Mapping[str, Interval]) -> Interval:
             return (0, 1)
         limit = INT_LIMITS.get(node.value.dtype, math.inf)
         return (-limit, limit)
+    if node.op == "searchsorted":  # rises with its argument; the entries aren't known
+        return (0, node.value.axes[0])  # type: ignore[union-attr, return-value]
     return _OPERATIONS[node.op](*(interval(a, env) for a in node.args))
 
 

@@ -45,7 +45,7 @@ def listed(mask: Expr) -> tuple[Verdict, tuple[Extremes, ...]]:
         if not _is_told(node):
             return None
         assert isinstance(node.value, Operand)
-        name = read_name(node, node.value.name)
+        name = read_name(node)
         of = found.setdefault(name, Extremes(node, f"{name}_min", f"{name}_max"))
         return var(of.least, kind), var(of.greatest, kind)  # type: ignore[arg-type]
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 from attngen.dtypes import FLOAT32_LIMIT
 from attngen.errors import InternalError
-from attngen.expr import INFIX, POSTFIX, UNARY, Expr, infix, level, walk, wrap
+from attngen.expr import INFIX, POSTFIX, READS, UNARY, Expr, infix, level, walk, wrap
+from attngen.operands import Operand
 
 _CALLS = ("minimum", "maximum", "where", "abs", "exp", "log", "tanh")
 Part = tuple[str, int]  # text, and how tightly it binds
@@ -29,7 +30,7 @@ class ArrayPrinter:
         namespace: where minimum, where, exp and the dtypes are.
         variables: text for each variable; text of more than a name must be an operand of
             the tightest binding (a call, an index).
-        load: text for a read of an operand, likewise.
+        load: text for a read of an operand, or a search of one, likewise.
         float_dtype: of the float arithmetic.
         int_dtype: of the integer arithmetic.
         prefix: of the names of steps.
@@ -64,7 +65,7 @@ class ArrayPrinter:
 
     def _name_repeated(self, root: Expr, width: int) -> None:
         """Steps for what the expression computes more than twice, smallest first."""
-        counts = Counter(n for n in walk(root) if n.args and n.op != "load")
+        counts = Counter(n for n in walk(root) if n.args and n.op not in READS)
         repeated = [n for n, count in counts.items() if count > 2]
         for node in sorted(repeated, key=lambda n: len(self.text(n))):
             self._named[node] = self._step(node, width)
@@ -85,7 +86,7 @@ class ArrayPrinter:
         if (
             len(text) <= room
             or not node.args
-            or node.op == "load"
+            or node.op in READS
             or node in self._named
         ):
             return text
@@ -108,9 +109,12 @@ class ArrayPrinter:
         name = self._step(node, width)
         for i, link in enumerate(reversed(links)):
             room = width - 2 * len(name) - 8
-            right = (self._fit(link.args[1], room, width), level(link.args[1]))
-            if link.args[1] in self._named:
+            other = link.args[1]
+            right = (self._fit(other, room, width), level(other))
+            if other in self._named:
                 right = (right[0], POSTFIX)
+            elif len(right[0]) > room and other.args and other.op not in READS:
+                right = (self._step(other, width), POSTFIX)
             text = infix(link.op, (name, POSTFIX), right)
             if i == len(links) - 1:
                 return text
@@ -123,7 +127,7 @@ class ArrayPrinter:
             return self._const(node.value)
         if op == "var":
             return self.variables[str(node.value)]
-        if op == "load":
+        if op in READS:
             return self.load(node)
         if op in INFIX:
             return infix(op, *args)
@@ -182,10 +186,19 @@ def stepwise(
     return lines
 
 
-def read_name(node: Expr, operand: str) -> str:
+def read_name(node: Expr) -> str:
     """A name for an operand's values where variables and numbers index it.
 
     Numbers are kept apart: x[1, 12] isn't x[11, 2].
     """
+    assert isinstance(node.value, Operand)
     between = "_" if any(i.op == "const" for i in node.args) else ""
-    return f"{operand}_at_{between.join(str(i.value) for i in node.args)}"
+    return f"{node.value.name}_at_{between.join(str(i.value) for i in node.args)}"
+
+
+def search_name(node: Expr, searched: dict[Expr, str]) -> str:
+    """A name for how many entries of an operand go up to something, kept for good."""
+    assert isinstance(node.value, Operand)
+    (x,) = node.args
+    which = str(x.value) if x.op == "var" else str(len(searched))
+    return searched.setdefault(node, f"{node.value.name}_at_to_{which}")

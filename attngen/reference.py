@@ -236,6 +236,10 @@ def evaluate(
     if node.op in expr.COMPARISONS and "s" not in expr.variables(node):
         wide = compared
     args = [evaluate(a, env, operands, wide, compared) for a in node.args]
+    if node.op == "searchsorted":
+        assert isinstance(node.value, Operand)
+        entries = operands[node.value.name].astype(np.int64)
+        return (entries <= np.asarray(args[0])[..., None]).sum(-1)
     if node.op == "float":
         return np.asarray(args[0]).astype(wide)
     if node.op == "int":

@@ -225,3 +225,23 @@ def log(x: object) -> Symbol:
 def tanh(x: object) -> Symbol:
     """The hyperbolic tangent, inside a mask or score."""
     return call("tanh", x)
+
+
+def searchsorted(offsets: OperandSymbol, x: object) -> Symbol:
+    """How many entries of an integer operand are at most x, inside a mask or score.
+
+    With cumulative offsets, which rise, this finds the sequence that position x lies in:
+    NumPy's `searchsorted(offsets, x, side="right")`. It is the count whatever their order.
+
+    Args:
+        offsets: an operand with one axis, of its own length: `axes=(n,)`.
+        x: an integer that depends on the query or on the key, but not on both.
+    """
+    if not isinstance(offsets, OperandSymbol):
+        raise ExpressionError(
+            "searchsorted searches an operand.",
+            got=repr(offsets)[:200],
+            needed="an operand without an index, and an integer",
+            hint='attngen.operand("offsets", axes=(n,), dtype="int32")',
+        )
+    return Symbol(expr.searchsorted(offsets.operand, node_of(x)))

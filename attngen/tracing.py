@@ -203,7 +203,7 @@ def score_of(node: Expr, form: Any = None) -> Score:
 
 
 def library(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a function of masks.py or scores.py as the library's, known by its name.
+    """Mark a function of masks or scores.py as the library's, known by its name.
 
     What it makes carries its name and arguments, which is how a spec's JSON says it.
     """

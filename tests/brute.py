@@ -52,6 +52,9 @@ def evaluate(node, at, arrays=None, index=None):
             alone = i.op == "var" and index is not None
             element = element[evaluate(i, index if alone else at, arrays, index)]
         return element
+    if node.op == "searchsorted":
+        x = evaluate(node.args[0], at, arrays, index)
+        return sum(entry <= x for entry in arrays[node.value.name])
     return OPERATIONS[node.op](*(evaluate(a, at, arrays, index) for a in node.args))
 
 

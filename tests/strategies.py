@@ -10,7 +10,7 @@ import functools
 
 from hypothesis import strategies as st
 
-from attngen.expr import COMPARISONS, Expr, apply, const, load, var
+from attngen.expr import COMPARISONS, Expr, apply, const, load, searchsorted, var
 from attngen.operands import Operand
 from attngen.tracing import mask_of, score_of
 
@@ -18,7 +18,8 @@ IDS = Operand("ids", ("b", "k"), "int32")
 FLAGS = Operand("flags", ("q", "k"), "bool")
 SLOPES = Operand("slopes", ("h",), "float32")
 TABLE = Operand("table", ("h", 8), "float32")
-OPERANDS = (IDS, FLAGS, SLOPES, TABLE)
+OFFSETS = Operand("offsets", (3,), "int32")
+OPERANDS = (IDS, FLAGS, SLOPES, TABLE, OFFSETS)
 
 small = st.integers(-9, 9).map(const)
 nonzero = st.integers(1, 9).flatmap(lambda n: st.sampled_from((n, -n))).map(const)
@@ -98,6 +99,7 @@ def expressions(
         if depth:
             below = functools.partial(tree, depth=depth - 1)
             reads = [read(o, below("int")) for o in operands if o.kind == kind]
+            reads += [search(o) for o in operands if kind == "int" and o == OFFSETS]
             choices += [one_of(*reads)] if reads else []
             choices += {"bool": bools, "int": ints, "float": floats}[kind](below)
         return one_of(*choices)
@@ -115,6 +117,13 @@ def read(operand: Operand, numbers: st.SearchStrategy[Expr]) -> st.SearchStrateg
         return st.sampled_from([*map(var, names), const(0)])
 
     return st.builds(lambda *i: load(operand, i), *map(index, operand.axes))
+
+
+def search(operand: Operand) -> st.SearchStrategy[Expr]:
+    """Searches of an operand, for what depends on one position at most."""
+    place = st.sampled_from([var(name) for name in "qkbh"])
+    moved = node(("add", "sub", "floordiv", "mod", "minimum"), place, nonzero)
+    return st.builds(lambda x: searchsorted(operand, x), one_of(place, moved, small))
 
 
 def masks(**how):

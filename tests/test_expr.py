@@ -141,6 +141,7 @@ def test_the_kind_is_the_kind_of_the_value(node):
         "flags": [[True, False, True]] * 3,
         "slopes": [0.5],
         "table": [[n / 8 for n in range(8)]],
+        "offsets": [2, 0, 1],
     }
     at = {"b": 0, "h": 0, "q": 1, "k": 2, "s": 0.25}
     value = evaluate(node, at, arrays)

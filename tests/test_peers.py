@@ -35,6 +35,7 @@ SPECS = {
     "bfloat16": {"mask": CAUSAL, "dtype": "bfloat16", "out_dtype": "float32"},
     "biases": {"batch": 2, "score": (scores.bias(axes="hqk"), OVER, scores.alibi())},
     "buckets": {"score": (scores.relative_buckets(),)},
+    "packed": {"mask": masks.packed(3) & CAUSAL | masks.sliding_window(1, 0)},
     "documents": {"batch": 2, "mask": masks.documents() & (CAUSAL | masks.prefix("n"))},
     "floors": {"mask": MODULAR},
     "run-time offset": {

@@ -25,6 +25,12 @@ MASKS = [
     masks.prefix("prefix_lengths"),
     masks.dense("flags_of_all"),
     masks.dense("flags_of_two", "kq"),
+    masks.packed(3),
+    masks.streaming_llm(1, 3),
+    masks.strided(3),
+    masks.neighborhood((3, 4), (3, 1)),
+    masks.shifted_windows((3, 4), 2, 1),
+    masks.longformer(1, "tokens_of_all"),
 ]
 SCORES = [
     scores.softcap(3.0),
@@ -33,6 +39,8 @@ SCORES = [
     scores.bias("bias_of_two", "kh"),
     scores.relative_buckets("near", buckets=8, max_distance=9),
     scores.relative_buckets("past", buckets=6, max_distance=9, bidirectional=False),
+    scores.alibi(heads=6),
+    scores.decay("rates", grid=(3, 4)),
 ]
 
 

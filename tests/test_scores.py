@@ -120,7 +120,6 @@ def test_a_score_equals_the_traced_one():
 
 
 def test_the_library_is_known_by_its_names():
-    assert set(scores.LIBRARY) == {"softcap", "alibi", "bias", "relative_buckets"}
     for name, make in scores.LIBRARY.items():
         assert make.__name__ == name
         assert make.__doc__
@@ -132,7 +131,6 @@ REFUSED = {
     "infinite cap": lambda: scores.softcap(math.inf),
     "NaN cap": lambda: scores.softcap(math.nan),
     "cap of a bool": lambda: scores.softcap(True),
-    "cap of a string": lambda: scores.softcap("50"),
     "bias with a length": lambda: scores.bias(axes=("h", 32)),
     "axes in a list": lambda: scores.bias(axes=["h", "q"]),
     "3 buckets": lambda: scores.relative_buckets(buckets=3),
@@ -153,7 +151,8 @@ def test_arguments_that_make_no_score_are_refused(make):
     "make",
     [
         lambda: scores.alibi("for"),
-        lambda: scores.alibi(None),
+        lambda: scores.alibi(3),
+        lambda: scores.softcap("50"),
         lambda: scores.bias("a b"),
         lambda: scores.bias(axes="hh"),
         lambda: scores.bias(dtype="int8"),

@@ -153,6 +153,8 @@ def evaluate(node: Expr, frame: Frame, s: Any = None) -> Any:
     if node.op == "load":
         return _read(node, frame, s)
     args = [evaluate(a, frame, s) for a in node.args]
+    if node.op == "searchsorted":
+        return _search(node, frame, args[0])
     if node.op in _OPERATORS:
         return _OPERATORS[node.op](*args)
     if node.op in ("int", "float"):
@@ -175,6 +177,19 @@ def _call(op: str, args: list[Any], language: Language) -> Any:
         limits = (None, limit) if op == "minimum" else (limit, None)
         return language.clip(array, *limits)
     return language.call(op, *args)
+
+
+def _search(node: Expr, frame: Frame, x: Any) -> Any:
+    """How many entries are at most x: one by one, as compilers of elements can have it."""
+    operand, language = node.value, frame.language
+    assert isinstance(operand, Operand)
+    entries = language.cast(frame.operands[operand.name], language.integer)
+    (length,) = operand.axes
+    assert isinstance(length, int)
+    found: Any = 0
+    for i in range(length):
+        found = found + language.cast(entries[i] <= x, language.integer)
+    return found
 
 
 def _read(node: Expr, frame: Frame, s: Any) -> Any:

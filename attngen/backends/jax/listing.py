@@ -134,7 +134,7 @@ class _Writer:
     def _extremes(self, x: Extremes) -> list[str]:
         if not x.of_keys:  # as the mask reads it: the tile's own part
             assert isinstance(x.node.value, Operand)
-            name = read_name(x.node, x.node.value.name)
+            name = read_name(x.node)
             return [f"{x.least} = {name}.min()", f"{x.greatest} = {name}.max()"]
         return self._of_keys(x)
 

@@ -1,6 +1,10 @@
-"""Assignments as text, in as many statements as lines of a width need."""
+"""Assignments as text, in as many statements as lines of a width need; small texts in them."""
 
 from __future__ import annotations
+
+from attngen.operands import Operand
+
+COMPARED = 32  # entries (XLA:CPU of jax 0.10.2)
 
 
 def assign(name: str, calls: list[list[str]], width: int) -> list[str]:
@@ -18,6 +22,21 @@ def assign(name: str, calls: list[list[str]], width: int) -> list[str]:
     return lines
 
 
+def searched(name: str, operand: Operand, x: str, width: int) -> list[str]:
+    """name = how many entries of an operand are at most x, whatever their order.
+
+    Of few entries XLA compares and counts all in one loop; of more it would keep what it
+    compares, entries times elements of x.
+    """
+    (length,) = operand.axes
+    assert isinstance(length, int)
+    if length > COMPARED:
+        call = [f"jnp.sort({operand.name})", x, 'side="right"']
+    else:
+        call = [operand.name, x, 'side="right"', 'method="compare_all"']
+    return assign(name, [["jnp.searchsorted", *call]], width)
+
+
 def _statement(name: str, receiver: str, call: list[str], width: int) -> list[str]:
     function, *arguments = call
     line = f"{name} = {receiver}{_invoked(call)}"
@@ -29,3 +48,11 @@ def _statement(name: str, receiver: str, call: list[str], width: int) -> list[st
 def _invoked(call: list[str]) -> str:
     function, *arguments = call
     return f"{function}({', '.join(arguments)})" if arguments else function
+
+
+def times(start: str, factor: int) -> str:
+    return start if factor == 1 or start == "0" else f"{start} * R"
+
+
+def as_tuple(items: list[str]) -> str:
+    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"

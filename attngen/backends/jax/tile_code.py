@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from attngen import expr
 from attngen.backends.jax import shards
 from attngen.backends.jax.distance import by_distance
-from attngen.backends.jax.statements import assign
+from attngen.backends.jax.statements import as_tuple, assign, searched, times
 from attngen.backends.jax.tile import Starts, Tile, chosen, dimensions, heads
 from attngen.expr import Expr
 from attngen.intervals import domain, proven
 from attngen.operands import Operand
 from attngen.plans import Plan
-from attngen.printer import ArrayPrinter, read_name
+from attngen.printer import ArrayPrinter, read_name, search_name
 
 WIDTH = 88
 LENGTHS = {"b": "B", "h": "H", "q": "T", "k": "S"}
@@ -69,6 +69,7 @@ class _Writer:
         self.rows_defined: set[str] = set()
         self.keys_defined: set[str] = set()
         self.gathered: dict[Expr, str] = {}
+        self.searched: dict[Expr, str] = {}
         self.gathers = self.indices = 0
         self.env = domain(plan.spec)
 
@@ -144,6 +145,8 @@ class _Writer:
             self._gather(root, keys, float_dtype)
         elif root.op == "load":
             self._slice(root, keys)
+        elif root.op == "searchsorted":
+            self._search(root, keys, float_dtype)
 
     def _variable(self, name: str, keys: list[str]) -> None:
         if name in ("b", "h"):
@@ -184,7 +187,7 @@ class _Writer:
         if name == "b_index":
             return [f"{name} = {self._range(starts.b, 'b', at.sizes['b'])}"]
         if name == "h_index":
-            first = _times(starts.g, self.spec.repeats)
+            first = times(starts.g, self.spec.repeats)
             line = f"{name} = {self._range(first, 'gr', heads(at))}"
             if len(line) <= self.width:
                 return [line]
@@ -223,8 +226,8 @@ class _Writer:
         if self.starts.b == "0":
             part = [operand]
         else:
-            begins = _tuple(shards.begins(self.plan, "b", {"b": self.starts.b}))
-            sizes = _tuple(shards.sizes(self.plan, "b", {"b": size}))
+            begins = as_tuple(shards.begins(self.plan, "b", {"b": self.starts.b}))
+            sizes = as_tuple(shards.sizes(self.plan, "b", {"b": size}))
             part = ["lax.dynamic_slice", operand, begins, sizes]
         return assign(name, [part, [".reshape", *dimensions(shape)]], self.width)
 
@@ -237,7 +240,7 @@ class _Writer:
         numbers = f"jnp.arange({whole}{dtype}).reshape({', '.join(view)})"
         line = f"{name} = {numbers}"
         spread = self.at.spread({"b": "b", "h": "gr"}[letter])
-        calls = [["lax.dynamic_slice", name, _tuple(begins), _tuple(sizes)]]
+        calls = [["lax.dynamic_slice", name, as_tuple(begins), as_tuple(sizes)]]
         calls.append([".reshape", *dimensions(spread)])
         return [line, *assign(name, calls, self.width)]
 
@@ -269,7 +272,7 @@ class _Writer:
     def _slice(self, node: Expr, keys: list[str]) -> None:
         """Define the part of an operand that belongs to this tile."""
         assert isinstance(node.value, Operand)
-        name, used = _slice_name(node), _letters(node)
+        name, used = read_name(node), _letters(node)
         lines = self._lines(used, keys)
         if not self._new(name, lines):
             return
@@ -296,7 +299,7 @@ class _Writer:
         if set(begins) == {"0"} and self._is_whole(node):
             calls = [[node.value.name]]
         else:
-            arguments = [source, _tuple(begins), _tuple(sizes)]
+            arguments = [source, as_tuple(begins), as_tuple(sizes)]
             calls = [["lax.dynamic_slice", *arguments]]
         ordered = sorted(used, key="bhqk".index)
         if used != ordered:
@@ -310,7 +313,7 @@ class _Writer:
 
     def _begin(self, letter: str) -> str:
         starts = self.starts
-        head = _times(starts.g, self.spec.repeats)
+        head = times(starts.g, self.spec.repeats)
         return {"b": starts.b, "h": head, "q": starts.q, "k": starts.k}[letter]
 
     def _size(self, letter: str) -> str:
@@ -346,18 +349,13 @@ class _Writer:
             elif i.op == "const":
                 index.append(str(i.value))
             else:
-                self.indices += 1
-                step = f"index_{self.indices}"
-                printer = self._printer(float_dtype, step)
-                lines += printer.lines(step, i, width=self.width)
+                step = self._step(i, lines, float_dtype)
                 if not safe:  # JAX counts negative indices from the end
                     lines.append(f"{step} = jnp.where({step} < 0, {axis}, {step})")
                 index.append(step)
-        how = (
-            ['mode="promise_in_bounds"']
-            if safe
-            else ['mode="fill"', "fill_value=jnp.nan"]
-        )
+        how = ['mode="fill"', "fill_value=jnp.nan"]
+        if safe:
+            how = ['mode="promise_in_bounds"']
         at = ", ".join(index)
         if len(name) + len(node.value.name) + len(at) + 13 > self.width:
             lines.append(f"indices_{self.gathers} = ({at})")
@@ -365,10 +363,30 @@ class _Writer:
         lines += assign(name, [[f"{node.value.name}.at[{at}].get", *how]], self.width)
         self.gathered[node] = name
 
+    def _step(self, index: Expr, lines: list[str], float_dtype: str) -> str:
+        self.indices += 1
+        name = f"index_{self.indices}"
+        lines += self._printer(float_dtype, name).lines(name, index, width=self.width)
+        return name
+
+    def _search(self, node: Expr, keys: list[str], float_dtype: str) -> None:
+        """Define how many entries of an operand are at most an expression of q or k."""
+        assert isinstance(node.value, Operand)
+        name = search_name(node, self.searched)
+        lines = self._lines(expr.variables(node), keys)
+        if not self._new(name, lines):
+            return
+        (x,) = node.args
+        printer = self._printer(float_dtype, "index")
+        text = printer.text(x) if x.op == "var" else self._step(x, lines, float_dtype)
+        lines += searched(name, node.value, text, self.width)
+
     def _load(self, node: Expr, float_dtype: str) -> str:
         """The text of a read inside an expression: a name, converted where it must be."""
         assert isinstance(node.value, Operand)
-        text = self.gathered.get(node) or _slice_name(node)
+        if node.op == "searchsorted":
+            return self.searched[node]
+        text = self.gathered.get(node) or read_name(node)
         wanted = {"float": float_dtype, "int": self.plan.index_dtype}.get(node.kind)
         if wanted is None or node.value.dtype == wanted:
             return text
@@ -378,16 +396,3 @@ class _Writer:
 def _letters(node: Expr) -> list[str]:
     """The variables that index a slice, in the operand's own order."""
     return [str(i.value) for i in node.args if i.op == "var"]
-
-
-def _slice_name(node: Expr) -> str:
-    assert isinstance(node.value, Operand)
-    return read_name(node, node.value.name)
-
-
-def _times(start: str, factor: int) -> str:
-    return start if factor == 1 or start == "0" else f"{start} * R"
-
-
-def _tuple(items: list[str]) -> str:
-    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"

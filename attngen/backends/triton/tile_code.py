@@ -16,7 +16,7 @@ from attngen.expr import Expr
 from attngen.intervals import Interval, proven
 from attngen.operands import Operand
 from attngen.plans import Plan
-from attngen.printer import read_name
+from attngen.printer import read_name, search_name
 
 WIDTH = 88
 _NAMES = {"b": "b_index", "h": "h_index", "q": "q_pos", "k": "k_pos", "s": "s"}
@@ -59,6 +59,7 @@ class Writer:
         self.rows: list[str] = []
         self.rows_defined: set[str] = set()
         self.row_indices = 0
+        self.searched: dict[Expr, str] = {}
         self.names = dict(_NAMES)
         if not offset_source(self.spec):
             self.names["q"] = "q_index"
@@ -125,6 +126,8 @@ class Writer:
             self._variable(str(root.value), lines)
         elif root.op == "load":
             self._read(root, lines)
+        elif root.op == "searchsorted":
+            self._search(root, lines)
 
     def _variable(self, name: str, lines: list[str]) -> None:
         if name == "q":
@@ -177,7 +180,8 @@ class Writer:
         if not unsure and not proven(node, self._padded()):
             conditions += self._there(node)  # it is proven for tokens that are there
         conditions = list(dict.fromkeys(conditions))
-        lines += self._statement(name, node, steps, conditions, other)
+        room = self._room(lines)
+        lines += self._statement(name, node, steps, conditions, other, room)
 
     def _padded(self) -> dict[str, Interval]:
         """Where variables can lie in a ragged tile, which has tokens that aren't there."""
@@ -199,7 +203,11 @@ class Writer:
         steps: list[str],
         conditions: list[str],
         other: str,
+        room: int,
     ) -> list[str]:
+        """Args:
+        room: for a line that can't be shorter, which is more before the loops.
+        """
         assert isinstance(node.value, Operand)
         operand = node.value.name
         pointer = f"{operand}_ptr + {' + '.join(steps)}"
@@ -217,14 +225,40 @@ class Writer:
         for step in steps:
             if len(lines[-1]) + len(step) + 3 <= self.width and len(lines) == 1:
                 lines[-1] += f" + {step}"
-            else:
+            elif len(name) + len(step) + 4 <= room:
                 lines.append(f"{name} += {step}")
+            else:
+                lines += [f"{name} += (", f"    {step}", ")"]
         line = f"{name} = tl.load({', '.join([name, *keywords])}){cast}"
         if len(line) <= self.width:
             return [*lines, line]
+        if not conditions:
+            return [*lines, *self._call(name, "tl.load", [name], room, cast)]
         there = f"{name}_there"
         lines.append(f"{there} = {keywords[0][5:]}")
-        return [*lines, f"{name} = tl.load({name}, mask={there}, {keywords[1]}){cast}"]
+        arguments = [name, f"mask={there}", keywords[1]]
+        return [*lines, *self._call(name, "tl.load", arguments, room, cast)]
+
+    def _room(self, lines: list[str]) -> int:
+        return WIDTH - (4 if lines is self.rows else 8)
+
+    def _call(
+        self,
+        name: str,
+        function: str,
+        arguments: list[str],
+        room: int,
+        cast: str = "",
+    ) -> list[str]:
+        """name = function(arguments), on several lines where one is too short."""
+        inner = ", ".join(arguments)
+        line = f"{name} = {function}({inner}){cast}"
+        if len(line) <= room:
+            return [line]
+        lines = [f"{name} = {function}({inner})"]
+        if len(lines[0]) > room:
+            lines = [f"{name} = {function}(", *(f"    {a}," for a in arguments), ")"]
+        return [*lines, f"{name} = {name}{cast}"] if cast else lines
 
     def read_whole(self, node: Expr, axis: int, lines: list[str]) -> str:
         """Define all values of an axis of its own length, in place of a read of one."""
@@ -238,7 +272,7 @@ class Writer:
             steps.append(f"{text} * {node.value.name}_stride_{i}")
         conditions = [f"{every} < {length}"] if length & (length - 1) else []
         name = f"{node.value.name}_at_all"
-        lines += self._statement(name, node, steps, conditions, "0.0")
+        lines += self._statement(name, node, steps, conditions, "0.0", WIDTH - 4)
         return name
 
     def _cast(self, node: Expr) -> str:
@@ -265,15 +299,35 @@ class Writer:
         lines += self._printer(step).lines(step, index, width=self.width)
         return step
 
+    def _search(self, node: Expr, lines: list[str]) -> None:
+        """Define how many entries of an operand are at most an expression of q or k."""
+        assert isinstance(node.value, Operand)
+        lines = lines if "k" in expr.variables(node) else self.rows
+        name = search_name(node, self.searched)
+        known = self.rows_defined if lines is self.rows else self.defined
+        if name in known:
+            return
+        known.add(name)
+        (x,) = node.args
+        text = self.names[str(x.value)] if x.op == "var" else self._index(x, lines)
+        if x.op == "const":
+            text = f"tl.full((1, 1), {text}, tl.{self.index_dtype})"
+        operand, length = node.value.name, node.value.axes[0]
+        self.helpers.add("_searchsorted")
+        arguments = [f"{operand}_ptr", f"{operand}_stride_0", str(length), text]
+        lines += self._call(name, "_searchsorted", arguments, self._room(lines))
+
     def name(self, node: Expr) -> str:
         """A name for the values of a read: of its indices where these are variables."""
         assert isinstance(node.value, Operand)
         if all(i.op in ("var", "const") for i in node.args):
-            return read_name(node, node.value.name)
+            return read_name(node)
         if node not in self.gathered:
             self.gathered[node] = f"{node.value.name}_at_i{self.gathers}"
             self.gathers += 1
         return self.gathered[node]
 
     def _load(self, node: Expr) -> str:
+        if node.op == "searchsorted":
+            return self.searched[node]
         return self.name(node)
