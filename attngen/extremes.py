@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from attngen.expr import COMPARISONS, Expr, apply, const, convert
+from attngen.expr import COMPARISONS, READS, Expr, apply, const, convert
 from attngen.linear import Linear, at_most, divided, expression, linear, number
 
 Ends = tuple[Linear | None, Linear | None]
@@ -29,13 +29,13 @@ class Around:
 
     Args:
         variables: the ends of each, both included.
-        read: the ends of an integer's read, or None.
-        told: the truth of a boolean's read, or None.
+        read: the ends of what is read, or searched for, in an operand of integers; None.
+        told: the truth of what is read in one of booleans; None.
     """
 
     variables: Mapping[str, Ends]
-    read: Callable[[Expr], Ends | None] = lambda _: None
-    told: Callable[[Expr], Truth | None] = lambda _: None
+    read: Callable[[Expr, Around], Ends | None] = lambda *_: None
+    told: Callable[[Expr, Around], Truth | None] = lambda *_: None
 
 
 # Conditions, without what is constant.
@@ -112,7 +112,7 @@ def truth(node: Expr, around: Around) -> Truth:
         value = const(bool(node.value))
         return (value, value)
     if node.op == "load":
-        return around.told(node) or EITHER
+        return around.told(node, around) or EITHER
     if node.op == "not":
         always, perhaps = truth(node.args[0], around)
         return (inverse(perhaps), inverse(always))
@@ -207,8 +207,8 @@ def ends(total: Linear, around: Around) -> Ends:
 def _part(node: Expr, around: Around) -> Ends:
     if node.op == "var":
         return around.variables.get(str(node.value), UNKNOWN)
-    if node.op == "load":
-        return around.read(node) or UNKNOWN
+    if node.op in READS:
+        return around.read(node, around) or UNKNOWN
     if node.op == "int":  # of a condition
         always, perhaps = truth(node.args[0], around)
         return (_one(always), _one(perhaps))

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from attngen.expr import Expr, var, variables, walk
-from attngen.extremes import FALSE, TRUE, Ends, Truth
+from attngen.extremes import FALSE, TRUE, Around, Ends, Truth, ends
 from attngen.intervals import INT_LIMITS, Interval, domain, examine, interval
-from attngen.linear import linear
+from attngen.linear import Linear, expression, linear, number
 from attngen.operands import Operand
 from attngen.printer import read_name
 from attngen.reach import is_solved
@@ -35,36 +35,160 @@ class Extremes:
     def of_keys(self) -> bool:
         return "k" in variables(self.node)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.least, self.greatest)
+
+    @property
+    def made_from(self) -> tuple[Expr, ...]:
+        return ()
+
+
+@dataclass(frozen=True)
+class Search:
+    """How many entries of an operand are at most the end of a sum, by name."""
+
+    node: Expr
+    name: str
+    end: Expr
+
+    @property
+    def of_keys(self) -> bool:
+        return bool(variables(self.end) & {"k_lo", "k_hi"})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @property
+    def made_from(self) -> tuple[Expr, ...]:
+        return (self.end,)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A boolean for each block of queries and of keys; whether all, or any, hold in a tile.
+
+    Args:
+        rows, columns: the blocks [first, last) that the tile meets, as expressions.
+        letters: the axes before them.
+    """
+
+    node: Expr
+    every: str
+    some: str
+    rows: tuple[Expr, Expr]
+    columns: tuple[Expr, Expr]
+    letters: tuple[str, ...]
+    of_keys = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.every, self.some)
+
+    @property
+    def made_from(self) -> tuple[Expr, ...]:
+        return (*self.rows, *self.columns)
+
+
+Told = Extremes | Search | Blocks
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The verdict on a tile of a mask, and what of operands it is told by."""
+
+    verdict: Verdict
+    told: tuple[Told, ...]
+
 
 @functools.lru_cache(maxsize=64)
-def listed(mask: Expr) -> tuple[Verdict, tuple[Extremes, ...]]:
-    """The verdict on a tile of a mask, and the reads of operands that it is told by."""
-    found: dict[str, Extremes] = {}
+def listed(mask: Expr) -> Listed:
+    return _Reader().read(mask)
 
-    def ends(node: Expr, kind: str) -> tuple[Expr, Expr] | None:
+
+class _Reader:
+    """Names what a verdict asks of operands."""
+
+    def __init__(self) -> None:
+        self.found: dict[object, Told] = {}
+
+    def read(self, mask: Expr) -> Listed:
+        made = verdict(mask, self.integer, self.boolean)
+        names = variables(made.some) | variables(made.every)
+        used: list[Told] = []
+        for x in reversed(self.found.values()):  # a search's end may be told by a read
+            if names & set(x.names):
+                used.append(x)
+                names |= frozenset(v for e in x.made_from for v in variables(e))
+        return Listed(made, tuple(reversed(used)))
+
+    def integer(self, node: Expr, around: Around) -> Ends | None:
+        if node.op == "searchsorted":
+            low, high = ends(linear(node.args[0]), around)
+            if low is None or high is None:
+                return None
+            return self._search(node, low), self._search(node, high)
         if not _is_told(node):
             return None
-        assert isinstance(node.value, Operand)
+        known = self._extremes(node)
+        return linear(var(known.least, "int")), linear(var(known.greatest, "int"))
+
+    def boolean(self, node: Expr, around: Around) -> Truth | None:
+        if _is_told(node):
+            known = self._extremes(node)
+            return var(known.least, "bool"), var(known.greatest, "bool")
+        blocks = self._blocks(node, around)
+        if blocks is None:
+            return None
+        return var(blocks.every, "bool"), var(blocks.some, "bool")
+
+    def _extremes(self, node: Expr) -> Extremes:
         name = read_name(node)
-        of = found.setdefault(name, Extremes(node, f"{name}_min", f"{name}_max"))
-        return var(of.least, kind), var(of.greatest, kind)  # type: ignore[arg-type]
+        made = Extremes(node, f"{name}_min", f"{name}_max")
+        self.found.setdefault(node, made)
+        return made
 
-    def read(node: Expr) -> Ends | None:
-        known = ends(node, "int")
-        return None if known is None else (linear(known[0]), linear(known[1]))
+    def _search(self, node: Expr, end: Linear) -> Linear:
+        assert isinstance(node.value, Operand)
+        x = expression(end)
+        key = (node.value, x)
+        if key not in self.found:
+            count = sum(isinstance(s, Search) for s in self.found.values())
+            self.found[key] = Search(node, f"{node.value.name}_at_to_{count + 1}", x)
+        known = self.found[key]
+        return linear(var(known.names[0], "int"))
 
-    def told(node: Expr) -> Truth | None:
-        return ends(node, "bool")
-
-    made = verdict(mask, read, told)
-    names = variables(made.some) | variables(made.every)
-    used = tuple(x for x in found.values() if names & {x.least, x.greatest})
-    return made, used
+    def _blocks(self, node: Expr, around: Around) -> Blocks | None:
+        *before, row, column = [None, None, *pairs(node)]
+        plain = all(x is not None and x[1].op == "var" for x in before[2:])
+        if row is None or column is None or not plain:
+            return None
+        own = all(isinstance(axis, int) for axis, _ in (row, column))
+        reads = [variables(i) for _, i in (row, column)]
+        if not own or reads != [{"q"}, {"k"}]:
+            return None
+        found = [ends(linear(i), around) for _, i in (row, column)]
+        if any(x is None for pair in found for x in pair):
+            return None
+        assert isinstance(node.value, Operand)
+        spans = [
+            (expression(low), expression(high + number(1)))
+            for low, high in found
+            if low is not None and high is not None
+        ]
+        letters = tuple(str(x[1].value) for x in before[2:] if x is not None)
+        name = f"{node.value.name}_at_tiles"
+        count = sum(isinstance(s, Blocks) for s in self.found.values())
+        name += f"_{count + 1}" if count else ""
+        made = Blocks(node, f"{name}_all", f"{name}_any", *spans, letters)
+        known = self.found.setdefault(node, made)
+        assert isinstance(known, Blocks)
+        return known
 
 
 def _is_told(node: Expr) -> bool:
     """Whether a read is at one position, that of the query or the key, or at none."""
-    assert isinstance(node.value, Operand)
     letters = [str(i.value) for i in node.args if i.op == "var"]
     plain = all(i.op in ("var", "const") for i in node.args)
     own = any(isinstance(a, int) and i.op != "const" for a, i in pairs(node))
@@ -73,6 +197,7 @@ def _is_told(node: Expr) -> bool:
 
 
 def pairs(node: Expr) -> list[tuple[str | int, Expr]]:
+    """The axes of the operand that a node reads, each with its index."""
     assert isinstance(node.value, Operand)
     return list(zip(node.value.axes, node.args, strict=True))
 
@@ -81,7 +206,7 @@ def unlistable(spec: AttentionSpec) -> str | None:
     """Why the tiles of a spec can't be listed, or None."""
     if spec.mask is None:
         return "skip = list needs a mask"
-    made, _ = listed(spec.mask.expr)
+    made = listed(spec.mask.expr).verdict
     if (made.some, made.every) == (TRUE, FALSE):
         return "skip = list needs a mask of which something is known of whole tiles"
     if spec.devices > 1:
@@ -94,16 +219,22 @@ def unlistable(spec: AttentionSpec) -> str | None:
 @functools.lru_cache(maxsize=64)
 def _leaves_int32(spec: AttentionSpec) -> bool:
     assert spec.mask is not None
-    made, reads = listed(spec.mask.expr)
+    found = listed(spec.mask.expr)
+    made = found.verdict
     env: dict[str, Interval] = {}
     around = domain(spec)
     for name in "qkbh":
         low, high = around[name]
         env |= {f"{name}_lo": (low, high), f"{name}_hi": (low + 1, high + 1)}
-    for x in reads:
-        limit = INT_LIMITS["int32"]
-        env |= dict.fromkeys((x.least, x.greatest), (-limit, limit))
-    for root in (made.some, made.every):
+    limit = INT_LIMITS["int32"]
+    roots = [made.some, made.every]
+    for x in found.told:
+        within = (-limit, limit)
+        roots += x.made_from
+        if isinstance(x, Search):
+            within = interval(x.node, env)  # type: ignore[assignment]
+        env |= dict.fromkeys(x.names, within)
+    for root in roots:
         for node in walk(root):
             if node.kind == "int":
                 low, high = interval(node, env)
@@ -114,7 +245,7 @@ def _leaves_int32(spec: AttentionSpec) -> bool:
 
 def finds_full(spec: AttentionSpec) -> bool:
     """Whether a list can tell that all of a tile's queries see all of its keys."""
-    return spec.mask is not None and listed(spec.mask.expr)[0].every != FALSE
+    return spec.mask is not None and listed(spec.mask.expr).verdict.every != FALSE
 
 
 @functools.lru_cache(maxsize=64)
@@ -143,6 +274,6 @@ def skips(spec: AttentionSpec, *, whole: bool = False) -> Mapping[str, Sequence[
     if not worth_listing(spec):
         return {}
     assert spec.mask is not None
-    if not listed(spec.mask.expr)[1]:
+    if not listed(spec.mask.expr).told:
         return {"skip": ("bounds", "list")}
     return {"skip": ("list", "bounds") if whole else ("list",)}

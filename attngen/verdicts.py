@@ -57,14 +57,14 @@ def span_of(name: str) -> Ends:
 
 def verdict(
     mask: Expr,
-    read: Callable[[Expr], Ends | None] = lambda _: None,
-    told: Callable[[Expr], Truth | None] = lambda _: None,
+    read: Callable[[Expr, Around], Ends | None] = lambda *_: None,
+    told: Callable[[Expr, Around], Truth | None] = lambda *_: None,
 ) -> Verdict:
     """The verdict on a tile of a mask.
 
     Args:
-        read: the ends of an integer that is read from an operand, over the tile; None
-            where they aren't known.
+        read: the ends of an integer that is read, or searched for, in an operand, over
+            the tile; None where they aren't known.
         told: (always, perhaps) of a boolean that is read.
     """
     around = Around({n: span_of(n) for n in "qkbh"}, read, told)

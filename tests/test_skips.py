@@ -52,6 +52,12 @@ LISTS = {
     "dilated": attngen.mask(lambda b, h, q, k: ((q - k) % 24 == 0) & (k <= q)),
     "heads": masks.causal()
     & attngen.mask(lambda b, h, q, k: k > q - attngen.where(h < 2, 6, 40)),
+    "packed": masks.packed(3),
+    "blocks": masks.block_sparse((9, 9), 8),
+    "blocks of heads": masks.block_sparse((5, 9), (16, 8), axes="bh"),
+    "tree": masks.tree(),
+    "marked": masks.longformer(4, "marked"),
+    "neighbourhood": masks.neighborhood((8, 8), 3),
     "one document's id": attngen.mask(lambda b, h, q, k: IDS[0, h, 5] == IDS[b, 1, k]),
 }
 HOW = {
@@ -63,6 +69,7 @@ HOW = {
     "lengths' offset": {"kv_lengths": True, "q_offset": "bottom_right", "q_len": 33},
     "shifted keys": {"kv_offset": 7, "q_offset": 7},
 }
+UNPROVEN = ("operand", "lengths' offset")  # of an operand's blocks
 CHUNKS = ({"q_chunk": 16, "k_chunk": 8}, {"q_chunk": 5, "k_chunk": 7})
 
 
@@ -73,6 +80,8 @@ def spec_of(mask, how):
 def cases(found):
     for i, name in enumerate(found):
         for j, how in enumerate(HOW):
+            if name.startswith("blocks") and how in UNPROVEN:
+                continue
             marks = [] if not (i + j) % 5 or not j else [pytest.mark.slow]
             yield pytest.param(name, how, marks=marks, id=f"{name}, {how}")
 

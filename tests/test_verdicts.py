@@ -34,7 +34,7 @@ def pairs(mask, tile, heads=(0, 1, 0), shift=0):
                 yield bool(evaluate(mask.expr, at, ARRAYS, index))
 
 
-def told(mask, tile, heads=(0, 1, 0), shift=0, read=lambda _: None):
+def told(mask, tile, heads=(0, 1, 0), shift=0, read=lambda *_: None):
     """(some, every) by the verdict."""
     q, k, n, m = tile
     b, batches, h = heads
@@ -50,8 +50,8 @@ def check(mask, tile, heads, shift):
     q, k, n, m = tile
     ids = [ARRAYS["ids"][b] for b in range(heads[0], min(2, heads[0] + heads[1]))]
 
-    def read(node):  # as the emitted code knows it
-        if node.value != IDS:
+    def read(node, _):  # as the emitted code knows it
+        if node.op != "load" or node.value != IDS:
             return None
         b, at = node.args
         rows = ids if b.op == "var" else [ARRAYS["ids"][b.value]]
@@ -169,7 +169,7 @@ def test_what_floats_say_is_not_trusted():
 def test_reads_that_are_not_known_are_either():
     reads = attngen.operand("x", axes="bk", dtype="int32")
     mask = attngen.mask(lambda b, h, q, k: (reads[b, k] > 3) & (k <= q))
-    found = verdict(mask.expr, lambda _: UNKNOWN)
+    found = verdict(mask.expr, lambda *_: UNKNOWN)
     at = {"q_lo": 4, "q_hi": 8, "k_lo": 0, "k_hi": 4}
     assert evaluate(found.some, at) is True
     assert evaluate(found.every, at) is False

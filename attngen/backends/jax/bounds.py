@@ -35,10 +35,17 @@ def bounds(
             "loops": made.loops,
             "about": about,
             "ahead": made.ahead,
+            "functions": made.functions,
             "listed": True,
         }
     found = _bounds(plan, starts, ragged, lengths, lines, limits)
-    return {"lines": lines, "limits": limits, "ahead": [], "listed": False} | found
+    return {
+        "lines": lines,
+        "limits": limits,
+        "ahead": [],
+        "functions": set(),
+        "listed": False,
+    } | found
 
 
 def _bounds(

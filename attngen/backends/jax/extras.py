@@ -7,7 +7,7 @@ import math
 from attngen.backends.jax.buffers import LENT_BYTES, Tile, facts
 from attngen.backends.jax.candidates import option
 from attngen.dtypes import BYTES
-from attngen.lists import listed
+from attngen.lists import Blocks, Search, listed
 from attngen.operands import Operand
 from attngen.plans import Choice
 from attngen.spec import AttentionSpec
@@ -148,15 +148,19 @@ def _listed(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
     if option(choice, "skip") != "list":
         return 0
     assert spec.mask is not None
-    _, reads = listed(spec.mask.expr)
     count = -(-spec.kv_len // int(choice["k_chunk"]))
     bytes_ = LISTED_BYTES * count + STACK_BYTES // 4
-    for x in reads:
-        if x.of_keys:
-            assert isinstance(x.node.value, Operand)
-            own = [spec.lengths[str(a)] for a in x.node.value.axes if a in ("b", "h")]
-            whole = math.prod(own) * count
-            bytes_ += whole * (EXTREMES_BYTES + 8 * int(choice["k_chunk"]))
+    for x in listed(spec.mask.expr).told:
+        assert isinstance(x.node.value, Operand)
+        axes = x.node.value.axes
+        own = math.prod(spec.lengths[str(a)] for a in axes if a in ("b", "h"))
+        if isinstance(x, Blocks):  # counted along rows, then along columns
+            rows, columns = axes[-2:]
+            bytes_ += own * 12 * (int(rows) + 1) * (int(columns) + 1)
+        elif isinstance(x, Search):
+            bytes_ += 16 * (count + int(axes[0]))
+        elif x.of_keys:
+            bytes_ += own * count * (EXTREMES_BYTES + 8 * int(choice["k_chunk"]))
     return bytes_
 
 

@@ -7,14 +7,15 @@ looked at. The chunks that all queries see come first in the list, then those th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from attngen.backends.jax.lengths import Lengths
-from attngen.backends.jax.statements import assign
+from attngen.backends.jax.statements import assign, searched
 from attngen.backends.jax.tile import Starts, Tile, heads
 from attngen.expr import variables
 from attngen.extremes import FALSE
-from attngen.lists import Extremes, listed, pairs
+from attngen.lists import Blocks, Extremes, Search, listed, pairs
 from attngen.operands import Operand
 from attngen.plans import Plan
 from attngen.printer import ArrayPrinter, read_name, stepwise
@@ -30,6 +31,7 @@ class Listing:
 
     lines: list[str] = field(default_factory=list)
     ahead: list[str] = field(default_factory=list)
+    functions: set[str] = field(default_factory=set)  # that these call
     loops: list[tuple[str, str, str]] = field(default_factory=list)
 
 
@@ -48,16 +50,25 @@ class _Writer:
         self.plan, self.spec, self.at = plan, plan.spec, at
         self.starts, self.ragged, self.lengths = starts, ragged, lengths
         assert plan.spec.mask is not None
-        self.verdict, self.reads = listed(plan.spec.mask.expr)
+        found = listed(plan.spec.mask.expr)
+        self.verdict, self.told = found.verdict, found.told
         self.made = Listing()
 
     def write(self) -> Listing:
         lines, some, every = self.made.lines, self.verdict.some, self.verdict.every
         names = variables(some) | variables(every)
-        lines += self._ends(names)
-        for x in self.reads:
-            lines += self._extremes(x)
-        texts = {n: n for n in names}
+        read = names
+        for x in self.told:
+            read |= frozenset(v for e in x.made_from for v in variables(e))
+        texts = {n: n for n in read}
+        lines += self._ends(read)
+        for x in self.told:
+            if isinstance(x, Extremes):
+                lines += self._extremes(x)
+            elif isinstance(x, Search):
+                lines += self._search(x, texts)
+            else:
+                lines += self._blocks(x, texts)
         for name, condition in (("some", some), ("every", every)):
             if condition == FALSE:
                 continue
@@ -65,7 +76,7 @@ class _Writer:
             lines += stepwise(printer, name, condition, WIDTH)
         lines += self._lengths()
         of_keys = {"k_lo", "k_hi"}
-        of_keys |= {n for x in self.reads if x.of_keys for n in (x.least, x.greatest)}
+        of_keys |= {n for x in self.told if x.of_keys for n in x.names}
         if not names & of_keys:
             lines.append("some = jnp.broadcast_to(some, K_CHUNKS)")
         if every == FALSE:
@@ -148,6 +159,7 @@ class _Writer:
             source = f"jnp.moveaxis({name}, {axis}, -1)"
         every = f"{name}_at_chunks"
         line = f"{every} = _extremes({source})"
+        self.made.functions.add("_extremes")
         if line not in self.made.ahead:
             self.made.ahead.append(line)
         start = {"b": self.starts.b, "h": _times(self.starts.g, self.spec.repeats)}
@@ -174,6 +186,44 @@ class _Writer:
             calls = [["lax.dynamic_slice", own, f"({at})", f"({extent})"]]
             lines += assign(target, [*calls, [f".{how}", axes]], WIDTH)
         return lines
+
+    def _search(self, x: Search, texts: Mapping[str, str]) -> list[str]:
+        assert isinstance(x.node.value, Operand)
+        text = ArrayPrinter("jnp", texts, repr).text(x.end)
+        return searched(x.name, x.node.value, text, WIDTH)
+
+    def _blocks(self, x: Blocks, texts: Mapping[str, str]) -> list[str]:
+        """How many blocks of a tile hold: by sums over all blocks, ahead of the loops."""
+        assert isinstance(x.node.value, Operand)
+        name = x.node.value.name
+        printer = ArrayPrinter("jnp", texts, repr)
+        sums = f"{name}_at_sums"
+        line = f"{sums} = _sums({name})"
+        self.made.functions.add("_sums")
+        if line not in self.made.ahead:
+            self.made.ahead.append(line)
+        base = x.every.removesuffix("_all")
+        (first, last), (left, right) = (
+            [printer.text(e) for e in ends] for ends in (x.rows, x.columns)
+        )
+        ends = {"first": first, "last": last, "left": left, "right": right}
+        lines = [f"{base}_{n} = {text}" for n, text in ends.items()]
+        row = f"{sums}[..., {base}_{{}}, :]"
+        lines.append(f"{base} = {row.format('last')} - {row.format('first')}")
+        area = f"({base}_last - {base}_first) * ({base}_right - {base}_left)"
+        if x.letters:
+            start = {"b": self.starts.b, "h": _times(self.starts.g, self.spec.repeats)}
+            size = {"b": self.at.sizes["b"], "h": heads(self.at)}
+            _, columns = x.node.value.axes[-2:]
+            begins = ", ".join([*(start[a] for a in x.letters), "0"])
+            sizes = ", ".join([*(size[a] for a in x.letters), f"{int(columns) + 1}"])
+            axes = "0" if len(x.letters) == 1 else "(0, 1)"
+            calls = [["lax.dynamic_slice", base, f"({begins})", f"({sizes})"]]
+            lines += assign(base, [*calls, [".sum", axes]], WIDTH)
+            several = [size[a] for a in x.letters if size[a] != "1"]
+            area = " * ".join([area, *(f"({s})" if " " in s else s for s in several)])
+        lines.append(f"{base} = {base}[{base}_right] - {base}[{base}_left]")
+        return [*lines, f"{x.some} = {base} > 0", f"{x.every} = {base} == {area}"]
 
 
 def _sum(start: str, more: str) -> str:

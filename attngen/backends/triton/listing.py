@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from attngen.backends.triton.bounds import offset_source
 from attngen.expr import POSTFIX, Expr, variables
 from attngen.extremes import FALSE
-from attngen.lists import Extremes, listed, pairs
+from attngen.lists import Blocks, Extremes, Search, listed, pairs
 from attngen.operands import Operand
 from attngen.plans import Plan
 from attngen.printer import ArrayPrinter, Part, stepwise
@@ -52,27 +52,35 @@ class Listing:
     Args:
         arguments: q, k and operands.
         interior: whether a block can be full.
-        extremes: whether the function that finds them is needed.
+        extremes, sums: whether the functions that find them are needed.
     """
 
     lines: list[str] = field(default_factory=list)
     arguments: list[str] = field(default_factory=list)
     interior: bool = True
     extremes: bool = False
+    sums: bool = False
 
 
 def listing(plan: Plan) -> Listing:
     spec = plan.spec
     assert spec.mask is not None
-    found, reads = listed(spec.mask.expr)
-    names = variables(found.some) | variables(found.every)
-    made = Listing(interior=found.every != FALSE)
+    found = listed(spec.mask.expr)
+    some, every = found.verdict.some, found.verdict.every
+    names = variables(some) | variables(every)
+    read = names
+    for x in found.told:
+        read |= frozenset(v for e in x.made_from for v in variables(e))
+    read |= {n.replace("_hi", "_lo") for n in read & {"b_hi", "h_hi"}}
+    made = Listing(interior=every != FALSE)
     made.arguments = ["q", "k"]
     lines = made.lines
-    offset = _offset(made, plan, names)
+    offset = _offset(made, plan, read)
     key_shift = " + K_OFFSET.value" if spec.kv_offset else ""
-    lines += ["key = torch.arange(0, S, K_BLOCK.value, device=q.device)"]
-    lines.append("query = torch.arange(0, T, Q_BLOCK.value, device=q.device)[:, None]")
+    lines += [
+        "key = torch.arange(0, S, K_BLOCK.value, device=q.device)",
+        "query = torch.arange(0, T, Q_BLOCK.value, device=q.device)[:, None]",
+    ]
     texts = {
         "q_lo": f"query{offset}",
         "q_hi": f"(query + Q_BLOCK.value).clamp(max=T){offset}",
@@ -83,23 +91,62 @@ def listing(plan: Plan) -> Listing:
         "h_lo": f"torch.arange(H, device=q.device){PLACE['h']}",
         "h_hi": "h_lo + 1",
     }
-    for name in ("b", "h"):
-        if f"{name}_hi" in names:
-            names |= {f"{name}_lo"}
-    lines += [f"{n} = {texts[n]}" for n in ENDS if n in names]
-    for x in reads:
-        lines += _extremes(made, x)
-    for name, condition in (("some", found.some), ("every", found.every)):
+    lines += [f"{n} = {texts[n]}" for n in ENDS if n in read]
+    own = {n: n for n in read}
+    for x in found.told:
+        assert isinstance(x.node.value, Operand)
+        if x.node.value.name not in made.arguments:
+            made.arguments.append(x.node.value.name)
+        if isinstance(x, Extremes):
+            lines += _extremes(made, x)
+        elif isinstance(x, Search):
+            text = TorchPrinter("torch", own, repr).text(x.end)
+            entries = x.node.value.name
+            lines += [
+                f"{x.name} = ({text})[..., None] >= {entries}",
+                f"{x.name} = {x.name}.sum(-1)",
+            ]
+        else:
+            lines += _blocks(made, x, TorchPrinter("torch", own, repr))
+    for name, condition in (("some", some), ("every", every)):
         if condition.op == "const":
             if name == "some":
                 lines.append("some = torch.ones_like(key, dtype=torch.bool)")
             continue
-        printer = TorchPrinter(
-            "torch", {n: n for n in names}, repr, prefix=f"{name}_part"
-        )
+        printer = TorchPrinter("torch", own, repr, prefix=f"{name}_part")
         lines += stepwise(printer, name, condition, WIDTH, in_place=False)
     _lengths(made, plan)
     return made
+
+
+def _blocks(made: Listing, x: Blocks, printer: TorchPrinter) -> list[str]:
+    """How many blocks of a tile hold, by sums over all blocks."""
+    assert isinstance(x.node.value, Operand)
+    made.sums = True
+    base = x.every.removesuffix("_all")
+    (first, last), (left, right) = (
+        [printer.text(e) for e in ends] for ends in (x.rows, x.columns)
+    )
+    texts = {"first": first, "last": last, "left": left, "right": right}
+    lines = [f"{base}_{n} = {text}" for n, text in texts.items()]
+    sums = f"{base}_sums"
+    lines.append(f"{sums} = _sums({x.node.value.name})")
+    if list(x.letters) == ["h", "b"]:
+        lines.append(f"{sums} = {sums}.transpose(0, 1)")
+    if len(x.letters) == 1:
+        view = ":, None" if x.letters == ("b",) else "None, :"
+        lines.append(f"{sums} = {sums}[{view}]")
+    lines += [
+        f"{base} = {sums}[..., {base}_last, {base}_right]",
+        f"{base} = {base} - {sums}[..., {base}_first, {base}_right]",
+        f"{base} = {base} - {sums}[..., {base}_last, {base}_left]",
+        f"{base} = {base} + {sums}[..., {base}_first, {base}_left]",
+        f"{x.some} = {base} > 0",
+        f"{base}_area = {base}_last - {base}_first",
+        f"{base}_area = {base}_area * ({base}_right - {base}_left)",
+        f"{x.every} = {base} == {base}_area",
+    ]
+    return lines
 
 
 def _offset(made: Listing, plan: Plan, names: frozenset[str]) -> str:
@@ -122,8 +169,6 @@ def _extremes(made: Listing, x: Extremes) -> list[str]:
     """An operand's least and greatest value in each block, along the axes of the tiles."""
     assert isinstance(x.node.value, Operand)
     name = x.node.value.name
-    if name not in made.arguments:
-        made.arguments.append(name)
     fixed = [i.value if i.op == "const" else ":" for _, i in pairs(x.node)]
     letters = [str(i.value) for _, i in pairs(x.node) if i.op == "var"]
     text = name
