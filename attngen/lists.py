@@ -16,7 +16,7 @@ from attngen.extremes import FALSE, TRUE, Around, Ends, Truth, ends
 from attngen.intervals import INT_LIMITS, Interval, domain, examine, interval
 from attngen.linear import Linear, expression, linear, number
 from attngen.operands import Operand
-from attngen.printer import read_name
+from attngen.printer import ArrayPrinter, read_name
 from attngen.reach import is_solved
 from attngen.spec import AttentionSpec
 from attngen.terms import alternatives
@@ -200,6 +200,22 @@ def pairs(node: Expr) -> list[tuple[str | int, Expr]]:
     """The axes of the operand that a node reads, each with its index."""
     assert isinstance(node.value, Operand)
     return list(zip(node.value.axes, node.args, strict=True))
+
+
+def held(x: Blocks, sums: str, printer: ArrayPrinter) -> list[str]:
+    """How many blocks of a tile hold, and how many there are."""
+    assert isinstance(x.node.value, Operand)
+    name = x.node.value.name
+    (first, last), (left, right) = (
+        [printer.text(e) for e in ends] for ends in (x.rows, x.columns)
+    )
+    return [
+        f"{name}_at_rows = {first}, {last}",
+        f"{name}_at_columns = {left}, {right}",
+        f"{name}_at_tiles, {name}_at_area = _held(",
+        f"    {sums}, {name}_at_rows, {name}_at_columns",
+        ")",
+    ]
 
 
 def unlistable(spec: AttentionSpec) -> str | None:

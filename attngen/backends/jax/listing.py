@@ -15,7 +15,7 @@ from attngen.backends.jax.statements import assign, searched
 from attngen.backends.jax.tile import Starts, Tile, heads
 from attngen.expr import variables
 from attngen.extremes import FALSE
-from attngen.lists import Blocks, Extremes, Search, listed, pairs
+from attngen.lists import Blocks, Extremes, Search, held, listed, pairs
 from attngen.operands import Operand
 from attngen.plans import Plan
 from attngen.printer import ArrayPrinter, read_name, stepwise
@@ -202,28 +202,20 @@ class _Writer:
         self.made.functions.add("_sums")
         if line not in self.made.ahead:
             self.made.ahead.append(line)
-        base = x.every.removesuffix("_all")
-        (first, last), (left, right) = (
-            [printer.text(e) for e in ends] for ends in (x.rows, x.columns)
-        )
-        ends = {"first": first, "last": last, "left": left, "right": right}
-        lines = [f"{base}_{n} = {text}" for n, text in ends.items()]
-        row = f"{sums}[..., {base}_{{}}, :]"
-        lines.append(f"{base} = {row.format('last')} - {row.format('first')}")
-        area = f"({base}_last - {base}_first) * ({base}_right - {base}_left)"
+        lines = held(x, sums, printer)
+        count, area = f"{name}_at_tiles", f"{name}_at_area"
+        several: list[str] = []
         if x.letters:
             start = {"b": self.starts.b, "h": _times(self.starts.g, self.spec.repeats)}
             size = {"b": self.at.sizes["b"], "h": heads(self.at)}
-            _, columns = x.node.value.axes[-2:]
             begins = ", ".join([*(start[a] for a in x.letters), "0"])
-            sizes = ", ".join([*(size[a] for a in x.letters), f"{int(columns) + 1}"])
+            sizes = ", ".join([*(size[a] for a in x.letters), "K_CHUNKS"])
             axes = "0" if len(x.letters) == 1 else "(0, 1)"
-            calls = [["lax.dynamic_slice", base, f"({begins})", f"({sizes})"]]
-            lines += assign(base, [*calls, [".sum", axes]], WIDTH)
+            calls = [["lax.dynamic_slice", count, f"({begins})", f"({sizes})"]]
+            lines += assign(count, [*calls, [".sum", axes]], WIDTH)
             several = [size[a] for a in x.letters if size[a] != "1"]
-            area = " * ".join([area, *(f"({s})" if " " in s else s for s in several)])
-        lines.append(f"{base} = {base}[{base}_right] - {base}[{base}_left]")
-        return [*lines, f"{x.some} = {base} > 0", f"{x.every} = {base} == {area}"]
+        area = " * ".join([area, *several])
+        return [*lines, f"{x.some} = {count} > 0", f"{x.every} = {count} == {area}"]
 
 
 def _sum(start: str, more: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from attngen.backends.triton.bounds import offset_source
 from attngen.expr import POSTFIX, Expr, variables
 from attngen.extremes import FALSE
-from attngen.lists import Blocks, Extremes, Search, listed, pairs
+from attngen.lists import Blocks, Extremes, Search, held, listed, pairs
 from attngen.operands import Operand
 from attngen.plans import Plan
 from attngen.printer import ArrayPrinter, Part, stepwise
@@ -103,7 +103,7 @@ def listing(plan: Plan) -> Listing:
             text = TorchPrinter("torch", own, repr).text(x.end)
             entries = x.node.value.name
             lines += [
-                f"{x.name} = ({text})[..., None] >= {entries}",
+                f"{x.name} = {_wrapped(text)}[..., None] >= {entries}",
                 f"{x.name} = {x.name}.sum(-1)",
             ]
         else:
@@ -119,34 +119,28 @@ def listing(plan: Plan) -> Listing:
     return made
 
 
+def _wrapped(text: str) -> str:
+    return text if text.isidentifier() else f"({text})"
+
+
 def _blocks(made: Listing, x: Blocks, printer: TorchPrinter) -> list[str]:
     """How many blocks of a tile hold, by sums over all blocks."""
     assert isinstance(x.node.value, Operand)
     made.sums = True
-    base = x.every.removesuffix("_all")
-    (first, last), (left, right) = (
-        [printer.text(e) for e in ends] for ends in (x.rows, x.columns)
-    )
-    texts = {"first": first, "last": last, "left": left, "right": right}
-    lines = [f"{base}_{n} = {text}" for n, text in texts.items()]
-    sums = f"{base}_sums"
-    lines.append(f"{sums} = _sums({x.node.value.name})")
+    name, sums = x.node.value.name, f"{x.node.value.name}_at_sums"
+    lines = [f"{sums} = _sums({name})"]
     if list(x.letters) == ["h", "b"]:
         lines.append(f"{sums} = {sums}.transpose(0, 1)")
     if len(x.letters) == 1:
         view = ":, None" if x.letters == ("b",) else "None, :"
         lines.append(f"{sums} = {sums}[{view}]")
-    lines += [
-        f"{base} = {sums}[..., {base}_last, {base}_right]",
-        f"{base} = {base} - {sums}[..., {base}_first, {base}_right]",
-        f"{base} = {base} - {sums}[..., {base}_last, {base}_left]",
-        f"{base} = {base} + {sums}[..., {base}_first, {base}_left]",
-        f"{x.some} = {base} > 0",
-        f"{base}_area = {base}_last - {base}_first",
-        f"{base}_area = {base}_area * ({base}_right - {base}_left)",
-        f"{x.every} = {base} == {base}_area",
+    count, area = f"{name}_at_tiles", f"{name}_at_area"
+    return [
+        *lines,
+        *held(x, sums, printer),
+        f"{x.some} = {count} > 0",
+        f"{x.every} = {count} == {area}",
     ]
-    return lines
 
 
 def _offset(made: Listing, plan: Plan, names: frozenset[str]) -> str:
