@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from attngen import building, descent, planner, shortlist, targets, tuner
 from attngen.backends import Backend
-from attngen.errors import CompileError, TimingError
+from attngen.errors import CompileError, InternalError, TimingError
 from attngen.keys import canonical
 from attngen.plans import Option, Plan
 from attngen.recalling import key_of, neutral
@@ -25,6 +25,7 @@ from attngen.spec import AttentionSpec
 from attngen.targets import Target
 
 if TYPE_CHECKING:
+    from attngen.building import Answer
     from attngen.emitter import Source
     from attngen.reports import Certificate
 
@@ -62,16 +63,10 @@ def tune(
     search = _Search(spec, target, by, wisdom.find(key) or Record(key=key))
     search.allowance = tuner.SECONDS[effort] if seconds is None else float(seconds)
     search.say = say or search.say
-    ranked = planner.rank(search.roomy, target, by, fix, smallest=descent.TRIES)
-    search.compile(shortlist.different(ranked, tuner.MOST[effort]))
-    leader = search.leader(fix) or search.descend(fix)
-    while leader is not None and effort != "estimate":
-        search.compile_near(leader, fix)
-        before, leader = leader, search.leader(fix)
-        if leader == before or effort != "patient":
-            break
-    if effort != "estimate":
-        search.finish(effort, fix)
+    try:
+        search.run(effort, fix)
+    finally:
+        building.tell(search.faults)
     return search.record
 
 
@@ -93,8 +88,23 @@ class _Search:
         self.roomy = _roomier(spec)
         self.say: Callable[[str], None] = lambda _: None
         self.tried: set[str] = set()
+        self.faults: list[InternalError] = []  # those that certificates showed
         self.allowance, self.start = float("inf"), time.monotonic()
         self.stopped = False
+
+    def run(self, effort: str, fix: Mapping[str, Option]) -> None:
+        """Compile the model's best, then neighbours of the best of these."""
+        of = self.roomy, self.target, self.by
+        ranked = planner.rank(*of, fix, smallest=descent.TRIES)
+        self.compile(shortlist.different(ranked, tuner.MOST[effort]))
+        leader = self.leader(fix) or self.descend(fix)
+        while leader is not None and effort != "estimate":
+            self.compile_near(leader, fix)
+            before, leader = leader, self.leader(fix)
+            if leader == before or effort != "patient":
+                break
+        if effort != "estimate":
+            self.finish(effort, fix)
 
     def leader(self, fix: Mapping[str, Option]) -> Candidate | None:
         return self.record.best(self.spec.budget_bytes, fix)
@@ -160,9 +170,7 @@ class _Search:
         ]
         self._keep(Record(key=self.record.key, candidates=tuple(found)))
 
-    def _candidate(
-        self, plan: Plan, source: Source, answer: Certificate | CompileError
-    ) -> Candidate:
+    def _candidate(self, plan: Plan, source: Source, answer: Answer) -> Candidate:
         known = Candidate(
             choice=plan.choice,
             digest=source.digest,
@@ -170,9 +178,13 @@ class _Search:
             modelled_bytes=plan.temp_bytes,
             modelled_s=plan.time_s,
         )
-        if isinstance(answer, CompileError):
+        if isinstance(answer, InternalError):
+            self.faults.append(answer)
+        if isinstance(answer, CompileError | InternalError):
             return dataclasses.replace(known, failed=str(answer))
-        known = dataclasses.replace(known, temp_bytes=answer.temp_bytes)
+        known = dataclasses.replace(
+            known, temp_bytes=answer.temp_bytes, on_chip_bytes=answer.on_chip_bytes
+        )
         if reason := descent.unfit(answer, plan):
             return dataclasses.replace(known, failed=reason)
         known = dataclasses.replace(
@@ -211,7 +223,7 @@ def estimated_s(certificate: Certificate, target: Target) -> float | None:
 
 def _in_parallel(
     made: Sequence[tuple[Plan, Source]], by: Backend, target: Target
-) -> list[Certificate | CompileError]:
+) -> list[Answer]:
     """What each certifies, a process for each of this machine's cores."""
     count = max(1, min(len(made), targets.get("cpu").cores, PROCESSES))
     parts = [made[i::count] for i in range(count)]

@@ -6,8 +6,18 @@ import pytest
 from commands import run
 
 import attngen
-from attngen import AttentionSpec, descent, masks, offline, recalling, targets, wisdom
-from attngen.errors import PlanError
+from attngen import (
+    AttentionSpec,
+    descent,
+    frontier,
+    masks,
+    offline,
+    recalling,
+    records,
+    targets,
+    wisdom,
+)
+from attngen.errors import InternalError, PlanError
 from attngen.keys import canonical
 from attngen.reports import Certificate
 
@@ -213,3 +223,77 @@ def test_plans_modelled_a_little_above_the_budget_are_compiled(monkeypatch):
     assert any(p.temp_bytes > spec.budget_bytes for p in compiled)
     assert all(p.temp_bytes <= offline.ROOM * spec.budget_bytes for p in compiled)
     assert record.best(spec.budget_bytes).modelled_bytes > 0
+
+
+TPU = dataclasses.replace(SPEC, dtype="bfloat16")
+
+
+def on_tpu(need=2**19, cycles=10**9):
+    """A compiler that says the same of all programs of a TPU."""
+
+    def certify_many(compiler, target, programs):
+        return [
+            Certificate(
+                target, "XLA:TPU", need, on_chip_bytes=2**20, estimated_cycles=cycles(i)
+            )
+            for i, _ in enumerate(programs)
+        ]
+
+    return certify_many
+
+
+def test_bytes_on_the_chip_are_kept_and_shown(monkeypatch):
+    monkeypatch.setattr(
+        "attngen.certifier.certify_many", on_tpu(cycles=lambda _: 10**9)
+    )
+    record = attngen.tune(TPU, target="tpu-v5e")
+    assert {c.on_chip_bytes for c in record.candidates} == {2**20}
+    key = recalling.key_of(TPU, targets.get("tpu-v5e"), attngen.backends.get("jax"))
+    assert wisdom.find(key) == record
+    head, *rows = str(record).splitlines()[3:]
+    assert head.split()[:5] == ["a", "call", "certified", "on", "chip"]
+    assert all("512.0 KiB    1.0 MiB  " in row for row in rows[: records.SHOWN])
+    assert max(map(len, str(record).splitlines())) <= 100
+    points = frontier.of(record, targets.get("tpu-v5e"), []).to_dict()["line"]
+    assert points[0]["on_chip_bytes"] == 2**20
+
+
+def test_an_internal_error_of_one_plan_is_told_and_the_others_are_ranked(monkeypatch):
+    monkeypatch.setattr(
+        "attngen.certifier.certify_many",
+        on_tpu(cycles=lambda i: 1 if i == 0 else 10**9),
+    )
+    with pytest.warns(UserWarning, match="report it with the spec") as told:
+        record = attngen.tune(TPU, target="tpu-v5e")
+    assert len(told) == 1
+    assert record.effort == "measure"
+    failed = [c for c in record.candidates if c.failed is not None]
+    assert 0 < len(failed) < len(record.candidates)
+    assert str(told[0].message).startswith(f"{len(failed)} plans left out. tpu-v5e: ")
+    assert all("is below the" in c.failed for c in failed)
+    assert record.best().failed is None
+    plan = attngen.plan(TPU, target="tpu-v5e")
+    low = on_tpu(cycles=lambda i: 1)
+    monkeypatch.setattr(
+        "attngen.certifier.certify", lambda c, t, **_: low(c, t, [None])[0]
+    )
+    with pytest.raises(InternalError, match="is below the"):
+        attngen.certify(plan)
+    monkeypatch.setattr("attngen.certifier.certify_many", low)
+    wisdom.clear()
+    with pytest.raises(InternalError, match="is below the"):
+        attngen.build(TPU, target="tpu-v5e")
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_command_tells_an_internal_error_without_a_traceback(monkeypatch):
+    monkeypatch.setattr("attngen.certifier.certify_many", on_tpu(cycles=lambda i: 1))
+    size = ("--q-heads", "1", "--q-len", "256", "--qk-dim", "64")
+    out, err = run("tune", *size, "--target", "tpu-v5e")
+    said = " ".join(err.split())
+    assert (
+        "attngen: warning: 8 plans left out. tpu-v5e: an estimate of 1 cycles" in said
+    )
+    assert "This is a fault in attngen. Please report it" in said
+    assert out.count("failed ") >= 8
+    assert max(map(len, [*out.splitlines(), *err.splitlines()])) <= 100
