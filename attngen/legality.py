@@ -127,12 +127,21 @@ class _Search:
         return self._main(reasons or self._all_reasons()), hints
 
     def _main(self, reasons: Counter[str]) -> str:
-        """The reason of most candidates; one that begins with a free choice comes last."""
+        """The reason of most candidates; one that begins with a free choice comes last.
+
+        Also the next, of half as many at least.
+        """
 
         def place(reason: str) -> tuple[bool, int]:
             return self._is_free(_subject(reason)), -reasons[reason]
 
-        return min(reasons, key=place, default="other choices")
+        first, *others = sorted(reasons, key=place) or ["other choices"]
+        more = [
+            r
+            for r in others[:1]
+            if not place(r)[0] and 2 * reasons[r] >= reasons[first]
+        ]
+        return "; ".join([first, *more])
 
     def _is_free(self, name: str) -> bool:
         known = any(name in axes for axes in self.space.values())

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from commands import run
+from commands import FAILED, run
 
 import attngen
 from attngen import (
@@ -289,11 +289,12 @@ def test_an_internal_error_of_one_plan_is_told_and_the_others_are_ranked(monkeyp
 def test_the_command_tells_an_internal_error_without_a_traceback(monkeypatch):
     monkeypatch.setattr("attngen.certifier.certify_many", on_tpu(cycles=lambda i: 1))
     size = ("--q-heads", "1", "--q-len", "256", "--qk-dim", "64")
-    out, err = run("tune", *size, "--target", "tpu-v5e")
+    out, err = run("tune", *size, "--target", "tpu-v5e", code=FAILED)
     said = " ".join(err.split())
     assert (
         "attngen: warning: 8 plans left out. tpu-v5e: an estimate of 1 cycles" in said
     )
     assert "This is a fault in attngen. Please report it" in said
     assert out.count("failed ") >= 8
+    assert "none of 8 plans can be used" in err
     assert max(map(len, [*out.splitlines(), *err.splitlines()])) <= 100
