@@ -94,7 +94,8 @@ def certify_many(
 ) -> list[Answer]:
     """`certify` for several, with few processes: what it returns, or raises.
 
-    An internal error of one is among them: what the others certify isn't lost.
+    An internal error of one is among them: what the others certify isn't lost. Fewer where
+    this thread is stopped (see interrupts.py).
     """
     from attngen import certifier
 
@@ -103,7 +104,7 @@ def certify_many(
     programs = [_program(*s, by) for s in sources]
     answers = certifier.certify_many(by.compiler, target, programs)
     found: list[Answer] = []
-    for (plan, _), answer in zip(sources, answers, strict=True):
+    for (plan, _), answer in zip(sources[: len(answers)], answers, strict=True):
         if isinstance(answer, CompileError):
             found.append(answer)
             continue

@@ -15,6 +15,7 @@ from attngen.records import Record
 from attngen.units import show_bytes
 
 if TYPE_CHECKING:
+    from attngen.plans import Plan
     from attngen.spec import AttentionSpec
     from attngen.targets import Target
 
@@ -102,12 +103,24 @@ def tune(
     elif record.candidates:
         click.echo(str(record))
         if found is not None:
-            click.echo(f"\n{found[0].explain()}")
+            click.echo(f"\n{found[0].explain()}\n{_certified(record, found[0])}")
     if interrupted:
         sys.exit(INTERRUPTED)
     if not by.is_here(device) and record.best(spec.budget_bytes, fixed) is None:
         progress(f"none of {len(record.candidates)} plans can be used{_within(spec)}")
         sys.exit(NOTHING)
+
+
+def _certified(record: Record, plan: Plan) -> str:
+    """What is recorded of the bytes of a plan, whose own are modelled."""
+    ranked = record.ranked(plan.spec.budget_bytes)
+    best = next((c for c in ranked if c.choice == plan.choice), None)
+    if best is None or best.temp_bytes is None:
+        return ""
+    text = f"\ncertified {show_bytes(best.temp_bytes)} of temporaries"
+    if best.on_chip_bytes:
+        text += f", {show_bytes(best.on_chip_bytes)} on the chip"
+    return text
 
 
 def _within(spec: AttentionSpec) -> str:

@@ -8,13 +8,12 @@ device as one that isn't here.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from attngen import building, descent, planner, shortlist, targets, tuner
+from attngen import building, descent, interrupts, planner, shortlist, targets, tuner
 from attngen.backends import Backend
 from attngen.errors import CompileError, InternalError, TimingError
 from attngen.keys import canonical
@@ -163,12 +162,11 @@ class _Search:
                 made.append((plan, source))
         if not made:
             return
-        answers = _in_parallel(made, self.by, self.target)
-        found = [
-            self._candidate(*each, answer)
-            for each, answer in zip(made, answers, strict=True)
-        ]
+        answers, interrupted = _in_parallel(made, self.by, self.target)
+        found = [self._candidate(*made[i], answer) for i, answer in answers.items()]
         self._keep(Record(key=self.record.key, candidates=tuple(found)))
+        if interrupted:
+            raise KeyboardInterrupt
 
     def _candidate(self, plan: Plan, source: Source, answer: Answer) -> Candidate:
         known = Candidate(
@@ -223,11 +221,19 @@ def estimated_s(certificate: Certificate, target: Target) -> float | None:
 
 def _in_parallel(
     made: Sequence[tuple[Plan, Source]], by: Backend, target: Target
-) -> list[Answer]:
-    """What each certifies, a process for each of this machine's cores."""
+) -> tuple[dict[int, Answer], bool]:
+    """What each certifies, by its place, a process for each of this machine's cores.
+
+    Also whether Ctrl-C came: then of those that were done.
+    """
     count = max(1, min(len(made), targets.get("cpu").cores, PROCESSES))
     parts = [made[i::count] for i in range(count)]
-    with concurrent.futures.ThreadPoolExecutor(count) as pool:
-        found = pool.map(lambda p: building.certify_many(p, by, target.name), parts)
-        answers = dict(enumerate(found))
-    return [answers[i % count][i // count] for i in range(len(made))]
+    found, interrupted = interrupts.in_threads(
+        lambda part: building.certify_many(part, by, target.name), parts
+    )
+    answers = {
+        i + count * j: answer
+        for i, part in enumerate(found)
+        for j, answer in enumerate(part)
+    }
+    return dict(sorted(answers.items())), interrupted

@@ -33,6 +33,23 @@ def own_wisdom(monkeypatch, tmp_path):
     monkeypatch.setenv("ATTNGEN_WISDOM", str(tmp_path))
 
 
+TPU = dataclasses.replace(SPEC, dtype="bfloat16")
+
+
+def on_tpu(need=2**19, cycles=10**9):
+    """A compiler that says the same of all programs of a TPU."""
+
+    def certify_many(compiler, target, programs):
+        return [
+            Certificate(
+                target, "XLA:TPU", need, on_chip_bytes=2**20, estimated_cycles=cycles(i)
+            )
+            for i, _ in enumerate(programs)
+        ]
+
+    return certify_many
+
+
 def plan(**fix):
     return attngen.plan(SPEC, target="a100", fix=fix)
 
@@ -146,6 +163,24 @@ def test_an_interrupt_keeps_what_was_compiled(monkeypatch):
     assert not record.finished
 
 
+def test_an_interrupt_keeps_what_was_compiled_of_a_group(monkeypatch):
+    certify_many = on_tpu(cycles=lambda i: 10**9)
+    monkeypatch.setattr(
+        "attngen.certifier.certify_many",
+        lambda *given: certify_many(*given)[:1],  # the others are left
+    )
+    monkeypatch.setattr(
+        "attngen.interrupts.in_threads",
+        lambda function, given: ([function(x) for x in given], True),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        attngen.tune(TPU, target="tpu-v5e")
+    key = recalling.key_of(TPU, targets.get("tpu-v5e"), attngen.backends.get("jax"))
+    record = wisdom.find(key)
+    assert 0 < len(record.candidates) < offline.GROUP
+    assert not record.finished
+
+
 def test_where_nothing_compiles_building_says_so(monkeypatch):
     spilling = dataclasses.replace(KERNEL, spill_bytes=8)
     monkeypatch.setattr(
@@ -223,23 +258,6 @@ def test_plans_modelled_a_little_above_the_budget_are_compiled(monkeypatch):
     assert any(p.temp_bytes > spec.budget_bytes for p in compiled)
     assert all(p.temp_bytes <= offline.ROOM * spec.budget_bytes for p in compiled)
     assert record.best(spec.budget_bytes).modelled_bytes > 0
-
-
-TPU = dataclasses.replace(SPEC, dtype="bfloat16")
-
-
-def on_tpu(need=2**19, cycles=10**9):
-    """A compiler that says the same of all programs of a TPU."""
-
-    def certify_many(compiler, target, programs):
-        return [
-            Certificate(
-                target, "XLA:TPU", need, on_chip_bytes=2**20, estimated_cycles=cycles(i)
-            )
-            for i, _ in enumerate(programs)
-        ]
-
-    return certify_many
 
 
 def test_bytes_on_the_chip_are_kept_and_shown(monkeypatch):
