@@ -202,6 +202,14 @@ def test_chunks_that_are_no_part_of_each_shard_are_not_legal(fix):
         attngen.plan(SPEC, fix=fix)
 
 
+def test_a_plan_says_what_lengths_exchange_and_fits_the_width():
+    spec = dataclasses.replace(SPEC, kv_lengths=True)
+    said = "devices exchange two numbers a chunk of queries"
+    assert said in attngen.plan(spec).explain()
+    assert said not in attngen.plan(SPEC).explain()
+    assert all(len(line) <= 100 for line in attngen.plan(spec).explain().splitlines())
+
+
 def test_what_is_not_built():
     first = attngen.operand("weights", axes="h", dtype="float32")
     fixed = attngen.score(lambda s, b, h, q, k: s + first[7])

@@ -29,3 +29,8 @@ def _statement(name: str, receiver: str, call: list[str], width: int) -> list[st
 def _invoked(call: list[str]) -> str:
     function, *arguments = call
     return f"{function}({', '.join(arguments)})" if arguments else function
+
+
+def tupled(items: list[str]) -> str:
+    """The text of a tuple."""
+    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"

@@ -6,10 +6,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from attngen import expr
-from attngen.backends.jax import shards
+from attngen.backends.jax import shards, tables
 from attngen.backends.jax.distance import by_distance
-from attngen.backends.jax.statements import assign
-from attngen.backends.jax.tile import Starts, Tile, chosen, dimensions, heads
+from attngen.backends.jax.statements import assign, tupled
+from attngen.backends.jax.tile import Starts, Tile, chosen, dimensions, heads, times
 from attngen.expr import Expr
 from attngen.intervals import domain, proven
 from attngen.operands import Operand
@@ -184,7 +184,7 @@ class _Writer:
         if name == "b_index":
             return [f"{name} = {self._range(starts.b, 'b', at.sizes['b'])}"]
         if name == "h_index":
-            first = _times(starts.g, self.spec.repeats)
+            first = times(starts.g, self.spec.repeats)
             line = f"{name} = {self._range(first, 'gr', heads(at))}"
             if len(line) <= self.width:
                 return [line]
@@ -223,8 +223,8 @@ class _Writer:
         if self.starts.b == "0":
             part = [operand]
         else:
-            begins = _tuple(shards.begins(self.plan, "b", {"b": self.starts.b}))
-            sizes = _tuple(shards.sizes(self.plan, "b", {"b": size}))
+            begins = tupled(shards.begins(self.plan, "b", {"b": self.starts.b}))
+            sizes = tupled(shards.sizes(self.plan, "b", {"b": size}))
             part = ["lax.dynamic_slice", operand, begins, sizes]
         return assign(name, [part, [".reshape", *dimensions(shape)]], self.width)
 
@@ -237,7 +237,7 @@ class _Writer:
         numbers = f"jnp.arange({whole}{dtype}).reshape({', '.join(view)})"
         line = f"{name} = {numbers}"
         spread = self.at.spread({"b": "b", "h": "gr"}[letter])
-        calls = [["lax.dynamic_slice", name, _tuple(begins), _tuple(sizes)]]
+        calls = [["lax.dynamic_slice", name, tupled(begins), tupled(sizes)]]
         calls.append([".reshape", *dimensions(spread)])
         return [line, *assign(name, calls, self.width)]
 
@@ -296,7 +296,7 @@ class _Writer:
         if set(begins) == {"0"} and self._is_whole(node):
             calls = [[node.value.name]]
         else:
-            arguments = [source, _tuple(begins), _tuple(sizes)]
+            arguments = [source, tupled(begins), tupled(sizes)]
             calls = [["lax.dynamic_slice", *arguments]]
         ordered = sorted(used, key="bhqk".index)
         if used != ordered:
@@ -310,7 +310,7 @@ class _Writer:
 
     def _begin(self, letter: str) -> str:
         starts = self.starts
-        head = _times(starts.g, self.spec.repeats)
+        head = times(starts.g, self.spec.repeats)
         return {"b": starts.b, "h": head, "q": starts.q, "k": starts.k}[letter]
 
     def _size(self, letter: str) -> str:
@@ -338,8 +338,11 @@ class _Writer:
         self.gathers += 1
         index = []
         safe = proven(node, self.env)
+        by_head = tables.is_by_head(self.plan, node)
         for axis, i in zip(node.value.axes, node.args, strict=True):
-            if i.op == "var":
+            if by_head and i.op == "var":
+                index.append(":")
+            elif i.op == "var":
                 letter = str(i.value)
                 self._define(f"{letter}_index", self._lines({letter}, keys))
                 index.append(f"{i.value}_index")
@@ -362,7 +365,16 @@ class _Writer:
         if len(name) + len(node.value.name) + len(at) + 13 > self.width:
             lines.append(f"indices_{self.gathers} = ({at})")
             at = f"indices_{self.gathers}"
-        lines += assign(name, [[f"{node.value.name}.at[{at}].get", *how]], self.width)
+        source = node.value.name
+        if by_head and shards.is_split(self.plan, "h"):
+            source = f"{name}_of_heads"
+            rows = self._lines({"h"}, keys)
+            rows += tables.rows(self.plan, node, source, self._begin("h"), self.width)
+        calls = [[f"{source}.at[{at}].get", *how]]
+        if by_head:
+            target = self.at.spread("".join(reads).replace("h", "gr"))
+            calls.append([".reshape", *dimensions(target)])
+        lines += assign(name, calls, self.width)
         self.gathered[node] = name
 
     def _load(self, node: Expr, float_dtype: str) -> str:
@@ -383,11 +395,3 @@ def _letters(node: Expr) -> list[str]:
 def _slice_name(node: Expr) -> str:
     assert isinstance(node.value, Operand)
     return read_name(node, node.value.name)
-
-
-def _times(start: str, factor: int) -> str:
-    return start if factor == 1 or start == "0" else f"{start} * R"
-
-
-def _tuple(items: list[str]) -> str:
-    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
