@@ -271,7 +271,7 @@ def _late(timeout_s: float) -> CompileError:
         "The compiler took too long.",
         got=f"no answer after {show_time(timeout_s)}",
         needed="an answer within the time limit",
-        hint="raise the time limit, or fix smaller chunks",
+        hint="fewer loops unrolled, or smaller chunks; or once more on a less busy machine",
     )
 
 

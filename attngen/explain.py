@@ -38,7 +38,7 @@ def explain(plan: Plan) -> str:
         lines.append(
             "          slices are converted one by one: XLA would convert all of q, k, v before"
         )
-    if spec.batch_shards > 1 and (spec.kv_lengths or spec.q_lengths):
+    if spec.batch_shards > 1 and spec.kv_lengths:
         lines.append(
             "          devices exchange two numbers a chunk of queries: how far all go in keys"
         )
