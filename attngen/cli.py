@@ -219,7 +219,7 @@ def build(
         return
     click.echo(kernel.plan.explain())
     click.echo(f"\ncertified {kernel.certificate}")
-    click.echo(f"validated {kernel.report}")
+    click.echo("\n".join(wrapped(f"validated {kernel.report}")))
 
 
 @main.command()
