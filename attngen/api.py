@@ -227,8 +227,9 @@ def tune(
     again adds samples. An interrupt loses nothing that was finished. Only plans within the
     spec's budget are timed: a larger one that lets faster plans in is tuned anew.
 
-    For a GPU that isn't here plans are compiled instead, and ranked by the bound of their
-    main loops: the cycles of its busiest pipe.
+    For a device that isn't here plans are compiled instead: a TPU's are ranked by its
+    compiler's estimate of cycles, a GPU's by the bound of their main loops, the cycles of
+    its busiest pipe. A plan that shows a fault in attngen is left out, with a warning.
 
     Args:
         spec, target, backend, fix: as for `plan`.
@@ -243,6 +244,7 @@ def tune(
     Raises:
         As `plan`, and
         PlanError: seconds isn't a positive number, or there is no such effort.
+        BackendError: the target's compiler isn't installed.
         TimingError: nothing could be timed, or the machine is too noisy to tell.
         WisdomError: the wisdom file is damaged, or can't be written.
     """
@@ -250,6 +252,7 @@ def tune(
     tuning.check_seconds(seconds)
     device, by = building.where(target, backend)
     by.refuse(spec)
+    compilers.check(device, by.name)
     search = tuning.tune if by.is_here(device) else offline.tune
     fixed = check_fix(fix)
     if not sweep:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from attngen.kernel import Kernel
     from attngen.reports import Certificate, Report
     from attngen.targets import Target
+
+    Answer = Certificate | CompileError | InternalError  # of one of several
 
 Fix = Mapping[str, Option]
 
@@ -88,18 +91,35 @@ def certify(
 
 def certify_many(
     sources: Sequence[tuple[Plan, Source]], by: Backend, target: str
-) -> list[Certificate | CompileError]:
-    """`certify` for several, with few processes: what it returns, or raises."""
+) -> list[Answer]:
+    """`certify` for several, with few processes: what it returns, or raises.
+
+    An internal error of one is among them: what the others certify isn't lost. Fewer where
+    this thread is stopped (see interrupts.py).
+    """
     from attngen import certifier
 
     device = targets.get(target)
     compilers.check(device, by.name)
     programs = [_program(*s, by) for s in sources]
     answers = certifier.certify_many(by.compiler, target, programs)
-    return [
-        answer if isinstance(answer, CompileError) else plausible(answer, plan, device)
-        for (plan, _), answer in zip(sources, answers, strict=True)
-    ]
+    found: list[Answer] = []
+    for (plan, _), answer in zip(sources[: len(answers)], answers, strict=True):
+        if isinstance(answer, CompileError):
+            found.append(answer)
+            continue
+        try:
+            found.append(plausible(answer, plan, device))
+        except InternalError as error:
+            found.append(error)
+    return found
+
+
+def tell(faults: Sequence[InternalError]) -> None:
+    """Warn of faults in attngen that a search went past, when it has ended."""
+    if faults:
+        count = f"{len(faults)} plan{'' if len(faults) == 1 else 's'}"
+        warnings.warn(f"{count} left out. {faults[0]}", stacklevel=3)
 
 
 LEAST = 0.98  # of the bound: tiles are counted by samples

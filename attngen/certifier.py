@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +21,13 @@ from typing import Any
 
 import msgspec
 
+from attngen import interrupts
 from attngen.errors import BackendError, CompileError
 from attngen.reports import Certificate
 from attngen.units import show_bytes, show_time
 
 TIMEOUT_S = 600.0
+POLL_S = 0.2  # between looks whether this thread is stopped
 Shape = tuple[str, Sequence[int], str]  # name, shape, dtype
 
 
@@ -92,7 +95,8 @@ def certify_many(
     """What `certify` returns or raises for each of some programs, with few processes.
 
     One process takes them in turn, for at most timeout_s in all; where it crashes or is
-    late, another goes on behind the program that it was at.
+    late, another goes on behind the program that it was at. Fewer where this thread is
+    stopped (see interrupts.py).
 
     Raises:
         BackendError: the backend has no compiler here.
@@ -120,6 +124,8 @@ def certify_many(
                     found.append(_certificate(_value(answer), target, digest))
                 except CompileError as error:
                     found.append(error)
+            if interrupts.stopped():
+                break
             if ended is not None:
                 found.append(ended)
     return found
@@ -233,11 +239,8 @@ def _run(
                 stderr=log,
                 start_new_session=True,
             )
-            code = None
             try:
-                code = process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                pass
+                code = _ended(process, timeout_s)
             finally:
                 _kill(process)
         result = folder / "result"
@@ -250,12 +253,25 @@ def _run(
         return answers, _late(timeout_s) if code is None else _crash(code, tail)
 
 
+def _ended(process: subprocess.Popen[bytes], timeout_s: float) -> int | None:
+    """Its exit code; None where it takes longer, or this thread is stopped."""
+    end = time.monotonic() + timeout_s
+    while not interrupts.stopped():
+        left = end - time.monotonic()
+        try:
+            return process.wait(max(0.0, min(left, POLL_S)))
+        except subprocess.TimeoutExpired:
+            if left <= POLL_S:
+                break
+    return None
+
+
 def _late(timeout_s: float) -> CompileError:
     return CompileError(
         "The compiler took too long.",
         got=f"no answer after {show_time(timeout_s)}",
         needed="an answer within the time limit",
-        hint="raise the time limit, or fix smaller chunks",
+        hint="fewer loops unrolled, or smaller chunks; or once more on a less busy machine",
     )
 
 

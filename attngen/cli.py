@@ -134,11 +134,11 @@ def emit(
     plan = api.plan(read_spec(given), target, backend, read_fix(fix))
     source = api.emit(plan)
     if known.get(plan.target).gpu and not as_json:
-        click.echo(
+        said = (
             f"not certified: whether it compiles for {plan.target} without spilling "
-            "registers, `attngen certify` says, and `attngen build` sees to",
-            err=True,
+            "registers, `attngen certify` says, and `attngen build` sees to"
         )
+        click.echo("\n".join(wrapped(said)), err=True)
     if output is not None:
         source.write(output)
         click.echo(f"wrote {output}", err=True)
@@ -219,7 +219,7 @@ def build(
         return
     click.echo(kernel.plan.explain())
     click.echo(f"\ncertified {kernel.certificate}")
-    click.echo(f"validated {kernel.report}")
+    click.echo("\n".join(wrapped(f"validated {kernel.report}")))
 
 
 @main.command()
@@ -273,9 +273,9 @@ def targets(as_json: bool) -> None:
         for t in listed
     ]
     table(("target", "what", "cores", "memory", "backends", "certified by"), rows)
-    absent = dict.fromkeys(c for t in listed for c in compilers.all_of(t) if c.missing)
-    for compiler in absent:
-        click.echo(f"{compiler.name} isn't installed: {compiler.install}", err=True)
+    for c in dict.fromkeys(c for t in listed for c in compilers.all_of(t)):
+        there = "is installed" if not c.missing else "isn't installed"
+        click.echo(f"{c.name:<18} {there}: {c.install}")
 
 
 @main.command()

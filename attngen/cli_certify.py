@@ -102,11 +102,14 @@ def _print(
     if as_json:
         print_json(certificate.to_dict() | {"fits": fits and not unfit})
     else:
-        click.echo(f"{certificate}{'' if fits else ': over the budget'}")
+        click.echo(str(certificate))
         if inputs and certificate.argument_bytes is not None:
             own = show_bytes(certificate.argument_bytes)
             out = show_bytes(certificate.output_bytes or 0)
             click.echo(f"  beside {own} of arguments and {out} of outputs")
+        if not fits:
+            over = show_bytes((need or 0) - (budget or 0))
+            click.echo(f"over the budget of {show_bytes(budget or 0)} by {over}")
         if unfit:
             click.echo(f"not to be used: {unfit}")
     if unfit or not fits:
@@ -161,9 +164,10 @@ def _of_function(name: str, texts: tuple[str, ...], target: str | None) -> Certi
         ShapeError: the arguments can't be read.
         As api.certify.
     """
-    from attngen import api, machine
+    from attngen import api, building, compilers, machine
 
     given, named = shapes.read(texts)
+    compilers.check(building.where(target, "jax")[0], "jax")
     machine.start_jax()
     with status(f"tracing and compiling {name} …"):
         function = _found(name)

@@ -149,8 +149,8 @@ class Display:
 
 
 def progress(text: str) -> None:
-    """A line on stderr."""
-    click.echo(text, err=True)
+    """A line on stderr; more where it is too long for one."""
+    click.echo("\n".join(wrapped(text)), err=True)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

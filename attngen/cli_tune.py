@@ -12,12 +12,14 @@ from attngen.cli_output import print_json, progress, progressing, shown
 from attngen.cli_spec import plan_options, read_fix, read_spec
 from attngen.errors import BackendError
 from attngen.records import Record
+from attngen.units import show_bytes
 
 if TYPE_CHECKING:
+    from attngen.plans import Plan
     from attngen.spec import AttentionSpec
     from attngen.targets import Target
 
-INTERRUPTED = 1
+INTERRUPTED = NOTHING = 1
 
 
 @click.command()
@@ -54,9 +56,11 @@ def tune(
 ) -> None:
     """Time plans on this device; keep what is found for `build`.
 
-    For a GPU that isn't here, compile them, and rank them by the bound of their loops.
+    For a device that isn't here, compile them: a TPU's are ranked by its compiler's estimate
+    of cycles, a GPU's by the bound of their loops.
 
-    Ctrl-C ends it, and loses nothing that was timed: tuning again goes on from there.
+    Ctrl-C ends it, and loses nothing that was timed or compiled: tuning again goes on from
+    there. Exit code 1 where that happens, or where no plan can be used.
     """
     from attngen import api, building, recalling
     from attngen import wisdom as known
@@ -99,9 +103,29 @@ def tune(
     elif record.candidates:
         click.echo(str(record))
         if found is not None:
-            click.echo(f"\n{found[0].explain()}")
+            click.echo(f"\n{found[0].explain()}\n{_certified(record, found[0])}")
     if interrupted:
         sys.exit(INTERRUPTED)
+    if not by.is_here(device) and record.best(spec.budget_bytes, fixed) is None:
+        progress(f"none of {len(record.candidates)} plans can be used{_within(spec)}")
+        sys.exit(NOTHING)
+
+
+def _certified(record: Record, plan: Plan) -> str:
+    """What is recorded of the bytes of a plan, whose own are modelled."""
+    ranked = record.ranked(plan.spec.budget_bytes)
+    best = next((c for c in ranked if c.choice == plan.choice), None)
+    if best is None or best.temp_bytes is None:
+        return ""
+    text = f"\ncertified {show_bytes(best.temp_bytes)} of temporaries"
+    if best.on_chip_bytes:
+        text += f", {show_bytes(best.on_chip_bytes)} on the chip"
+    return text
+
+
+def _within(spec: AttentionSpec) -> str:
+    budget = spec.budget_bytes
+    return "" if budget is None else f" within {show_bytes(budget)}"
 
 
 def _check_picture(path: Path, target: str | None, backend: str | None) -> None:

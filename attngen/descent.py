@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from attngen import building, planner, targets
 from attngen.backends import Backend
-from attngen.errors import CompileError, PlanError
+from attngen.errors import CompileError, InternalError, PlanError
 from attngen.plans import Alternative, Plan
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
@@ -152,12 +152,14 @@ def _certified(groups: Iterable[Sequence[Plan]], by: Backend) -> Iterator[Certif
     """Each plan of some groups with its source and certificate, a process a group.
 
     Raises:
-        CompileError: of a plan, when its turn comes.
+        CompileError, InternalError: of a plan, when its turn comes.
     """
     for group in groups:
         made = [(plan, building.emit(plan)) for plan in group]
         answers = building.certify_many(made, by, group[0].target)
         for (plan, source), answer in zip(made, answers, strict=True):
+            if isinstance(answer, InternalError):
+                raise answer
             if isinstance(answer, CompileError):
                 if len(group) == 1:
                     raise answer

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ def check(path: Path) -> None:
     """Refuse what couldn't be drawn in the end, before time is spent.
 
     Raises:
-        FileError: the file is of no kind that is drawn, or its folder isn't there.
+        FileError: the file is of no kind that is drawn, or its folder isn't there, or can't
+            be written.
         BackendError: matplotlib isn't installed.
     """
     if path.suffix.lower() not in ENDINGS:
@@ -62,6 +64,15 @@ def check(path: Path) -> None:
             got="a folder" if path.is_dir() else f"no folder {path.parent}",
             needed="a file's name in a folder that is there",
         )
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        raise FileError(
+            f"{path} can't be written.",
+            got=error.strerror,
+            needed="a folder that can be written",
+        ) from error
     if importlib.util.find_spec("matplotlib") is None:
         raise BackendError(
             "matplotlib draws, and isn't installed.",

@@ -37,7 +37,8 @@ class AttngenError(Exception):
         for label in ("got", "needed", "hint"):
             value = getattr(self, label)
             if value is not None:
-                lines.append(f"  {label:<8} {_seen(value)}")
+                seen = _seen(value).replace("\n", "\n" + " " * 11)
+                lines.append(f"  {label:<8} {seen}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, object]:

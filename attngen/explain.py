@@ -25,17 +25,22 @@ def explain(plan: Plan) -> str:
     lines.append(f"chosen    {chosen[0]}")
     lines += [f"{'':10}{line}" for line in chosen[1:]]
     each = "on each device " if spec.devices > 1 else ""
-    lines.append(
-        f"          {show_bytes(plan.temp_bytes)} temporary {each}(modelled) · "
+    figures = (
+        f"{show_bytes(plan.temp_bytes)} temporary {each}(modelled) · "
         f"{show_count(plan.flop)}FLOP · "
         f"{show_bytes(plan.moved_bytes)} moved · about {show_time(plan.time_s)} (modelled)"
     )
+    lines += [f"{'':10}{line}" for line in textwrap.wrap(figures, 90)]
     if plan.fixed:
         text = f"fixed: {', '.join(plan.fixed)}"
         lines += [f"{'':10}{line}" for line in textwrap.wrap(text, 88)]
     if dict(plan.options).get("guard"):
         lines.append(
             "          slices are converted one by one: XLA would convert all of q, k, v before"
+        )
+    if spec.batch_shards > 1 and spec.kv_lengths:
+        lines.append(
+            "          devices exchange two numbers a chunk of queries: how far all go in keys"
         )
     if _rounds(plan):
         lines.append(

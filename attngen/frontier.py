@@ -25,6 +25,8 @@ class Other(Protocol):
     @property
     def temp_bytes(self) -> int | None: ...
     @property
+    def on_chip_bytes(self) -> int | None: ...
+    @property
     def time_s(self) -> float | None: ...
     @property
     def failed(self) -> str | None: ...
@@ -38,6 +40,7 @@ class Point:
         name: its chunk sizes, as "2048×512", or the name of what isn't attngen's.
         choice: of a plan; None of what isn't attngen's.
         temp_bytes: of temporaries, certified; None where it doesn't fit the target.
+        on_chip_bytes: of a TPU's own memory beside them; None where it isn't known.
         time_s: of a call; None where nothing says it.
         missing: why one of them is None.
     """
@@ -47,6 +50,7 @@ class Point:
     temp_bytes: int | None
     time_s: float | None
     missing: str | None = None
+    on_chip_bytes: int | None = None
 
     @property
     def drawn(self) -> bool:
@@ -117,6 +121,7 @@ def of(record: Record, target: Target, others: Iterable[Other]) -> Frontier:
                 name=o.name,
                 choice=None,
                 temp_bytes=o.temp_bytes,
+                on_chip_bytes=o.on_chip_bytes,
                 time_s=o.time_s,
                 missing=o.failed,
             )
@@ -160,6 +165,7 @@ def _point(c: Candidate, record: Record, leader_s: float | None) -> Point:
         name=f"{c.choice['q_chunk']}×{c.choice['k_chunk']}",
         choice=c.choice,
         temp_bytes=c.temp_bytes,
+        on_chip_bytes=c.on_chip_bytes,
         time_s=seconds,
     )
 

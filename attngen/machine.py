@@ -31,7 +31,8 @@ def start_jax() -> None:
 
     The CUDA plug-in says on standard error that it finds no driver, whatever it is told.
     """
-    there = importlib.util.find_spec("jax_cuda12_plugin") is not None
+    needed = ("jax", "jax_cuda12_plugin")
+    there = all(importlib.util.find_spec(name) is not None for name in needed)
     if not there or may_have(GPU_DRIVERS) or "jax" in sys.modules:
         return
     sys.stderr.flush()

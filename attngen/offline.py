@@ -8,15 +8,14 @@ device as one that isn't here.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from attngen import building, descent, planner, shortlist, targets, tuner
+from attngen import building, descent, interrupts, planner, shortlist, targets, tuner
 from attngen.backends import Backend
-from attngen.errors import CompileError, TimingError
+from attngen.errors import CompileError, InternalError, TimingError
 from attngen.keys import canonical
 from attngen.plans import Option, Plan
 from attngen.recalling import key_of, neutral
@@ -25,6 +24,7 @@ from attngen.spec import AttentionSpec
 from attngen.targets import Target
 
 if TYPE_CHECKING:
+    from attngen.building import Answer
     from attngen.emitter import Source
     from attngen.reports import Certificate
 
@@ -62,16 +62,10 @@ def tune(
     search = _Search(spec, target, by, wisdom.find(key) or Record(key=key))
     search.allowance = tuner.SECONDS[effort] if seconds is None else float(seconds)
     search.say = say or search.say
-    ranked = planner.rank(search.roomy, target, by, fix, smallest=descent.TRIES)
-    search.compile(shortlist.different(ranked, tuner.MOST[effort]))
-    leader = search.leader(fix) or search.descend(fix)
-    while leader is not None and effort != "estimate":
-        search.compile_near(leader, fix)
-        before, leader = leader, search.leader(fix)
-        if leader == before or effort != "patient":
-            break
-    if effort != "estimate":
-        search.finish(effort, fix)
+    try:
+        search.run(effort, fix)
+    finally:
+        building.tell(search.faults)
     return search.record
 
 
@@ -93,8 +87,23 @@ class _Search:
         self.roomy = _roomier(spec)
         self.say: Callable[[str], None] = lambda _: None
         self.tried: set[str] = set()
+        self.faults: list[InternalError] = []  # those that certificates showed
         self.allowance, self.start = float("inf"), time.monotonic()
         self.stopped = False
+
+    def run(self, effort: str, fix: Mapping[str, Option]) -> None:
+        """Compile the model's best, then neighbours of the best of these."""
+        of = self.roomy, self.target, self.by
+        ranked = planner.rank(*of, fix, smallest=descent.TRIES)
+        self.compile(shortlist.different(ranked, tuner.MOST[effort]))
+        leader = self.leader(fix) or self.descend(fix)
+        while leader is not None and effort != "estimate":
+            self.compile_near(leader, fix)
+            before, leader = leader, self.leader(fix)
+            if leader == before or effort != "patient":
+                break
+        if effort != "estimate":
+            self.finish(effort, fix)
 
     def leader(self, fix: Mapping[str, Option]) -> Candidate | None:
         return self.record.best(self.spec.budget_bytes, fix)
@@ -153,16 +162,13 @@ class _Search:
                 made.append((plan, source))
         if not made:
             return
-        answers = _in_parallel(made, self.by, self.target)
-        found = [
-            self._candidate(*each, answer)
-            for each, answer in zip(made, answers, strict=True)
-        ]
+        answers, interrupted = _in_parallel(made, self.by, self.target)
+        found = [self._candidate(*made[i], answer) for i, answer in answers.items()]
         self._keep(Record(key=self.record.key, candidates=tuple(found)))
+        if interrupted:
+            raise KeyboardInterrupt
 
-    def _candidate(
-        self, plan: Plan, source: Source, answer: Certificate | CompileError
-    ) -> Candidate:
+    def _candidate(self, plan: Plan, source: Source, answer: Answer) -> Candidate:
         known = Candidate(
             choice=plan.choice,
             digest=source.digest,
@@ -170,9 +176,13 @@ class _Search:
             modelled_bytes=plan.temp_bytes,
             modelled_s=plan.time_s,
         )
-        if isinstance(answer, CompileError):
+        if isinstance(answer, InternalError):
+            self.faults.append(answer)
+        if isinstance(answer, CompileError | InternalError):
             return dataclasses.replace(known, failed=str(answer))
-        known = dataclasses.replace(known, temp_bytes=answer.temp_bytes)
+        known = dataclasses.replace(
+            known, temp_bytes=answer.temp_bytes, on_chip_bytes=answer.on_chip_bytes
+        )
         if reason := descent.unfit(answer, plan):
             return dataclasses.replace(known, failed=reason)
         known = dataclasses.replace(
@@ -211,11 +221,19 @@ def estimated_s(certificate: Certificate, target: Target) -> float | None:
 
 def _in_parallel(
     made: Sequence[tuple[Plan, Source]], by: Backend, target: Target
-) -> list[Certificate | CompileError]:
-    """What each certifies, a process for each of this machine's cores."""
+) -> tuple[dict[int, Answer], bool]:
+    """What each certifies, by its place, a process for each of this machine's cores.
+
+    Also whether Ctrl-C came: then of those that were done.
+    """
     count = max(1, min(len(made), targets.get("cpu").cores, PROCESSES))
     parts = [made[i::count] for i in range(count)]
-    with concurrent.futures.ThreadPoolExecutor(count) as pool:
-        found = pool.map(lambda p: building.certify_many(p, by, target.name), parts)
-        answers = dict(enumerate(found))
-    return [answers[i % count][i // count] for i in range(len(made))]
+    found, interrupted = interrupts.in_threads(
+        lambda part: building.certify_many(part, by, target.name), parts
+    )
+    answers = {
+        i + count * j: answer
+        for i, part in enumerate(found)
+        for j, answer in enumerate(part)
+    }
+    return dict(sorted(answers.items())), interrupted

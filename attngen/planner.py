@@ -1,15 +1,15 @@
-"""Candidates → legal, each refusal with its reason → ranked by the model."""
+"""Candidates → legal (legality.py) → ranked by the model."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from attngen.backends import Backend
 from attngen.cost import Cost, executed_flop, moved_bytes
 from attngen.errors import BudgetError, PlanError
 from attngen.intervals import examine
+from attngen.legality import has, split
 from attngen.plans import Alternative, Choice, Option, Plan, check_fix
 from attngen.regions import spans
 from attngen.spec import AttentionSpec
@@ -44,9 +44,7 @@ def rank(
     """
     backend.refuse(spec)
     fix = check_fix(fix)
-    legal, refused = _split(spec, target, backend, fix)
-    if not legal:
-        raise _nothing_legal(spec, target, fix, refused)
+    legal, refused = split(spec, target, backend, fix)
     of = _Pricing(spec, target, backend, fix)
     priced = [of.price(choice) for choice in legal]
     priced.sort(key=_by_time)
@@ -81,7 +79,7 @@ def near(
     of = _Pricing(spec, target, backend, fix)
     found = []
     for algorithm, axes in backend.space(spec, target, whole=True).items():
-        if not _has(algorithm, axes, fix):
+        if not has(algorithm, axes, fix):
             continue
         kept = {n: choice.get(n, values[0]) for n, values in axes.items()}
         same: dict[str, Option] = {"algorithm": algorithm} | kept | dict(fix)
@@ -218,87 +216,6 @@ def _count_listed(
     from attngen.tilemap import count_listed  # needs NumPy
 
     return count_listed(spec, q_chunk, k_chunk, exact=exact)
-
-
-def _split(
-    spec: AttentionSpec, target: Target, backend: Backend, fix: Mapping[str, Option]
-) -> tuple[list[dict[str, Option]], list[Alternative]]:
-    space = backend.space(spec, target)
-    known = ["algorithm", *dict.fromkeys(n for axes in space.values() for n in axes)]
-    for name in fix:
-        if name not in known:
-            raise PlanError(
-                f"There is no choice {name!r} to fix.",
-                got=name,
-                needed="one of " + ", ".join(known),
-            )
-    if "algorithm" in fix and fix["algorithm"] not in space:
-        raise PlanError(
-            f"There is no algorithm {fix['algorithm']!r}.",
-            got=f"algorithm={fix['algorithm']!r}",
-            needed="one of " + ", ".join(space),
-        )
-    space = {n: axes for n, axes in space.items() if _has(n, axes, fix)}
-    if not space:
-        raise PlanError(
-            "No algorithm has all of the fixed choices.",
-            got=", ".join(f"{n}={v!r}" for n, v in fix.items()),
-            needed="; ".join(
-                f"{name}: {', '.join(axes)}"
-                for name, axes in backend.space(spec, target).items()
-                if fix.get("algorithm", name) == name
-            ),
-        )
-    legal: list[dict[str, Option]] = []
-    refused: dict[tuple[str, str], Alternative] = {}
-    for algorithm, axes in space.items():
-        values = [[fix[n]] if n in fix else list(v) for n, v in axes.items()]
-        for combination in itertools.product(*values):
-            choice: dict[str, Option] = {"algorithm": algorithm}
-            choice |= dict(zip(axes, combination, strict=True))
-            reason = backend.illegal(spec, target, choice)
-            if reason is None:
-                legal.append(choice)
-            else:
-                refused.setdefault(
-                    (algorithm, reason), Alternative(choice, None, None, reason)
-                )
-    return legal, list(refused.values())
-
-
-def _has(
-    algorithm: str, axes: Mapping[str, Sequence[Option]], fix: Mapping[str, Option]
-) -> bool:
-    """Whether an algorithm is the one that is fixed, and has the choices that are."""
-    return fix.get("algorithm", algorithm) == algorithm and set(fix) <= {
-        "algorithm",
-        *axes,
-    }
-
-
-def _nothing_legal(
-    spec: AttentionSpec,
-    target: Target,
-    fix: Mapping[str, Option],
-    refused: list[Alternative],
-) -> PlanError:
-    reasons = list(dict.fromkeys(a.reason for a in refused))
-    if not fix:
-        return PlanError(
-            f"No plan is legal on {target.name}.",
-            got=f"head dims {spec.qk_dim} and {spec.v_dim}, {spec.dtype}: {reasons[0]}",
-            needed=f"tiles that {target.name} has room for",
-            hint="smaller head dims, a smaller dtype, or a larger target",
-        )
-    reasons.sort(
-        key=lambda r: not any(name in r for name in fix)
-    )  # about what is fixed
-    return PlanError(
-        "No legal plan has the fixed choices.",
-        got=", ".join(f"{n}={v!r}" for n, v in fix.items()),
-        needed=reasons[0] if reasons else "other choices",
-        hint="; ".join(reasons[1:3]) or None,
-    )
 
 
 def _budget(spec: AttentionSpec, target: Target) -> int | None:

@@ -36,6 +36,8 @@ class Candidate:
         digest: SHA-256 of its emitted source, of the spec without a budget; None where it
             couldn't be emitted.
         temp_bytes: of temporaries, certified; None where the compiler doesn't say.
+        on_chip_bytes: of a TPU's own memory, which temp_bytes leaves out; None elsewhere, and
+            where a record is older than this.
         modelled_bytes, modelled_s: what the model says.
         bound_s: seconds below which a call can't end, by the compiled main loop: of a device
             that isn't here.
@@ -54,6 +56,7 @@ class Candidate:
     modelled_s: float
     bound_s: float | None = None
     estimated_s: float | None = None
+    on_chip_bytes: int | None = None
     samples_s: tuple[float, ...] = ()
     yardsticks_s: tuple[float, ...] = ()
     failed: str | None = None
@@ -97,13 +100,15 @@ class Candidate:
         return show_time(found.median), f"{found.relative:.0%}" if several else "–"
 
     def merged(self, other: Candidate) -> Candidate:
-        """The samples of both, each once; all else as the other says."""
+        """The samples of both, each once; all else as the other says, if it does."""
         own = list(zip(self.yardsticks_s, self.samples_s, strict=True))
         missing = Counter(zip(other.yardsticks_s, other.samples_s, strict=True))
         missing.subtract(Counter(own))
         both = own + [pair for pair, n in missing.items() for _ in range(n)]
+        on_chip = other.on_chip_bytes
         return replace(
             other,
+            on_chip_bytes=self.on_chip_bytes if on_chip is None else on_chip,
             samples_s=tuple(s for _, s in both),
             yardsticks_s=tuple(y for y, _ in both),
         )
@@ -289,28 +294,27 @@ class Record:
             raise _no_record(str(error)) from error
 
     def __str__(self) -> str:
+        ranked = self.ranked()
+        columns, width = self._columns()
         lines = [
             f"{self.size} on {self.key.target} by {self.key.backend}"[:100],
             f"{self.key.device}, {self.key.cores} cores; effort: {self.effort}"[:100],
             "",
-            f"{'':>6}{'a call':>11}{'spread':>8}{'rounds':>8}{'certified':>12}  plan",
+            "".join(f"{name:>{size}}" for name, size in columns.items()) + "  plan",
         ]
-        ranked = self.ranked()
-        for c in ranked[:SHOWN]:
-            took, spread = c.took
-            known = "?" if c.temp_bytes is None else show_bytes(c.temp_bytes)
-            lines.append(
-                f"{self.standings[c.identity]:>5.2f}×{took:>11}"
-                f"{spread:>8}{len(c.samples_s) or '–':>8}{known:>12}  {_words(c)}"
-            )
+
+        def row(c: Candidate) -> str:
+            shown = self._figures(c)
+            figures = "".join(f"{shown[n]:>{size}}" for n, size in columns.items())
+            return f"{figures}  {_words(c, width)}"
+
+        lines += map(row, ranked[:SHOWN])
         if len(ranked) > SHOWN:
             lines.append(f"       and {len(ranked) - SHOWN} that are slower")
         failed = [c for c in self.candidates if c.failed is not None]
         lines += [f"failed {_words(c)}"[:100] for c in failed]
         others = [c for c in self.candidates if c not in ranked and c not in failed]
-        for c in others[:SHOWN]:
-            known = "?" if c.temp_bytes is None else show_bytes(c.temp_bytes)
-            lines.append(f"{'not timed':>17}{known:>28}  {_words(c)}")
+        lines += map(row, others[:SHOWN])
         if len(others) > SHOWN:
             lines.append(f"       and {len(others) - SHOWN} that weren't timed")
         for f in self.finished:
@@ -322,6 +326,30 @@ class Record:
                 )
         return "\n".join(lines)
 
+    def _columns(self) -> tuple[dict[str, int], int]:
+        """The table's columns with their widths, and what is left for a plan's words."""
+        columns = {"": 6, "a call": 11}
+        if any(c.samples_s for c in self.candidates):
+            columns |= {"spread": 8, "rounds": 8}
+        columns["certified"] = 12
+        if any(c.on_chip_bytes is not None for c in self.candidates):
+            columns["on chip"] = 11
+        return columns, 98 - sum(columns.values())
+
+    def _figures(self, c: Candidate) -> dict[str, str]:
+        """What the table says of a candidate, by column."""
+        standing = self.standings.get(c.identity)
+        took, spread = c.took if standing is not None else ("not timed", "")
+        rounds = "" if standing is None else str(len(c.samples_s) or "–")
+        return {
+            "": "" if standing is None else f"{standing:.2f}×",
+            "a call": took,
+            "spread": spread,
+            "rounds": rounds,
+            "certified": _known(c.temp_bytes),
+            "on chip": _known(c.on_chip_bytes),
+        }
+
     @property
     def size(self) -> str:
         """What is computed, in few words."""
@@ -332,7 +360,11 @@ class Record:
         )
 
 
-def _words(c: Candidate) -> str:
+def _known(count: int | None) -> str:
+    return "?" if count is None else show_bytes(count)
+
+
+def _words(c: Candidate, width: int = 53) -> str:
     """A choice in the columns that are left: what is usual is left out."""
     first = f"{c.choice.get('algorithm')} {c.choice.get('q_chunk')}×{c.choice.get('k_chunk')}"
     if c.failed is not None:
@@ -345,7 +377,7 @@ def _words(c: Candidate) -> str:
             if n == "head_chunk" or (v != 1 and v is not False and v not in _USUAL)
         ]
         text = " ".join([first, *shown])
-    return text if len(text) <= 53 else text[:52] + "…"
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 _USUAL = ("forward", "padded", "pointers")

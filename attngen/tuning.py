@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from attngen import planner
 from attngen.backends import Backend
-from attngen.building import certify_many, emit, passed, stored
+from attngen.building import certify_many, emit, passed, stored, tell
 from attngen.descent import TRIES
 from attngen.errors import (
     CALL_FAULTS,
     CompileError,
+    InternalError,
     NotBuiltError,
     PlanError,
     TimingError,
@@ -29,6 +30,7 @@ from attngen.targets import Target
 from attngen.units import show_bytes
 
 if TYPE_CHECKING:
+    from attngen.building import Answer
     from attngen.emitter import Source
     from attngen.reports import Certificate
     from attngen.tuner import Prepared
@@ -124,6 +126,8 @@ def tune(
             raise
         least = min(prepare.over, key=lambda p: p[1])
         raise planner.no_fit(spec, target, by, certified=least) from error
+    finally:
+        tell(prepare.faults)
 
 
 class _Preparer:
@@ -140,7 +144,8 @@ class _Preparer:
         self.spec, self.target, self.by, self.record = spec, target, by, record
         self.again = again  # whether what failed once is tried again
         self.known: dict[str, tuple[Plan, Source, Candidate]] = {}  # by choice
-        self.certificates: dict[str, Certificate | CompileError] = {}
+        self.certificates: dict[str, Answer] = {}
+        self.faults: list[InternalError] = []  # of attngen's own
         self.batch = 1  # plans that are certified together
         self.fitted = False  # whether one is within the budget
         self.over: list[tuple[Plan, int]] = []  # those that aren't, with their bytes
@@ -168,10 +173,13 @@ class _Preparer:
         known = dataclasses.replace(known, failed=None)
         try:
             if known.temp_bytes is None:
-                need = self._certificate(source, [plan, *upcoming]).temp_bytes
-                known = dataclasses.replace(known, temp_bytes=need)
+                found = self._certificate(source, [plan, *upcoming])
+                need, own = found.temp_bytes, found.on_chip_bytes
+                known = dataclasses.replace(known, temp_bytes=need, on_chip_bytes=own)
             return self._prepared(plan, source, known)
-        except (CompileError, TimingError, ValidationError) as error:
+        except (CompileError, InternalError, TimingError, ValidationError) as error:
+            if isinstance(error, InternalError):
+                self.faults.append(error)
             failed = dataclasses.replace(known, failed=str(error))
             return tuner.Prepared(failed, None)
 
@@ -202,6 +210,7 @@ class _Preparer:
 
         Raises:
             CompileError: the compiler refused, crashed, or took too long.
+            InternalError: it says what can't be.
         """
         if source.digest not in self.certificates:
             batch = []
@@ -214,7 +223,7 @@ class _Preparer:
                 self.certificates[text.digest] = answer
             self.batch = min(2 * self.batch, BATCH)
         answer = self.certificates[source.digest]
-        if isinstance(answer, CompileError):
+        if isinstance(answer, CompileError | InternalError):
             raise answer
         return answer
 

@@ -136,8 +136,8 @@ def measured(target: Target, named: list[tuple[str, Plan]]) -> list[dict[str, An
     for (name, plan), answer in zip(named, answers, strict=True):
         modelled = temp_bytes(plan.spec, plan.choice, plan.tiles, target.tpu)
         row = {"class": name, "choice": plan.choice, "modelled_bytes": modelled}
-        if isinstance(answer, errors.CompileError):
-            row["refused"] = str(answer.got)[:200]
+        if isinstance(answer, errors.CompileError | errors.InternalError):
+            row["refused"] = str(answer)[:200]
         else:
             row["temp_bytes"] = answer.temp_bytes
             row["estimated_cycles"] = answer.estimated_cycles

@@ -49,6 +49,7 @@ from attngen.keys import canonical
 from attngen.peers import references
 from attngen.plans import Plan
 from attngen.records import Record
+from attngen.reports import Certificate
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
 from attngen.units import parse_bytes, show_bytes
@@ -230,7 +231,7 @@ def _certified(cell: Cell) -> dict[str, dict[str, Any] | None]:
             "time_s": None,
         }
         for (plan, source), answer in zip(made, answers, strict=True)
-        if not isinstance(answer, CompileError) and answer.temp_bytes is not None
+        if isinstance(answer, Certificate) and answer.temp_bytes is not None
     ]
     return {
         name: next(

@@ -14,5 +14,6 @@ def refused(kind, match=None):
     assert type(error) is kind
     assert error.got is not None
     assert error.needed is not None
-    assert f"\n  got      {error.got}" in str(error)
+    got = str(error.got).replace("\n", "\n" + " " * 11)
+    assert f"\n  got      {got}" in str(error)
     assert f"\n  needed   {error.needed}" in str(error)

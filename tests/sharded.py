@@ -23,6 +23,8 @@ from attngen.backends.jax.scratch import scratch_bytes
 
 CAUSAL = masks.causal()
 BASE = {"batch": 8, "q_heads": 8, "kv_heads": 4, "q_len": 96, "qk_dim": 16}
+TABLE = attngen.operand("table", axes=("h", 7), dtype="float32")
+KEYS = attngen.score(lambda s, b, h, q, k: s * TABLE[h, k % 7] + TABLE[h, q % 5])
 BOARD = attngen.mask(lambda b, h, q, k: ((q + k + h + b) % 2 == 0) | (q == k))
 MESHES = ((2, 4), (8, 1), (1, 4))
 # case → (fields, choices, as many batches and heads of each shard in a tile)
@@ -33,6 +35,9 @@ CASES = {
     "two of each": ({"q_heads": 16, "kv_heads": 8, "v_dim": 24}, {}, 2),
     "ragged, all heads": ({"q_len": 100, "mask": CAUSAL}, {}, 8),
     "operands": ({"mask": CAUSAL & masks.documents(), "score": (scores.alibi(),)}, {}, 1),
+    "a table": ({"score": (scores.relative_buckets(),)}, {}, 1),
+    "a table, all heads": ({"score": (scores.relative_buckets(),), "mask": CAUSAL}, {}, 8),
+    "a table of keys": ({"score": (KEYS,), "layout": "bhtd"}, {}, 2),
     "a bias": ({"score": (scores.bias(axes="khb"),)}, {}, 1),
     "numbers of heads": ({"mask": BOARD}, {}, 1),
     "a sink": ({"sink": True, "outputs": ("lse", "out")}, {}, 1),

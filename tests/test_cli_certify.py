@@ -137,12 +137,17 @@ def test_arguments_by_name_and_a_file_in_place_of_a_module():
 
 
 def test_over_the_budget(monkeypatch):
-    said = Certificate("cpu", "a test", 2**20, argument_bytes=1, output_bytes=2)
+    figures = {"argument_bytes": 1, "output_bytes": 2, "estimated_cycles": 5}
+    said = Certificate("tpu-v3", "a test", 2**20, **figures)
     monkeypatch.setattr(certifier, "certify", lambda *_, **__: said)
     command = ("certify", "steps:Net.apply", "--shapes", "f32[8]", "--budget")
     assert "over" not in run(*command, "1MiB")[0]
     out, _ = run(*command, 2**20 - 1, code=FAILED)
-    assert ": over the budget" in out
+    assert out.splitlines()[1:] == [
+        "  about 5 cycles (estimated)",
+        "  beside 1 B of arguments and 2 B of outputs",
+        "over the budget of 1024.0 KiB by 1 B",
+    ]
     out, _ = run(*command, 2**20 - 1, "--json", code=FAILED)
     assert json.loads(out)["fits"] is False
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ def test_tune_prints_what_was_tried_and_what_is_chosen(sizes, monkeypatch):
     table, chosen = out.split("\n40 queries × 40 keys", 1)
     assert "1.00×" in table
     assert "timed here: " in chosen
+    assert re.search(r"^certified [\d.]+ \w+ of temporaries$", chosen, re.MULTILINE)
     assert "1 of 2: " in err
     data = json.loads(run("tune", *SMALL, "--seconds", "0.01", "--json")[0])
     assert data["effort"] == "measure"
@@ -264,7 +266,7 @@ def test_an_interrupt_says_what_is_kept_and_prints_it(monkeypatch, record):
     out, err = run("tune", *SMALL, code=FAILED)
     assert out.startswith(str(record))
     path = wisdom.path_of(record.key)
-    assert f"interrupted; 4 samples kept in {path}" in err
+    assert f"interrupted; 4 samples kept in {path}" in " ".join(err.split())
     wisdom.clear()
     out, err = run("tune", *SMALL, code=FAILED)
     assert out == ""

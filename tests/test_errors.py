@@ -22,6 +22,12 @@ def test_an_error_says_what_was_got_and_needed_and_what_to_do():
     assert str(error) == "No.\n  got      this\n  needed   that\n  hint     do"
 
 
+def test_lines_stand_below_each_other():
+    error = SpecError("No.", got="this\nand that", needed="that")
+    assert str(error).splitlines()[1:3] == ["  got      this", " " * 11 + "and that"]
+    assert error.to_dict()["got"] == "this\nand that"
+
+
 def test_what_is_not_known_is_not_said():
     assert str(SpecError("No.", needed="that")) == "No.\n  needed   that"
     assert str(SpecError("No.")) == "No."

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -195,6 +196,12 @@ def test_matplotlib_is_named_where_it_is_missing(monkeypatch, tmp_path):
 @pytest.fixture(autouse=True)
 def own_wisdom(monkeypatch, tmp_path):
     monkeypatch.setenv("ATTNGEN_WISDOM", str(tmp_path / "wisdom"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_a_folder_that_can_not_be_written_is_refused_before_anything_is_timed():
+    error = refused("FileError", "tune", *SMALL, "--frontier", "/proc/a.png")
+    assert "can't be written" in error["what"]
 
 
 @pytest.mark.parametrize("name", ["a.jpeg", "a", "nowhere/a.png"])

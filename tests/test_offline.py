@@ -3,11 +3,21 @@
 import dataclasses
 
 import pytest
-from commands import run
+from commands import FAILED, run
 
 import attngen
-from attngen import AttentionSpec, descent, masks, offline, recalling, targets, wisdom
-from attngen.errors import PlanError
+from attngen import (
+    AttentionSpec,
+    descent,
+    frontier,
+    masks,
+    offline,
+    recalling,
+    records,
+    targets,
+    wisdom,
+)
+from attngen.errors import InternalError, PlanError
 from attngen.keys import canonical
 from attngen.reports import Certificate
 
@@ -21,6 +31,23 @@ KERNEL = Certificate("a100", "ptxas", 0, spill_bytes=0, shared_bytes=1024)
 @pytest.fixture(autouse=True)
 def own_wisdom(monkeypatch, tmp_path):
     monkeypatch.setenv("ATTNGEN_WISDOM", str(tmp_path))
+
+
+TPU = dataclasses.replace(SPEC, dtype="bfloat16")
+
+
+def on_tpu(need=2**19, cycles=10**9):
+    """A compiler that says the same of all programs of a TPU."""
+
+    def certify_many(compiler, target, programs):
+        return [
+            Certificate(
+                target, "XLA:TPU", need, on_chip_bytes=2**20, estimated_cycles=cycles(i)
+            )
+            for i, _ in enumerate(programs)
+        ]
+
+    return certify_many
 
 
 def plan(**fix):
@@ -136,6 +163,24 @@ def test_an_interrupt_keeps_what_was_compiled(monkeypatch):
     assert not record.finished
 
 
+def test_an_interrupt_keeps_what_was_compiled_of_a_group(monkeypatch):
+    certify_many = on_tpu(cycles=lambda i: 10**9)
+    monkeypatch.setattr(
+        "attngen.certifier.certify_many",
+        lambda *given: certify_many(*given)[:1],  # the others are left
+    )
+    monkeypatch.setattr(
+        "attngen.interrupts.in_threads",
+        lambda function, given: ([function(x) for x in given], True),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        attngen.tune(TPU, target="tpu-v5e")
+    key = recalling.key_of(TPU, targets.get("tpu-v5e"), attngen.backends.get("jax"))
+    record = wisdom.find(key)
+    assert 0 < len(record.candidates) < offline.GROUP
+    assert not record.finished
+
+
 def test_where_nothing_compiles_building_says_so(monkeypatch):
     spilling = dataclasses.replace(KERNEL, spill_bytes=8)
     monkeypatch.setattr(
@@ -213,3 +258,61 @@ def test_plans_modelled_a_little_above_the_budget_are_compiled(monkeypatch):
     assert any(p.temp_bytes > spec.budget_bytes for p in compiled)
     assert all(p.temp_bytes <= offline.ROOM * spec.budget_bytes for p in compiled)
     assert record.best(spec.budget_bytes).modelled_bytes > 0
+
+
+def test_bytes_on_the_chip_are_kept_and_shown(monkeypatch):
+    monkeypatch.setattr(
+        "attngen.certifier.certify_many", on_tpu(cycles=lambda _: 10**9)
+    )
+    record = attngen.tune(TPU, target="tpu-v5e")
+    assert {c.on_chip_bytes for c in record.candidates} == {2**20}
+    key = recalling.key_of(TPU, targets.get("tpu-v5e"), attngen.backends.get("jax"))
+    assert wisdom.find(key) == record
+    head, *rows = str(record).splitlines()[3:]
+    assert head.split()[:5] == ["a", "call", "certified", "on", "chip"]
+    assert all("512.0 KiB    1.0 MiB  " in row for row in rows[: records.SHOWN])
+    assert max(map(len, str(record).splitlines())) <= 100
+    points = frontier.of(record, targets.get("tpu-v5e"), []).to_dict()["line"]
+    assert points[0]["on_chip_bytes"] == 2**20
+
+
+def test_an_internal_error_of_one_plan_is_told_and_the_others_are_ranked(monkeypatch):
+    monkeypatch.setattr(
+        "attngen.certifier.certify_many",
+        on_tpu(cycles=lambda i: 1 if i == 0 else 10**9),
+    )
+    with pytest.warns(UserWarning, match="report it with the spec") as told:
+        record = attngen.tune(TPU, target="tpu-v5e")
+    assert len(told) == 1
+    assert record.effort == "measure"
+    failed = [c for c in record.candidates if c.failed is not None]
+    assert 0 < len(failed) < len(record.candidates)
+    assert str(told[0].message).startswith(f"{len(failed)} plans left out. tpu-v5e: ")
+    assert all("is below the" in c.failed for c in failed)
+    assert record.best().failed is None
+    plan = attngen.plan(TPU, target="tpu-v5e")
+    low = on_tpu(cycles=lambda i: 1)
+    monkeypatch.setattr(
+        "attngen.certifier.certify", lambda c, t, **_: low(c, t, [None])[0]
+    )
+    with pytest.raises(InternalError, match="is below the"):
+        attngen.certify(plan)
+    monkeypatch.setattr("attngen.certifier.certify_many", low)
+    wisdom.clear()
+    with pytest.raises(InternalError, match="is below the"):
+        attngen.build(TPU, target="tpu-v5e")
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_command_tells_an_internal_error_without_a_traceback(monkeypatch):
+    monkeypatch.setattr("attngen.certifier.certify_many", on_tpu(cycles=lambda i: 1))
+    size = ("--q-heads", "1", "--q-len", "256", "--qk-dim", "64")
+    out, err = run("tune", *size, "--target", "tpu-v5e", code=FAILED)
+    said = " ".join(err.split())
+    assert (
+        "attngen: warning: 8 plans left out. tpu-v5e: an estimate of 1 cycles" in said
+    )
+    assert "This is a fault in attngen. Please report it" in said
+    assert out.count("failed ") >= 8
+    assert "none of 8 plans can be used" in err
+    assert max(map(len, [*out.splitlines(), *err.splitlines()])) <= 100

@@ -157,3 +157,21 @@ def test_what_isnt_a_record_is_refused(change):
         Record.from_json(json.dumps(data))
     with refused(FileError):
         Record.from_json("{")
+
+
+def test_records_of_before_bytes_on_the_chip_were_kept_are_read():
+    data = json.loads(RECORD.to_json())
+    for each in data["candidates"]:
+        del each["on_chip_bytes"]
+    assert Record.from_dict(data) == RECORD
+    assert "on chip" not in str(RECORD)
+
+
+def test_merging_with_an_older_record_keeps_bytes_on_the_chip():
+    own = dataclasses.replace(RECORD.candidates[0], on_chip_bytes=5)
+    newer = dataclasses.replace(RECORD, candidates=(own, *RECORD.candidates[1:]))
+    assert newer.merged(RECORD) == newer
+    assert RECORD.merged(newer) == newer
+    lines = str(newer).splitlines()
+    assert lines[3].split()[-3:] == ["on", "chip", "plan"]
+    assert max(map(len, lines)) <= 100

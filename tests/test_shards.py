@@ -17,7 +17,7 @@ from refusals import refused
 
 import attngen
 from attngen import AttentionSpec, compilers, masks, targets
-from attngen.backends.jax import shards
+from attngen.backends.jax import devices, shards
 from attngen.errors import NotBuiltError, PlanError, SpecError
 from attngen.reports import Certificate
 
@@ -200,6 +200,21 @@ SPEC = AttentionSpec(
 def test_chunks_that_are_no_part_of_each_shard_are_not_legal(fix):
     with refused(PlanError):
         attngen.plan(SPEC, fix=fix)
+
+
+def test_a_plan_says_what_lengths_exchange_and_fits_the_width():
+    spec = dataclasses.replace(SPEC, kv_lengths=True)
+    said = "devices exchange two numbers a chunk of queries"
+    assert said in attngen.plan(spec).explain()
+    assert said not in attngen.plan(SPEC).explain()
+    assert all(len(line) <= 100 for line in attngen.plan(spec).explain().splitlines())
+
+
+def test_more_devices_than_a_slice_has_are_refused():
+    tpu = targets.get("tpu-v5e").tpu
+    assert devices._slice(tpu, 256) == "16x16"
+    with pytest.raises(ValueError, match="257 devices are more than the 16 x 16"):
+        devices._slice(tpu, 257)
 
 
 def test_what_is_not_built():

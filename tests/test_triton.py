@@ -45,6 +45,14 @@ def test_bfloat16(name):
     interpreted.judge(spec, **small_blocks(spec))
 
 
+def test_weights_are_rounded_to_bfloat16_as_gpus_do():
+    """A float32 output shows it; in paper-16k, say."""
+    spec = AttentionSpec(
+        q_heads=1, q_len=323, qk_dim=64, dtype="bfloat16", out_dtype="float32"
+    )
+    interpreted.judge(spec, q_chunk=128, k_chunk=128)
+
+
 @pytest.mark.parametrize("dim", [40, 72, 80, 96, 192])
 @pytest.mark.parametrize("head_dim", ["split", "padded"])
 def test_every_head_dim(dim, head_dim):

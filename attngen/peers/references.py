@@ -48,6 +48,10 @@ class Reference:
     def temp_bytes(self) -> int | None:
         return None if self.certificate is None else self.certificate.temp_bytes
 
+    @property
+    def on_chip_bytes(self) -> int | None:
+        return None if self.certificate is None else self.certificate.on_chip_bytes
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"temp_bytes": self.temp_bytes}
 

@@ -82,13 +82,29 @@ def _described(name: str, gpu: Gpu) -> str:
     )
 
 
+SIDES = {
+    "v5e": 16,
+    "v6e": 16,
+}  # chips along a side of the largest slice, by Google Cloud
+
+
 def _slice(tpu: Tpu, count: int) -> str:
-    """The smallest slice of a TPU's topology that has so many devices: each side doubles."""
+    """The smallest slice of a TPU's topology that has so many devices: each side doubles.
+
+    Raises:
+        ValueError: no slice has: the compiler would abort.
+    """
     sides = [int(n) for n in tpu.topology.partition(":")[2].split("x")]
     chip = 1 if tpu.cores == 2 or tpu.generation in ("v5e", "v6e") else 2
     while math.prod(sides) * chip < count:
         sides[sides.index(min(sides), 0)] *= 2
         sides.sort()
+    if sides[-1] > SIDES.get(tpu.generation, sides[-1]):
+        most = SIDES[tpu.generation]
+        raise ValueError(
+            f"{count} devices are more than the {most} x {most} of a slice of TPU "
+            f"{tpu.generation}: shard into fewer parts"
+        )
     return "x".join(map(str, sides))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from attngen.backends.jax.lengths import Lengths
 from attngen.backends.jax.statements import assign, searched
-from attngen.backends.jax.tile import Starts, Tile, heads
+from attngen.backends.jax.tile import Starts, Tile, heads, times
 from attngen.expr import variables
 from attngen.extremes import FALSE
 from attngen.lists import Blocks, Extremes, Search, held, listed, pairs
@@ -128,7 +128,7 @@ class _Writer:
             low = f" + {self.lengths.extreme('offset', 'min')}"
             high = f" + {self.lengths.extreme('offset', 'max')}"
         q, b = self.starts.q, self.starts.b
-        h = _times(self.starts.g, spec.repeats)
+        h = times(self.starts.g, spec.repeats)
         end = "jnp.minimum(key + K_CHUNK, S)" if self.ragged else "key + K_CHUNK"
         texts = {
             "q_lo": _sum(q, low),
@@ -162,7 +162,7 @@ class _Writer:
         self.made.functions.add("_extremes")
         if line not in self.made.ahead:
             self.made.ahead.append(line)
-        start = {"b": self.starts.b, "h": _times(self.starts.g, self.spec.repeats)}
+        start = {"b": self.starts.b, "h": times(self.starts.g, self.spec.repeats)}
         size = {"b": self.at.sizes["b"], "h": heads(self.at)}
         begins, sizes = [], []
         for _, index in pairs(x.node):
@@ -206,7 +206,7 @@ class _Writer:
         count, area = f"{name}_at_tiles", f"{name}_at_area"
         several: list[str] = []
         if x.letters:
-            start = {"b": self.starts.b, "h": _times(self.starts.g, self.spec.repeats)}
+            start = {"b": self.starts.b, "h": times(self.starts.g, self.spec.repeats)}
             size = {"b": self.at.sizes["b"], "h": heads(self.at)}
             begins = ", ".join([*(start[a] for a in x.letters), "0"])
             sizes = ", ".join([*(size[a] for a in x.letters), "K_CHUNKS"])
@@ -223,7 +223,3 @@ def _sum(start: str, more: str) -> str:
     if start != "0":
         return f"{start}{more}"
     return more.removeprefix(" + ") or "0"
-
-
-def _times(start: str, factor: int) -> str:
-    return start if factor == 1 or start == "0" else f"{start} * R"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
 import types
@@ -22,8 +23,16 @@ def load(path: Path) -> Callable[..., Any]:
 
     Raises:
         FileError: it can't be run, or defines no `attention`.
-        BackendError: it computes with 64-bit numbers, which JAX has turned off.
+        BackendError: jax isn't installed, or the file computes with 64-bit numbers, which
+            JAX has turned off.
     """
+    if importlib.util.find_spec("jax") is None:
+        raise BackendError(
+            "What attngen emits for JAX is run by JAX, which isn't installed.",
+            got="no jax",
+            needed="pip install 'attngen[jax]'",
+            hint="without it, plan and emit work",
+        )
     import jax
 
     function = jax.jit(load_function(path))

@@ -50,9 +50,5 @@ def _invoked(call: list[str]) -> str:
     return f"{function}({', '.join(arguments)})" if arguments else function
 
 
-def times(start: str, factor: int) -> str:
-    return start if factor == 1 or start == "0" else f"{start} * R"
-
-
 def as_tuple(items: list[str]) -> str:
     return f"({', '.join(items)}{',' if len(items) == 1 else ''})"

@@ -111,3 +111,8 @@ def order(layout: str, axes: str) -> str:
     batch, token, *head = list(axes)
     inner = [token, *head] if layout == "bthd" else [*head, token]
     return "".join([batch, *inner])
+
+
+def times(start: str, factor: int) -> str:
+    """Where query heads begin, by where kv heads do."""
+    return start if factor == 1 or start == "0" else f"{start} * R"

@@ -6,10 +6,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from attngen import expr
-from attngen.backends.jax import shards
+from attngen.backends.jax import shards, tables
 from attngen.backends.jax.distance import by_distance
-from attngen.backends.jax.statements import as_tuple, assign, searched, times
-from attngen.backends.jax.tile import Starts, Tile, chosen, dimensions, heads
+from attngen.backends.jax.statements import as_tuple, assign, searched
+from attngen.backends.jax.tile import Starts, Tile, chosen, dimensions, heads, times
 from attngen.expr import Expr
 from attngen.intervals import domain, proven
 from attngen.operands import Operand
@@ -341,8 +341,11 @@ class _Writer:
         self.gathers += 1
         index = []
         safe = proven(node, self.env)
+        by_head = tables.is_by_head(self.plan, node)
         for axis, i in zip(node.value.axes, node.args, strict=True):
-            if i.op == "var":
+            if by_head and i.op == "var":
+                index.append(":")
+            elif i.op == "var":
                 letter = str(i.value)
                 self._define(f"{letter}_index", self._lines({letter}, keys))
                 index.append(f"{i.value}_index")
@@ -360,7 +363,16 @@ class _Writer:
         if len(name) + len(node.value.name) + len(at) + 13 > self.width:
             lines.append(f"indices_{self.gathers} = ({at})")
             at = f"indices_{self.gathers}"
-        lines += assign(name, [[f"{node.value.name}.at[{at}].get", *how]], self.width)
+        source = node.value.name
+        if by_head and shards.is_split(self.plan, "h"):
+            source = f"{name}_of_heads"
+            rows = self._lines({"h"}, keys)
+            rows += tables.rows(self.plan, node, source, self._begin("h"), self.width)
+        calls = [[f"{source}.at[{at}].get", *how]]
+        if by_head:
+            target = self.at.spread("".join(reads).replace("h", "gr"))
+            calls.append([".reshape", *dimensions(target)])
+        lines += assign(name, calls, self.width)
         self.gathered[node] = name
 
     def _step(self, index: Expr, lines: list[str], float_dtype: str) -> str:

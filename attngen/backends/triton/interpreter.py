@@ -1,8 +1,9 @@
 """The child's side of an interpreted call: arrays in files, Triton on the CPU.
 
 Triton 3.9's interpreter multiplies the raw 16-bit integers of bfloat16 (and NumPy has no
-such numbers), so products of bfloat16 are made of float32 here; the emitted file stays as
-it is.
+such numbers), so products of bfloat16 are made of float32 here; and it drops the bits of
+float32 that bfloat16 lacks, where a GPU rounds to the nearest, so that is done here, too.
+The emitted file stays as it is.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def call(job: dict[str, Any]) -> list[str]:
     from attngen.backends.triton.loader import import_file, numbers, tensor
 
     _multiply_bfloat16()
+    _round_to_bfloat16()
     folder = Path(job["folder"])
     given = {n: np.load(folder / f"{n}.npy") for n in job["dtypes"]}
     tensors = {n: tensor(given[n], dtype) for n, dtype in job["dtypes"].items()}
@@ -79,3 +81,20 @@ def _multiply_bfloat16() -> None:
         return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+@functools.cache
+def _round_to_bfloat16() -> None:
+    """Make the interpreter round float32 to the nearest bfloat16, ties to even."""
+    import ml_dtypes
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    plain = interpreter._convert_float
+
+    def convert(x: Any, before: Any, after: Any, rounding: Any) -> Any:
+        if (before, after) == (tl.float32, tl.bfloat16):
+            return x.astype(ml_dtypes.bfloat16).view(np.uint16)
+        return plain(x, before, after, rounding)
+
+    interpreter._convert_float = convert
