@@ -1,0 +1,118 @@
+"""XLA:TPU's temporaries where VMEM, or v4's CMEM, takes what fits: all but v2, v3 and v5p.
+
+What is on the chip isn't counted. What was seen of the compiler's choices there (jax 0.10.2,
+libtpu 0.0.42): an array of nearly the chip's size stays in HBM, and others in its wake, for
+what streams through VMEM needs room; of the rest, the largest is the first to go.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attngen.backends.jax.tpu_arrays import Arrays
+from attngen.tpus import Tpu
+
+KIB = 2**10
+LEAST = 16 * KIB  # scalars
+PADDING = 1.05  # what is left to chance, of what lies in HBM
+BIG = 0.8  # of the chip: such arrays aren't put there
+# Small arrays that stay in HBM all the same, as they were found with these choices.
+STACKED = 390 * KIB  # the outputs of steps are stacked
+STACKED_EDGES = 310 * KIB  # the same, where several tiles are in a step and some are edges
+SLOPES, SLOPES_PART = 570 * KIB, 216 * KIB  # a score's for one head; of each further part
+ROW, ROW_TILE = 320 * KIB, 90 * KIB  # a single query of one head; of each further tile
+TWICE_PARTS = 1600 * KIB  # many parts, whose products are made twice
+SCANNED = 390 * KIB  # v7x: carried by a scan
+MANY_PARTS = 4
+
+
+@dataclass(frozen=True)
+class Room:
+    """Shares of a chip that arrays come to lie in.
+
+    Args:
+        all: where all fit.
+        rest: beside what stays in HBM.
+    """
+
+    all: float
+    rest: float
+
+
+ROOM = {"v4": Room(0.9, 0.1), "v5e": Room(0.9, 0.7), "v6e": Room(0.7, 0.3)}
+HALF = 0.45  # v7x: the share, less the tile that is worked on
+
+
+def temp_bytes(at: Arrays, tpu: Tpu) -> int:
+    """An upper bound of bytes in HBM, of the arrays of a plan."""
+    chip = tpu.cmem_bytes or tpu.vmem_bytes
+    known = ROOM.get(tpu.generation)
+    if known is None:
+        outside = _outside_half(at, chip)
+    else:
+        outside = _outside(_arrays(at), _tiles(at), chip, known)
+    return int(PADDING * outside) + LEAST + _odd(at, tpu)
+
+
+def _odd(at: Arrays, tpu: Tpu) -> int:
+    """What stays in HBM although it would fit on the chip."""
+    found = STACKED if at.stacked else 0
+    if at.stacked and at.unroll > 1 and at.masked:
+        found += STACKED_EDGES
+    if at.scored and at.heads == 1:
+        found += SLOPES + (at.parts - 1) * SLOPES_PART
+    if at.heads * at.queries == 1 and not at.wide:
+        found += ROW + (at.unroll - 1) * ROW_TILE
+    if at.twice and at.parts > MANY_PARTS:
+        found += TWICE_PARTS
+    return found + (SCANNED if at.scanned and tpu.generation not in ROOM else 0)
+
+
+def _tiles(at: Arrays) -> list[int]:
+    count = round(at.tile / at.one_tile) if at.one_tile else 0
+    return [at.tile // count] * count if count > 1 else [at.tile]
+
+
+def _arrays(at: Arrays) -> list[int]:
+    """Of all but scores."""
+    if at.dense:
+        return [at.bias, at.mask]
+    whole = [at.k, at.v, at.q]
+    lent = max((n for n in whole if n <= at.out and at.filled), default=0)
+    if lent:  # the output's own memory takes one
+        whole.remove(lent)
+    sums = [at.sums // at.parts] * at.parts
+    return [*whole, at.filled, at.rows, *sums, at.partial, at.finish, at.keys, at.mask]
+
+
+def _spilled(sizes: list[int], room: float) -> int:
+    """Bytes of those that don't fit together, the largest first."""
+    held, spilled = sum(sizes), 0
+    for size in sorted(sizes, reverse=True):
+        if held < room:
+            break
+        spilled, held = spilled + size, held - size
+    return spilled
+
+
+def _outside(others: list[int], tiles: list[int], chip: int, room: Room) -> int:
+    sizes = others + tiles
+    big = sum(n for n in sizes if n >= BIG * chip)
+    rest = [n for n in sizes if n < BIG * chip]
+    return big + _spilled(rest, chip * (room.rest if big else room.all))
+
+
+def _outside_half(at: Arrays, chip: int) -> int:
+    """v7x: keys are laid anew, and a tile of half the chip leaves no room for others."""
+    others = _arrays(at)
+    if not at.wide and not at.dense and at.relaid > chip // 2:
+        anew = 2 if at.parts == 1 and not at.sliced_dn else 3
+        others[: len(others)] = [n for n in others if n not in (at.k, at.v)]
+        others += [max(at.k, at.relaid)] * anew
+    tiles = _tiles(at)
+    inside = [n for n in tiles if n <= chip // 2]
+    outside = sum(n for n in tiles if n > chip // 2)
+    outside += _spilled(inside, chip)
+    left = min(at.made * at.unroll, chip)
+    return outside + _spilled(others, max(0.0, HALF * chip - left) + 1)
+
