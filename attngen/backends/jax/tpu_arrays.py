@@ -36,9 +36,10 @@ class Arrays:
         mask, bias: of positions, shared by the heads of a tile.
         finish: sums with their heads in the rows, to be divided.
         one_tile, one_sums: of each of several.
-        made: scores of a tile, stored or not.
+        made, rows_made: scores of a tile, stored or not; of few of its keys.
         bodies: places in the program that make a tile.
         heads, queries: of a tile.
+        brought: whole k and v, gone before the loops.
         relaid: whole k, in another order.
         looped: there are steps around the key loop.
         single: there is no key loop.
@@ -61,6 +62,7 @@ class Arrays:
     finish: int
     one_tile: int
     made: int
+    rows_made: int
     bodies: int
     one_sums: int
     heads: int
@@ -74,10 +76,12 @@ class Arrays:
     scored: bool
     dense: bool
     wide: bool
+    decoded: bool
     masked: bool
     twice: bool
     scanned: bool
     sliced_dn: bool
+    brought: int
     relaid: int
 
 
@@ -154,8 +158,9 @@ class _Plan:
         """Whether keys and values, once converted, are brought to VMEM."""
         few = self.heads * self.q < FEW_ROWS and self.k >= LANES
         lone = self.groups == 1 < self.spec.kv_heads and self.chunks > 1
+        lone = lone and self.k <= FEW
         wide = self.wide or BYTES[self.spec.dtype] == NARROW
-        return self.near and few and not lone and not wide
+        return self.near and few and not lone and not wide and self.kind == "running"
 
     @property
     def masked(self) -> bool:
@@ -203,6 +208,7 @@ def arrays(
     stacked = option(choice, "steps") == "map"
     if stacked:
         filled = _stacked(plan, out, max(whole_k, whole_q))
+    relaid = spec.batch * spec.kv_heads * least(1, spec.kv_len, spec.qk_dim, NARROW)
     return Arrays(
         k=whole_k,
         v=whole_v,
@@ -219,11 +225,13 @@ def arrays(
         single=plan.chunks == 1,
         dense=plan.kind == "dense",
         wide=plan.wide,
+        decoded=plan.decoded,
         masked=plan.masked,
         twice=plan.twice,
         scanned=choice["loop"] == "scan",
         sliced_dn=plan.dn,
-        relaid=spec.batch * spec.kv_heads * least(1, spec.kv_len, spec.qk_dim, NARROW),
+        brought=2 * relaid if plan.brought else 0,
+        relaid=relaid,
         unroll=1 if plan.chunks == 1 else plan.unroll,
         **_step(plan),
     )
@@ -251,7 +259,7 @@ def _keys(plan: _Plan) -> tuple[int, int]:
     if dense and (not plan.looped or (plan.dn and heads == 1)):
         return 0, 0
     lone = plan.near and plan.groups == 1 < spec.kv_heads and plan.chunks > 1
-    lone = lone and (spec.layout == "bhtd" or not dense)
+    lone = lone and (spec.layout == "bhtd" or not dense) and plan.k <= FEW
     if spec.layout == "bthd" and (plan.k == 1 or lone):  # heads in the rows
         rows, size = spec.batch * keys, BYTES[spec.dtype]
         return _pair(laid(rows, spec.kv_heads, d, size, plan.near) for d in dims)
@@ -311,6 +319,8 @@ def _stacked(plan: _Plan, out: int, hole: int) -> int:
     """
     spec, size = plan.spec, BYTES[plan.spec.out_dtype_name]
     heads = spec.batch * spec.q_heads
+    if plan.near and plan.wide:
+        return 0
     if plan.q < LANES:
         steps = -(-spec.q_len // plan.q)
         return max(out, steps * laid(heads, plan.q, spec.v_dim, size))
@@ -342,6 +352,7 @@ def _step(plan: _Plan) -> dict[str, int]:
         "tile": tile,
         "one_tile": one_tile if tile else 0,
         "made": heads * laid(1, plan.q, plan.k, stats),
+        "rows_made": heads * laid(1, plan.q, LANES, stats),
         "bodies": _bodies(plan),
         "keys": _values(plan),
         "finish": _finish(plan, sums),
@@ -380,7 +391,8 @@ def _rows(plan: _Plan) -> int:
     """Queries as they are multiplied, if not as they were sliced."""
     spec = plan.spec
     if plan.wide:
-        return plan.heads * laid(1, plan.q, spec.qk_dim, BYTES[spec.dtype])
+        rows = plan.heads * laid(1, plan.q, spec.qk_dim, BYTES[spec.dtype])
+        return 0 if plan.near and rows < LARGE else rows
     if plan.heads > 1 or plan.chunks == 1 or plan.guard or plan.q < LANES:
         return 0
     return laid(1, plan.q, spec.qk_dim, NARROW)
@@ -407,20 +419,21 @@ def _positions(plan: _Plan) -> dict[str, int]:
     if plan.near and plan.kind != "dense" and pairs < LARGE_MASK:
         pairs = 0
     each = plan.heads // plan.groups if plan.kind == "dense" else 1
+    biases = min(plan.parts, 2) * BYTES[plan.spec.stats_dtype] * pairs
+    if not plan.spec.score or (plan.near and plan.kind == "dense"):
+        biases = 0
     return {
         "mask": each * pairs if plan.masked else 0,
-        "bias": BYTES[plan.spec.stats_dtype] * pairs if plan.spec.score else 0,
+        "bias": biases,
     }
 
 
 def _finish(plan: _Plan, sums: int) -> int:
-    """What is made of the sums when all tiles are gone; near, what was there before them.
+    """What is made of the sums when all tiles are gone.
 
     Those of parts become one; heads that fill the rows are put there.
     """
     spec, heads = plan.spec, plan.heads
-    if plan.brought:
-        return 2 * spec.batch * spec.kv_heads * least(1, spec.kv_len, spec.qk_dim, NARROW)
     stats, lanes = BYTES[spec.stats_dtype], spec.v_dim + plan.ones
     if plan.wide and not plan.looped:  # heads go back to their places
         return heads * plan.q * spec.v_dim * BYTES[spec.out_dtype_name]
@@ -443,8 +456,8 @@ def _tile(plan: _Plan) -> tuple[int, int]:
         return 0, 0
     if plan.twice:  # one fusion makes and uses them, if nothing else does
         stored = spec.score
-        once = plan.near and single  # as they are, else as they are multiplied
-        tile = one if stored else 0 if plan.ones else one if once else one // 2
+        weights = one if plan.near else one // 2  # as they are, or as multiplied
+        tile = one if stored else 0 if plan.ones else weights
     else:
         # one round of steps of one head: no loop, and one tile after the other
         alone = plan.chunks <= plan.unroll and plan.heads == 1 and not plan.masked

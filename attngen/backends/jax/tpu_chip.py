@@ -14,10 +14,11 @@ from attngen.tpus import Tpu
 
 KIB = 2**10
 LEAST = 16 * KIB  # scalars
+OUTSIDE = 310 * KIB  # the same, where something is outside
 PADDING = 1.05  # what is left to chance, of what lies in HBM
 BIG = 0.8  # of the chip: such arrays aren't put there
 # Small arrays that stay in HBM all the same, as they were found with these choices.
-STACKED = 390 * KIB  # the outputs of steps are stacked
+STACKED = 400 * KIB  # the outputs of steps are stacked
 STACKED_EDGES = 310 * KIB  # the same, where several tiles are in a step and some are edges
 SLOPES, SLOPES_PART = 570 * KIB, 216 * KIB  # a score's for one head; of each further part
 ROW, ROW_TILE = 320 * KIB, 90 * KIB  # a single query of one head; of each further tile
@@ -40,7 +41,8 @@ class Room:
 
 
 ROOM = {"v4": Room(0.9, 0.1), "v5e": Room(0.9, 0.7), "v6e": Room(0.7, 0.3)}
-HALF = 0.45  # v7x: the share, less the tile that is worked on
+FEW = 2**21  # bytes of an array that is laid anew in VMEM anyway
+HALF = 0.42  # v7x: the share, less the tile that is worked on
 
 
 def temp_bytes(at: Arrays, tpu: Tpu) -> int:
@@ -51,7 +53,8 @@ def temp_bytes(at: Arrays, tpu: Tpu) -> int:
         outside = _outside_half(at, chip)
     else:
         outside = _outside(_arrays(at), _tiles(at), chip, known)
-    return int(PADDING * outside) + LEAST + _odd(at, tpu)
+    least = OUTSIDE if outside else LEAST
+    return int(PADDING * outside) + least + _odd(at, tpu)
 
 
 def _odd(at: Arrays, tpu: Tpu) -> int:
@@ -69,8 +72,11 @@ def _odd(at: Arrays, tpu: Tpu) -> int:
 
 
 def _tiles(at: Arrays) -> list[int]:
-    count = round(at.tile / at.one_tile) if at.one_tile else 0
-    return [at.tile // count] * count if count > 1 else [at.tile]
+    """Whole, also where narrow weights are stored; of parts, at least two are at work."""
+    if not at.tile or not at.one_tile:
+        return []
+    count = max(1, round(at.tile / at.one_tile), min(at.parts, 2))
+    return [at.one_tile] * count
 
 
 def _arrays(at: Arrays) -> list[int]:
@@ -104,15 +110,24 @@ def _outside(others: list[int], tiles: list[int], chip: int, room: Room) -> int:
 
 def _outside_half(at: Arrays, chip: int) -> int:
     """v7x: keys are laid anew, and a tile of half the chip leaves no room for others."""
-    others = _arrays(at)
-    if not at.wide and not at.dense and at.relaid > chip // 2:
-        anew = 2 if at.parts == 1 and not at.sliced_dn else 3
-        others[: len(others)] = [n for n in others if n not in (at.k, at.v)]
-        others += [max(at.k, at.relaid)] * anew
-    tiles = _tiles(at)
-    inside = [n for n in tiles if n <= chip // 2]
+    tiles, others = _tiles(at), _arrays(at)
     outside = sum(n for n in tiles if n > chip // 2)
-    outside += _spilled(inside, chip)
-    left = min(at.made * at.unroll, chip)
-    return outside + _spilled(others, max(0.0, HALF * chip - left) + 1)
+    outside += _spilled([n for n in tiles if n <= chip // 2], chip)
+    count = 1 if at.twice else at.unroll
+    worked_on = count * (at.rows_made if at.twice else at.made)
+    left = max(0, int(HALF * chip) - worked_on)
+    if not at.wide and not at.dense and at.relaid > max(FEW, left // 2):
+        others = [n for n in others if n not in (at.k, at.v)]
+        others += [max(at.k, at.relaid), max(at.v, at.relaid)]
+        if at.parts > 1 or at.sliced_dn:
+            others.append(at.relaid)  # queries, of as many heads
+    return outside + _fitted(others, left)
 
+
+def _fitted(sizes: list[int], room: int) -> int:
+    """Bytes of those that don't fit: the smallest that leaves room for the others, if any."""
+    over = sum(sizes) - room
+    enough = [n for n in sizes if n >= over]
+    if over <= 0 or not sizes:
+        return 0
+    return min(enough) if enough else _spilled(sizes, room + 1)

@@ -29,13 +29,13 @@ from attngen.tpus import Tpu
 KIB = 2**10
 ALIGNMENT = 16 * KIB  # of buffers
 # Of small buffers, as room and as not in use: 0.9 of what was found is below.
-SMALL = 330 * KIB  # of any program
-BODY = 200 * KIB  # of each further place that makes a tile
+SMALL, SMALL_NEAR = 320 * KIB, 410 * KIB  # of any program
+BODY, BODY_NEAR = 200 * KIB, 135 * KIB  # of each further place that makes a tile
 FILLED = 130 * KIB  # where the output is put in order
 SCORED = 400 * KIB  # of a score's operands
 STATISTICS = 6  # of rows, in each such place
 STACKED = 900 * KIB  # v5p: of stacked outputs
-PADDING = 1.01  # what is left to chance: holes, orders that were guessed wrong
+PADDING, PADDING_NEAR = 1.03, 1.04  # what is left to chance: holes, orders that were guessed wrong
 FAR = ("v2", "v3")  # nothing but a fusion's own scratch lies in VMEM
 ALWAYS_HBM = (*FAR, "v5p")
 IN_LOOP = ("tile", "keys", "mask", "bias", "partial")
@@ -52,17 +52,19 @@ def temp_bytes(
     at = arrays(spec, choice, tiles, near=tpu.generation not in FAR)
     if tpu.generation not in ALWAYS_HBM:
         return tpu_chip.temp_bytes(at, tpu)
+    padding = PADDING_NEAR if at.near else PADDING
     if at.dense:
         held = at.tile + at.mask + at.bias + (0 if at.near or at.heads == 1 else at.out)
-        return int(PADDING * held) + _small(at)
+        return int(padding * held) + _small(at)
     room, live = _room(at)
-    return int(PADDING * (room + max(0, room - live))) + _small(at)
+    return int(padding * (room + max(0, room - live))) + _small(at)
 
 
 def _small(at: Arrays) -> int:
     """Scalars, limits of loops, statistics of rows."""
     rows = max(0, 4 * at.heads * at.queries - ALIGNMENT)
-    found = SMALL + at.bodies * BODY + (1 + at.bodies) * STATISTICS * rows
+    first, body = (SMALL_NEAR, BODY_NEAR) if at.near else (SMALL, BODY)
+    found = first + at.bodies * body + (1 + at.bodies) * STATISTICS * rows
     found += (FILLED if at.filled else 0) + (SCORED if at.scored else 0)
     return found + (STACKED if at.stacked and at.near else 0)
 
@@ -83,17 +85,19 @@ def _room(at: Arrays) -> tuple[int, int]:
             turn, hole = turn - size, hole - size
     room = whole + at.filled + at.sliced + sum(step.values())
     room += max(turn, at.finish if at.finish > hole else 0)
+    room = max(room, whole + at.brought)
     used = step["rows"] or at.sliced
     turn = sum(loop.values())
     if at.near:  # much is brought to VMEM before it counts
-        live = max(turn - at.partial, step["sums"])
+        live = max(turn - at.partial, step["sums"]) + (0 if at.wide else used)
     elif at.single:
         live = used + turn
     elif at.unroll > 1:  # sums of a tile, and of the one before
         live = used + max(step["sums"] + at.partial, turn)
     else:
-        live = max(used + max(step["sums"], turn - at.partial), turn)
-    return room, whole + max(live, at.filled, at.finish)
+        tail = 0 if at.decoded else turn
+        live = max(used + max(step["sums"], turn - at.partial), tail)
+    return room, whole + max(live, at.filled, at.finish, at.brought)
 
 
 def _lent(at: Arrays) -> dict[str, int]:
