@@ -19,8 +19,13 @@ PADDING = 1.05  # what is left to chance, of what lies in HBM
 BIG = 0.8  # of the chip: such arrays aren't put there
 # Small arrays that stay in HBM all the same, as they were found with these choices.
 STACKED = 400 * KIB  # the outputs of steps are stacked
-STACKED_EDGES = 310 * KIB  # the same, where several tiles are in a step and some are edges
-SLOPES, SLOPES_PART = 570 * KIB, 216 * KIB  # a score's for one head; of each further part
+STACKED_EDGES = (
+    310 * KIB
+)  # the same, where several tiles are in a step and some are edges
+SLOPES, SLOPES_PART = (
+    570 * KIB,
+    216 * KIB,
+)  # a score's for one head; of each further part
 ROW, ROW_TILE = 320 * KIB, 90 * KIB  # a single query of one head; of each further tile
 TWICE_PARTS = 1600 * KIB  # many parts, whose products are made twice
 SCANNED = 390 * KIB  # v7x: carried by a scan

@@ -30,12 +30,16 @@ KIB = 2**10
 ALIGNMENT = 16 * KIB  # of buffers
 # Of small buffers, as room and as not in use: 0.9 of what was found is below.
 SMALL, SMALL_NEAR = 320 * KIB, 410 * KIB  # of any program
+SMALL_SINGLE = 195 * KIB  # of one without a key loop
 BODY, BODY_NEAR = 200 * KIB, 135 * KIB  # of each further place that makes a tile
 FILLED = 130 * KIB  # where the output is put in order
 SCORED = 400 * KIB  # of a score's operands
 STATISTICS = 6  # of rows, in each such place
 STACKED = 900 * KIB  # v5p: of stacked outputs
-PADDING, PADDING_NEAR = 1.03, 1.04  # what is left to chance: holes, orders that were guessed wrong
+PADDING, PADDING_NEAR = (
+    1.03,
+    1.04,
+)  # what is left to chance: holes, orders that were guessed wrong
 FAR = ("v2", "v3")  # nothing but a fusion's own scratch lies in VMEM
 ALWAYS_HBM = (*FAR, "v5p")
 IN_LOOP = ("tile", "keys", "mask", "bias", "partial")
@@ -64,6 +68,8 @@ def _small(at: Arrays) -> int:
     """Scalars, limits of loops, statistics of rows."""
     rows = max(0, 4 * at.heads * at.queries - ALIGNMENT)
     first, body = (SMALL_NEAR, BODY_NEAR) if at.near else (SMALL, BODY)
+    if at.single and at.heads == 1 and not at.near:
+        first = SMALL_SINGLE
     found = first + at.bodies * body + (1 + at.bodies) * STATISTICS * rows
     found += (FILLED if at.filled else 0) + (SCORED if at.scored else 0)
     return found + (STACKED if at.stacked and at.near else 0)
