@@ -36,10 +36,8 @@ FILLED = 130 * KIB  # where the output is put in order
 SCORED = 400 * KIB  # of a score's operands
 STATISTICS = 6  # of rows, in each such place
 STACKED = 900 * KIB  # v5p: of stacked outputs
-PADDING, PADDING_NEAR = (
-    1.03,
-    1.04,
-)  # what is left to chance: holes, orders that were guessed wrong
+PADDING = 1.045  # what is left to chance: holes, orders that were guessed wrong
+PADDING_NEAR = 1.04  # the same, where more is
 FAR = ("v2", "v3")  # nothing but a fusion's own scratch lies in VMEM
 ALWAYS_HBM = (*FAR, "v5p")
 IN_LOOP = ("tile", "keys", "mask", "bias", "partial")
