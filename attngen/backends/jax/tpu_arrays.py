@@ -15,6 +15,7 @@ from attngen.tpus import LANES, SUBLANES
 
 LARGE = 2**21  # bytes of a tile: a smaller one is made before it is needed
 STACKED_PARTS = 4  # more are combined as one array
+PART = 60  # percent of the small buffers of a tile, that one of a part has
 LARGE_MASK = 2**25  # bytes of a mask that isn't made in VMEM
 
 
@@ -166,7 +167,8 @@ def _bodies(plan: Plan) -> int:
     round_of = max(plan.unroll, plan.parts)
     left = round_of > 1 and (plan.masked or plan.chunks % round_of)
     tail = plan.spec.kv_len % plan.k
-    return round_of - 1 + bool(left) + bool(plan.masked) + bool(tail)
+    further = plan.unroll - 1 + (plan.parts - 1) * PART // 100
+    return further + bool(left) + bool(plan.masked) + bool(tail)
 
 
 def _sums(plan: Plan, stats: int) -> int:
@@ -258,18 +260,19 @@ def _tile(plan: Plan) -> tuple[int, int]:
     if plan.twice:  # one fusion makes and uses them, if nothing else does
         stored = spec.score
         weights = one if plan.near else one // 2  # as they are, or as multiplied
-        tile = one if stored else 0 if plan.ones else weights
+        fused = plan.ones and (plan.near or plan.q >= LANES)
+        tile = one if stored else 0 if fused else weights * plan.unroll
     else:
         # one round of steps of one head: no loop, and one tile after the other
         alone = plan.chunks <= plan.unroll and plan.heads == 1 and not plan.masked
         tile = one if alone else one * plan.unroll
     if plan.parts > 1 and not plan.gone:
         few = min(plan.q, plan.k) < LANES  # all are made before any is used
-        tile *= plan.parts if few else 2 if one < LARGE else 1
+        tile *= plan.parts if few else 2 if plan.masked and one < LARGE else 1
     tail = spec.kv_len % plan.k and not plan.masked and not single
-    tail = tail and (one < LARGE or (plan.near and plan.unroll > 1))
+    tail = tail and (one <= LARGE or (plan.near and plan.unroll > 1))
     if tail and (
-        plan.heads == 1 or plan.unroll > 1
+        plan.heads == 1 or plan.unroll > 1 or plan.twice
     ):  # made before the loop, used after
         tile += one
     if plan.diagonal:

@@ -11,54 +11,68 @@ from attngen.tpus import LANES, SUBLANES
 
 def keys(plan: Plan) -> tuple[int, int]:
     """Copies of whole k and v."""
-    spec = plan.spec
-    heads, keys = spec.batch * spec.kv_heads, spec.kv_len
-    dims = (spec.qk_dim, spec.v_dim)
-    if plan.wide:  # heads lie in the rows of arguments
-        apart = spec.layout == "bthd" and spec.kv_heads > 1
-        apart = apart and (plan.k > 1 or spec.batch > 1 or (plan.dn and spec.q_len > 1))
-        apart = apart and (plan.looped or spec.q_len == 1)
-        if plan.cut:
-            apart = False
-        if plan.decoded:
-            apart = plan.k < LANES  # no matrix products: taken as they lie
-        elif plan.near and spec.q_len == 1 and not plan.some_heads:
-            apart = plan.k < 4 * SUBLANES
-        return _pair(heads * keys * d * NARROW if apart else 0 for d in dims)
-    thin = spec.layout == "bhtd" and plan.groups == 1
-    one = thin and plan.batches == 1
-    dense = BYTES[spec.dtype] == NARROW
+    if plan.wide:
+        return _wide_keys(plan)
+    spec, dense = plan.spec, BYTES[plan.spec.dtype] == NARROW
+    heads, length, dims = spec.batch * spec.kv_heads, spec.kv_len, _dims(plan)
     if dense and (not plan.looped or (plan.dn and heads == 1)):
         return 0, 0
-    lone = plan.near and plan.groups == 1 < spec.kv_heads and plan.chunks > 1
-    lone = lone and (spec.layout == "bhtd" or not dense) and plan.k <= FEW
-    if spec.layout == "bthd" and (plan.k == 1 or lone):  # heads in the rows
-        rows, size = spec.batch * keys, BYTES[spec.dtype]
-        return _pair(laid(rows, spec.kv_heads, d, size, plan.near) for d in dims)
-    slow = heads == 1 or not plan.ones
-    if plan.near and plan.q == 1 and spec.layout == "bthd" and slow:
-        rows = spec.batch * keys
-        return laid(rows, spec.kv_heads, dims[0], BYTES[spec.dtype], near=True), 0
-    few = plan.k < LANES or (one and plan.k == LANES)
-    if few or (
-        one and (plan.q == 1 or lone)
-    ):  # slices along the lanes would be of a few lanes
+    if spec.layout == "bthd":
+        rows = _keys_in_rows(plan)
+        if rows is not None:
+            return rows
+    elif plan.groups == 1 and plan.batches > 1 and plan.chunks > 1:  # heads first
+        return _pair(least(heads, length, d, NARROW) for d in dims)
+    if plan.k < LANES or _alone(plan):  # slices along the lanes would be of a few lanes
         size = BYTES[spec.dtype] if plan.k == 1 else NARROW
-        return _pair(laid(heads, keys, d, size) for d in dims)
+        return _pair(laid(heads, length, d, size) for d in dims)
     if plan.brought:
         return 0, 0
-    if BYTES[spec.dtype] > NARROW:  # converted
-        return _pair(least(heads, keys, d, NARROW) for d in dims)
-    if thin and plan.batches > 1 and (lone or plan.k == LANES):  # heads first
-        return _pair(least(heads, keys, d, NARROW) for d in dims)
-    square = (
-        not plan.near
-        and plan.parts == 1
-        and plan.twice
-        and plan.chunks > 1
-        and plan.q == plan.k > FEW
-    )
-    return (laid(heads, keys, dims[0], NARROW) if square else 0), 0
+    if not dense:  # converted
+        return _pair(least(heads, length, d, NARROW) for d in dims)
+    square = plan.twice and plan.ones and plan.parts == 1 and plan.q == plan.k > FEW
+    square = square and plan.chunks > 1 and not plan.near
+    return (laid(heads, length, dims[0], NARROW) if square else 0), 0
+
+
+def _dims(plan: Plan) -> tuple[int, int]:
+    return plan.spec.qk_dim, plan.spec.v_dim
+
+
+def _wide_keys(plan: Plan) -> tuple[int, int]:
+    """Where head dims fill the lanes, and heads lie in the rows of arguments."""
+    spec = plan.spec
+    apart = spec.layout == "bthd" and spec.kv_heads > 1
+    apart = apart and (plan.k > 1 or spec.batch > 1 or (plan.dn and spec.q_len > 1))
+    apart = apart and (plan.looped or spec.q_len == 1) and not plan.cut
+    if plan.decoded:
+        apart = plan.k < LANES  # no matrix products: taken as they lie
+    elif plan.near and spec.q_len == 1 and not plan.some_heads:
+        apart = plan.k < 4 * SUBLANES
+    heads = spec.batch * spec.kv_heads
+    return _pair(heads * spec.kv_len * d * NARROW if apart else 0 for d in _dims(plan))
+
+
+def _keys_in_rows(plan: Plan) -> tuple[int, int] | None:
+    """Copies with the heads in the rows, as arguments have them, if any."""
+    spec, size, dims = plan.spec, BYTES[plan.spec.dtype], _dims(plan)
+    rows = spec.batch * spec.kv_len
+    lone = plan.near and plan.groups == 1 < spec.kv_heads and plan.chunks > 1
+    lone = lone and size > NARROW and plan.k <= FEW
+    few = plan.q == 1 and plan.groups > 1 and not plan.near
+    if plan.k == 1 or lone or few:
+        return _pair(laid(rows, spec.kv_heads, d, size, plan.near) for d in dims)
+    slow = spec.batch * spec.kv_heads == 1 or (plan.groups == 1 and not plan.ones)
+    if plan.near and plan.q == 1 and slow:
+        return laid(rows, spec.kv_heads, dims[0], size, near=True), 0
+    return None
+
+
+def _alone(plan: Plan) -> bool:
+    """Whether one of several heads is taken from where each is on its own."""
+    one = plan.spec.layout == "bhtd" and plan.batches * plan.groups == 1
+    joined = plan.ones and plan.chunks > 1
+    return one and (plan.k == LANES or plan.q == 1 or joined)
 
 
 def _pair(sizes: Iterable[int]) -> tuple[int, int]:
@@ -87,7 +101,9 @@ def queries(plan: Plan, out: int) -> tuple[int, int]:
         alone = plan.chunks == 1 and heads == 1  # nothing else is done with them
         whole = 0 if alone else laid(heads, queries, spec.qk_dim, own)
         filled = laid(heads, queries, spec.v_dim, result)
-    if plan.guard and plan.chunks > 1:  # a barrier takes rows along the lanes
+    if (
+        plan.guard and plan.chunks > 1 and plan.heads == 1
+    ):  # a barrier takes rows along the lanes
         whole = max(whole, laid(heads, queries, spec.qk_dim, own))
     return whole, filled
 
