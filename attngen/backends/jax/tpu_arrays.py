@@ -78,8 +78,8 @@ class Arrays:
     decoded: bool
     masked: bool
     twice: bool
+    ones: bool
     scanned: bool
-    sliced_dn: bool
     brought: int
     relaid: int
 
@@ -121,8 +121,8 @@ def arrays(
         decoded=plan.decoded,
         masked=plan.masked,
         twice=plan.twice,
+        ones=plan.ones,
         scanned=choice["loop"] == "scan",
-        sliced_dn=plan.dn,
         brought=2 * relaid if plan.brought else 0,
         relaid=relaid,
         unroll=1 if plan.chunks == 1 else plan.unroll,
@@ -268,7 +268,8 @@ def _tile(plan: Plan) -> tuple[int, int]:
         tile = one if alone else one * plan.unroll
     if plan.parts > 1 and not plan.gone:
         few = min(plan.q, plan.k) < LANES  # all are made before any is used
-        tile *= plan.parts if few else 2 if plan.masked and one < LARGE else 1
+        some = plan.masked or plan.near
+        tile *= plan.parts if few else 2 if some and one < LARGE else 1
     tail = spec.kv_len % plan.k and not plan.masked and not single
     tail = tail and (one <= LARGE or (plan.near and plan.unroll > 1))
     if tail and (

@@ -22,6 +22,7 @@ STACKED = 400 * KIB  # the outputs of steps are stacked
 STACKED_EDGES = (
     310 * KIB
 )  # the same, where several tiles are in a step and some are edges
+STACKED_SCORED = 110 * KIB  # the same, of a score
 SLOPES, SLOPES_PART = (
     570 * KIB,
     216 * KIB,
@@ -29,6 +30,7 @@ SLOPES, SLOPES_PART = (
 ROW, ROW_TILE = 320 * KIB, 90 * KIB  # a single query of one head; of each further tile
 TWICE_PARTS = 1600 * KIB  # many parts, whose products are made twice
 SCANNED = 390 * KIB  # v7x: carried by a scan
+DECODED, DECODED_TILE = 390 * KIB, 210 * KIB  # v7x: the keys of all heads
 MANY_PARTS = 4
 
 
@@ -46,7 +48,7 @@ class Room:
 
 
 ROOM = {"v4": Room(0.9, 0.1), "v5e": Room(0.9, 0.7), "v6e": Room(0.7, 0.3)}
-FEW = 2**21  # bytes of an array that is laid anew in VMEM anyway
+FEW = 3 * 2**19  # bytes of an array that is laid anew in VMEM anyway
 HALF = 0.42  # v7x: the share, less the tile that is worked on
 
 
@@ -64,16 +66,22 @@ def temp_bytes(at: Arrays, tpu: Tpu) -> int:
 
 def _odd(at: Arrays, tpu: Tpu) -> int:
     """What stays in HBM although it would fit on the chip."""
-    found = STACKED if at.stacked else 0
-    if at.stacked and at.unroll > 1 and at.masked:
-        found += STACKED_EDGES
+    found = 0
     if at.scored and at.heads == 1:
-        found += SLOPES + (at.parts - 1) * SLOPES_PART
+        found = SLOPES + (at.parts - 1) * SLOPES_PART
+    elif at.stacked:
+        found = STACKED + (STACKED_EDGES if at.unroll > 1 and at.masked else 0)
+        found += STACKED_SCORED if at.scored else 0
     if at.heads * at.queries == 1 and not at.wide:
         found += ROW + (at.unroll - 1) * ROW_TILE
     if at.twice and at.parts > MANY_PARTS:
         found += TWICE_PARTS
-    return found + (SCANNED if at.scanned and tpu.generation not in ROOM else 0)
+    if tpu.generation in ROOM:
+        return found
+    found += SCANNED if at.scanned else 0
+    if at.decoded and not at.dense:
+        found += DECODED + (at.unroll - 1) * DECODED_TILE
+    return found
 
 
 def _tiles(at: Arrays) -> list[int]:
@@ -116,17 +124,20 @@ def _outside(others: list[int], tiles: list[int], chip: int, room: Room) -> int:
 def _outside_half(at: Arrays, chip: int) -> int:
     """v7x: keys are laid anew, and a tile of half the chip leaves no room for others."""
     tiles, others = _tiles(at), _arrays(at)
-    outside = sum(n for n in tiles if n > chip // 2)
-    outside += _spilled([n for n in tiles if n <= chip // 2], chip)
     count = 1 if at.twice else at.unroll
     worked_on = count * (at.rows_made if at.twice else at.made)
     left = max(0, int(HALF * chip) - worked_on)
     if not at.wide and not at.dense and at.relaid > max(FEW, left // 2):
         others = [n for n in others if n not in (at.k, at.v)]
         others += [max(at.k, at.relaid), max(at.v, at.relaid)]
-        if at.parts > 1 or at.sliced_dn:
+        if not at.ones or at.k > at.relaid:
             others.append(at.relaid)  # queries, of as many heads
-    return outside + _fitted(others, left)
+    inside = [n for n in tiles if n <= chip // 2]
+    outside = sum(tiles) - sum(inside) + _spilled(inside, chip)
+    if outside < sum(tiles) and sum(inside) + sum(others) > chip and not left:
+        outside = sum(tiles)
+    outside += sum(n for n in others if n > left)
+    return outside + _fitted([n for n in others if n <= left], left)
 
 
 def _fitted(sizes: list[int], room: int) -> int:

@@ -21,14 +21,13 @@ def keys(plan: Plan) -> tuple[int, int]:
         rows = _keys_in_rows(plan)
         if rows is not None:
             return rows
-    elif plan.groups == 1 and plan.batches > 1 and plan.chunks > 1:  # heads first
-        return _pair(least(heads, length, d, NARROW) for d in dims)
     if plan.k < LANES or _alone(plan):  # slices along the lanes would be of a few lanes
         size = BYTES[spec.dtype] if plan.k == 1 else NARROW
         return _pair(laid(heads, length, d, size) for d in dims)
     if plan.brought:
         return 0, 0
-    if not dense:  # converted
+    first = spec.layout == "bhtd" and plan.groups == 1 < plan.batches
+    if not dense or (first and plan.chunks > 1):  # converted, or heads put first
         return _pair(least(heads, length, d, NARROW) for d in dims)
     square = plan.twice and plan.ones and plan.parts == 1 and plan.q == plan.k > FEW
     square = square and plan.chunks > 1 and not plan.near
@@ -101,9 +100,9 @@ def queries(plan: Plan, out: int) -> tuple[int, int]:
         alone = plan.chunks == 1 and heads == 1  # nothing else is done with them
         whole = 0 if alone else laid(heads, queries, spec.qk_dim, own)
         filled = laid(heads, queries, spec.v_dim, result)
-    if (
-        plan.guard and plan.chunks > 1 and plan.heads == 1
-    ):  # a barrier takes rows along the lanes
+    several = plan.heads > 1 and not plan.wide
+    if plan.guard and plan.chunks > 1 and not several:
+        # a barrier takes rows along the lanes
         whole = max(whole, laid(heads, queries, spec.qk_dim, own))
     return whole, filled
 

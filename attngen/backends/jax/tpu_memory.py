@@ -29,15 +29,15 @@ from attngen.tpus import Tpu
 KIB = 2**10
 ALIGNMENT = 16 * KIB  # of buffers
 # Of small buffers, as room and as not in use: 0.9 of what was found is below.
-SMALL, SMALL_NEAR = 320 * KIB, 360 * KIB  # of any program
+SMALL, SMALL_NEAR = 360 * KIB, 360 * KIB  # of any program
 SMALL_SINGLE = 195 * KIB  # of one without a key loop
-BODY, BODY_NEAR = 200 * KIB, 170 * KIB  # of each further place that makes a tile
+BODY, BODY_NEAR = 150 * KIB, 170 * KIB  # of each further place that makes a tile
 FILLED = 130 * KIB  # where the output is put in order
 SCORED = 350 * KIB  # of a score's operands
-STATISTICS = 6  # of rows, in each such place
+STATISTICS = 2  # of rows, in each such place
 STACKED = 700 * KIB  # v5p: of stacked outputs
-PADDING = 1.05  # what is left to chance: holes, orders that were guessed wrong
-PADDING_NEAR = 1.05  # the same, where more is
+PADDING = 1.055  # what is left to chance: holes, orders that were guessed wrong
+PADDING_NEAR = 1.045  # the same, where more is
 FAR = ("v2", "v3")  # nothing but a fusion's own scratch lies in VMEM
 ALWAYS_HBM = (*FAR, "v5p")
 BROUGHT = 2**23  # bytes of queries that go to VMEM for the time of a tile
