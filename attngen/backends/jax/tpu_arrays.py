@@ -91,7 +91,7 @@ def arrays(
 
     Args:
         tiles: of a head, which tell whether any needs no mask; without them, some do.
-        near: whether what is sliced, masks and biases are made in VMEM, as on v5p.
+        near: whether what is sliced, masks and biases are made in VMEM, as by all but v2, v3.
     """
     plan = numbers(spec, choice, tiles, near)
     size = BYTES[spec.out_dtype_name]
@@ -222,7 +222,7 @@ def _positions(plan: Plan) -> dict[str, int]:
     if plan.near and plan.kind != "dense" and pairs < LARGE_MASK:
         pairs = 0
     each = plan.heads // plan.groups if plan.kind == "dense" else 1
-    biases = min(plan.parts, 2) * BYTES[plan.spec.stats_dtype] * pairs
+    biases = min(max(plan.parts, plan.unroll), 2) * BYTES[plan.spec.stats_dtype] * pairs
     if not plan.spec.score or (plan.near and plan.kind == "dense"):
         biases = 0
     return {
@@ -271,7 +271,8 @@ def _tile(plan: Plan) -> tuple[int, int]:
         some = plan.masked or plan.near
         tile *= plan.parts if few else 2 if some and one < LARGE else 1
     tail = spec.kv_len % plan.k and not plan.masked and not single
-    tail = tail and (one <= LARGE or (plan.near and plan.unroll > 1))
+    small = one <= LARGE or plan.twice or (plan.near and plan.unroll > 1)
+    tail = tail and small
     if tail and (
         plan.heads == 1 or plan.unroll > 1 or plan.twice
     ):  # made before the loop, used after

@@ -16,22 +16,19 @@ KIB = 2**10
 LEAST = 16 * KIB  # scalars
 OUTSIDE = 310 * KIB  # the same, where something is outside
 PADDING = 1.05  # what is left to chance, of what lies in HBM
+PADDING_HALF = 1.1  # the same, on v7x
 BIG = 0.8  # of the chip: such arrays aren't put there
-# Small arrays that stay in HBM all the same, as they were found with these choices.
-STACKED = 400 * KIB  # the outputs of steps are stacked
-STACKED_EDGES = (
-    310 * KIB
-)  # the same, where several tiles are in a step and some are edges
-STACKED_SCORED = 110 * KIB  # the same, of a score
-SLOPES, SLOPES_PART = (
-    570 * KIB,
-    216 * KIB,
-)  # a score's for one head; of each further part
-ROW, ROW_TILE = 320 * KIB, 90 * KIB  # a single query of one head; of each further tile
-TWICE_PARTS = 1600 * KIB  # many parts, whose products are made twice
-SCANNED = 390 * KIB  # v7x: carried by a scan
-DECODED, DECODED_TILE = 390 * KIB, 210 * KIB  # v7x: the keys of all heads
-MANY_PARTS = 4
+# Small arrays that stay in HBM all the same, as they were found beside these choices:
+# outputs of steps are stacked; several tiles are in a step and some are edges; a score
+STACKED, STACKED_EDGES, STACKED_SCORED = 400 * KIB, 310 * KIB, 110 * KIB
+# a score for one head; each further part; several tiles in a step
+SLOPES, SLOPES_PART, SLOPES_TILES = 570 * KIB, 216 * KIB, 210 * KIB
+# a single query of one head; each further tile
+ROW, ROW_TILE = 320 * KIB, 90 * KIB
+# more than so many parts, whose products are made twice
+MANY_PARTS, TWICE_PARTS = 4, 1600 * KIB
+# v7x: what a scan carries; the keys of all heads for one query, each further tile
+SCANNED, DECODED, DECODED_TILE = 390 * KIB, 390 * KIB, 210 * KIB
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,7 @@ class Room:
     rest: float
 
 
+# Shares by which most of the measured plans are modelled within the tolerance, and few below.
 ROOM = {"v4": Room(0.9, 0.1), "v5e": Room(0.9, 0.7), "v6e": Room(0.7, 0.3)}
 FEW = 3 * 2**19  # bytes of an array that is laid anew in VMEM anyway
 HALF = 0.42  # v7x: the share, less the tile that is worked on
@@ -61,7 +59,8 @@ def temp_bytes(at: Arrays, tpu: Tpu) -> int:
     else:
         outside = _outside(_arrays(at), _tiles(at), chip, known)
     least = OUTSIDE if outside else LEAST
-    return int(PADDING * outside) + least + _odd(at, tpu)
+    padding = PADDING if known else PADDING_HALF
+    return int(padding * outside) + least + _odd(at, tpu)
 
 
 def _odd(at: Arrays, tpu: Tpu) -> int:
@@ -69,6 +68,7 @@ def _odd(at: Arrays, tpu: Tpu) -> int:
     found = 0
     if at.scored and at.heads == 1:
         found = SLOPES + (at.parts - 1) * SLOPES_PART
+        found += SLOPES_TILES if at.unroll > 1 else 0
     elif at.stacked:
         found = STACKED + (STACKED_EDGES if at.unroll > 1 and at.masked else 0)
         found += STACKED_SCORED if at.scored else 0
@@ -92,11 +92,15 @@ def _tiles(at: Arrays) -> list[int]:
     return [at.one_tile] * count
 
 
-def _arrays(at: Arrays) -> list[int]:
-    """Of all but scores."""
+def _arrays(at: Arrays, relaid: int = 0) -> list[int]:
+    """Of all but scores.
+
+    Args:
+        relaid: keys and values have at least so many bytes, laid anew.
+    """
     if at.dense:
         return [at.bias, at.mask]
-    whole = [at.k, at.v, at.q]
+    whole = [max(at.k, relaid), max(at.v, relaid), at.q]
     lent = max((n for n in whole if n <= at.out and at.filled), default=0)
     if lent:  # the output's own memory takes one
         whole.remove(lent)
@@ -123,13 +127,12 @@ def _outside(others: list[int], tiles: list[int], chip: int, room: Room) -> int:
 
 def _outside_half(at: Arrays, chip: int) -> int:
     """v7x: keys are laid anew, and a tile of half the chip leaves no room for others."""
-    tiles, others = _tiles(at), _arrays(at)
     count = 1 if at.twice else at.unroll
     worked_on = count * (at.rows_made if at.twice else at.made)
     left = max(0, int(HALF * chip) - worked_on)
+    tiles, others = _tiles(at), _arrays(at)
     if not at.wide and not at.dense and at.relaid > max(FEW, left // 2):
-        others = [n for n in others if n not in (at.k, at.v)]
-        others += [max(at.k, at.relaid), max(at.v, at.relaid)]
+        others = _arrays(at, at.relaid)
         if not at.ones or at.k > at.relaid:
             others.append(at.relaid)  # queries, of as many heads
     inside = [n for n in tiles if n <= chip // 2]

@@ -42,7 +42,8 @@ def _wide_keys(plan: Plan) -> tuple[int, int]:
     """Where head dims fill the lanes, and heads lie in the rows of arguments."""
     spec = plan.spec
     apart = spec.layout == "bthd" and spec.kv_heads > 1
-    apart = apart and (plan.k > 1 or spec.batch > 1 or (plan.dn and spec.q_len > 1))
+    several = spec.batch > 1 and plan.groups > 1
+    apart = apart and (plan.k > 1 or several or (plan.dn and spec.q_len > 1))
     apart = apart and (plan.looped or spec.q_len == 1) and not plan.cut
     if plan.decoded:
         apart = plan.k < LANES  # no matrix products: taken as they lie
@@ -87,7 +88,7 @@ def queries(plan: Plan, out: int) -> tuple[int, int]:
     whole, filled = 0, 0
     if plan.wide:
         several = spec.layout == "bthd" and spec.q_heads > 1
-        lone = plan.groups == 1 < spec.kv_heads and plan.k > 1
+        lone = plan.groups == 1 < spec.kv_heads
         lone = lone and not (plan.near and plan.batches == 1)
         if several and spec.batch > 1 and lone and plan.q > 1:
             filled = out
@@ -100,8 +101,8 @@ def queries(plan: Plan, out: int) -> tuple[int, int]:
         alone = plan.chunks == 1 and heads == 1  # nothing else is done with them
         whole = 0 if alone else laid(heads, queries, spec.qk_dim, own)
         filled = laid(heads, queries, spec.v_dim, result)
-    several = plan.heads > 1 and not plan.wide
-    if plan.guard and plan.chunks > 1 and not several:
+    fitting = plan.q > 1 if plan.wide else plan.heads == 1
+    if plan.guard and plan.chunks > 1 and fitting:
         # a barrier takes rows along the lanes
         whole = max(whole, laid(heads, queries, spec.qk_dim, own))
     return whole, filled

@@ -28,9 +28,9 @@ from attngen.tpus import Tpu
 
 KIB = 2**10
 ALIGNMENT = 16 * KIB  # of buffers
-# Of small buffers, as room and as not in use: 0.9 of what was found is below.
-SMALL, SMALL_NEAR = 360 * KIB, 360 * KIB  # of any program
-SMALL_SINGLE = 195 * KIB  # of one without a key loop
+# Of small buffers, as room and as not in use: most of what was found is below.
+SMALL = 360 * KIB  # of any program
+SMALL_SINGLE = 195 * KIB  # of one without a key loop, for one head
 BODY, BODY_NEAR = 150 * KIB, 170 * KIB  # of each further place that makes a tile
 FILLED = 130 * KIB  # where the output is put in order
 SCORED = 350 * KIB  # of a score's operands
@@ -66,9 +66,9 @@ def temp_bytes(
 def _small(at: Arrays) -> int:
     """Scalars, limits of loops, statistics of rows."""
     rows = max(0, 4 * at.heads * at.queries - ALIGNMENT)
-    first, body = (SMALL_NEAR, BODY_NEAR) if at.near else (SMALL, BODY)
-    if at.single and at.heads == 1 and not at.near:
-        first = SMALL_SINGLE
+    body = BODY_NEAR if at.near else BODY
+    alone = at.single and at.heads == 1 and not at.near
+    first = SMALL_SINGLE if alone else SMALL
     found = first + at.bodies * body + (1 + at.bodies) * STATISTICS * rows
     found += (FILLED if at.filled else 0) + (SCORED if at.scored else 0)
     return found + (STACKED if at.stacked and at.near else 0)

@@ -24,7 +24,7 @@ def laid(matrices: int, rows: int, lanes: int, size: int, near: bool = False) ->
     """Bytes of matrices with their last dimension along the lanes; few rows are packed.
 
     Args:
-        near: as v5p does, twice as tightly.
+        near: as all but v2 and v3 do, twice as tightly.
     """
     fewest = (2 if size > NARROW else 4) // (2 if near else 1)
     high = padded(rows, SUBLANES if rows > 4 else 4 if rows > 2 else fewest)
