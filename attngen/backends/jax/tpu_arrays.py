@@ -272,6 +272,7 @@ def _tile(plan: Plan) -> tuple[int, int]:
         tile *= plan.parts if few else 2 if some and one < LARGE else 1
     tail = spec.kv_len % plan.k and not plan.masked and not single
     small = one <= LARGE or plan.twice or (plan.near and plan.unroll > 1)
+    small = small or (plan.heads == 1 and not plan.near)
     tail = tail and small
     if tail and (
         plan.heads == 1 or plan.unroll > 1 or plan.twice

@@ -98,11 +98,12 @@ def _room(at: Arrays) -> tuple[int, int]:
         live += used if used < BROUGHT else 0
     elif at.single:
         live = used + turn
+    elif at.decoded:
+        live = used + at.keys if at.unroll == 1 else used
     elif at.unroll > 1:  # sums of a tile, and of the one before
         live = used + max(step["sums"] + at.partial, turn)
     else:
-        tail = 0 if at.decoded else turn
-        live = max(used + max(step["sums"], turn - at.partial), tail)
+        live = max(used + max(step["sums"], turn - at.partial), turn)
     return room, whole + max(live, at.filled, at.finish, at.brought)
 
 
