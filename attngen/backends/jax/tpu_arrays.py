@@ -260,7 +260,7 @@ def _tile(plan: Plan) -> tuple[int, int]:
     if plan.twice:  # one fusion makes and uses them, if nothing else does
         stored = spec.score
         weights = one if plan.near else one // 2  # as they are, or as multiplied
-        fused = plan.ones and (plan.near or plan.q >= LANES)
+        fused = plan.ones and plan.q >= LANES
         tile = one if stored else 0 if fused else weights * plan.unroll
     else:
         # one round of steps of one head: no loop, and one tile after the other
@@ -269,7 +269,7 @@ def _tile(plan: Plan) -> tuple[int, int]:
     if plan.parts > 1 and not plan.gone:
         few = min(plan.q, plan.k) < LANES  # all are made before any is used
         some = plan.masked or plan.near
-        tile *= plan.parts if few else 2 if some and one < LARGE else 1
+        tile *= plan.parts if few else 2 if some and one <= LARGE else 1
     tail = spec.kv_len % plan.k and not plan.masked and not single
     small = one <= LARGE or plan.twice or (plan.near and plan.unroll > 1)
     small = small or (plan.heads == 1 and not plan.near)

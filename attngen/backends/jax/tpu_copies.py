@@ -89,7 +89,7 @@ def queries(plan: Plan, out: int) -> tuple[int, int]:
     if plan.wide:
         several = spec.layout == "bthd" and spec.q_heads > 1
         lone = plan.groups == 1 < spec.kv_heads
-        lone = lone and not (plan.near and plan.batches == 1)
+        lone = lone and not plan.near
         if several and spec.batch > 1 and lone and plan.q > 1:
             filled = out
             whole = heads * queries * spec.qk_dim * own
