@@ -47,7 +47,7 @@ class Room:
 # Shares by which most of the measured plans are modelled within the tolerance, and few below.
 ROOM = {"v4": Room(0.9, 0.1), "v5e": Room(0.9, 0.7), "v6e": Room(0.7, 0.3)}
 FEW = 3 * 2**19  # bytes of an array that is laid anew in VMEM anyway
-HALF = 0.42  # v7x: the share, less the tile that is worked on
+HALF = 0.39  # v7x: the share, less the tile that is worked on
 
 
 def temp_bytes(at: Arrays, tpu: Tpu) -> int:
