@@ -238,12 +238,15 @@ def _finish(plan: Plan, sums: int) -> int:
     """
     spec, heads = plan.spec, plan.heads
     stats, lanes = BYTES[spec.stats_dtype], spec.v_dim + plan.ones
-    if plan.wide and not plan.looped:  # heads go back to their places
+    if (
+        plan.wide and not plan.looped and plan.parts == 1
+    ):  # heads go back to their places
         return heads * plan.q * spec.v_dim * BYTES[spec.out_dtype_name]
     if plan.near and (plan.parts == 1 or plan.groups == 1):
         return 0
     if plan.parts > 1:
-        return sums * (plan.parts if plan.parts > STACKED_PARTS else 1)
+        apart = sums if plan.ones else heads * laid(1, plan.q, lanes, stats)
+        return apart * plan.parts if plan.parts > STACKED_PARTS else sums
     if plan.ones and plan.groups % SUBLANES == 0:
         return laid(heads // plan.groups * lanes, plan.groups, plan.q, stats)
     return 0

@@ -46,7 +46,8 @@ def _wide_keys(plan: Plan) -> tuple[int, int]:
     apart = apart and (plan.k > 1 or several or (plan.dn and spec.q_len > 1))
     apart = apart and (plan.looped or spec.q_len == 1) and not plan.cut
     if plan.decoded:
-        apart = plan.k < LANES  # no matrix products: taken as they lie
+        few = plan.k < LANES if plan.near else plan.k <= LANES
+        apart = few  # else taken as they lie: there are no matrix products
     elif plan.near and spec.q_len == 1 and not plan.some_heads:
         apart = plan.k < 4 * SUBLANES
     heads = spec.batch * spec.kv_heads
