@@ -2,12 +2,13 @@
 
 import dataclasses
 import importlib.util
+import json
 import random
 from pathlib import Path
 
 import pytest
 
-from attngen import AttentionSpec, masks, targets
+from attngen import AttentionSpec, api, masks, targets
 from attngen.backends.jax.tpu_memory import temp_bytes
 
 MIB = 2**20
@@ -113,12 +114,38 @@ def _beside_the_compiler(name, count, seed):
     return benchmark.summary(rows)
 
 
+# Of 200 plans, as benchmarks/results/model_tpu.json has them: few below, most within.
+WITHIN = {
+    "tpu-v2": 0.88,
+    "tpu-v3": 0.9,
+    "tpu-v4": 0.9,
+    "tpu-v5e": 0.93,
+    "tpu-v5p": 0.76,
+    "tpu-v6e": 0.9,
+    "tpu-v7x": 0.76,
+}
+
+
+@pytest.mark.parametrize("name", list(WITHIN))
+def test_plans_are_modelled_as_they_were_measured(name):
+    benchmark = _benchmark()
+    path = benchmark.RESULTS / "model_tpu.json"
+    rows, target = json.loads(path.read_text())["rows"][name], targets.get(name)
+    for row in rows:
+        plan = api.plan(benchmark.CLASSES[row["class"]], target=name, fix=row["choice"])
+        row["modelled_bytes"] = temp_bytes(
+            plan.spec, plan.choice, plan.tiles, target.tpu
+        )
+    found = benchmark.summary(rows)
+    assert found["below_the_compiler"] <= 0.08 * found["plans"], found
+    assert found["within_15_percent_or_256_KiB"] >= WITHIN[name], found
+
+
 @pytest.mark.parametrize("name", ["tpu-v3", "tpu-v5e"])
 def test_random_plans_are_modelled_as_the_compiler_does(name):
     found = _beside_the_compiler(name, 10, 7)
-    assert found["below_the_compiler"] <= 1, found
-    # of many plans 62 % on v3, 89 % on v5e; of ten, a few fewer by chance
-    assert found["within_15_percent_or_256_KiB"] >= 0.4, found
+    assert found["below_the_compiler"] <= 2, found
+    assert found["within_15_percent_or_256_KiB"] >= 0.6, found
 
 
 @pytest.mark.slow
@@ -126,4 +153,4 @@ def test_random_plans_are_modelled_as_the_compiler_does(name):
 def test_many_random_plans_are_modelled_as_the_compiler_does(name):
     found = _beside_the_compiler(name, 60, 11)
     assert found["below_the_compiler"] <= 0.15 * found["plans"], found
-    assert found["within_15_percent_or_256_KiB"] >= 0.6, found
+    assert found["within_15_percent_or_256_KiB"] >= 0.7, found

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from attngen.backends.jax.candidates import edge_share, option
-from attngen.backends.jax.tpu_arrays import padded
+from attngen.backends.jax.tpu_plan import padded
 from attngen.dtypes import BYTES
 from attngen.plans import Choice
 from attngen.spec import AttentionSpec
