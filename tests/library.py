@@ -166,7 +166,7 @@ MASKS = {
     "shifted_windows": Example(masks.shifted_windows((7, 10), (4, 5), (2, 3))),
     "shifted_windows 3d": Example(masks.shifted_windows((3, 4, 6), 2, 1)),
     "dense": Example(masks.dense()),
-    "dense of some": Example(masks.dense("some", axes="kb")),
+    "dense of some": Example(masks.dense("visible", axes="kb")),
     "block_sparse": Example(masks.block_sparse((5, 5), 15), inside=True),
     "block_sparse of heads": Example(
         masks.block_sparse((5, 10), (14, 7), "blocks_seen", axes="hb"), inside=True
