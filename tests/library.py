@@ -36,7 +36,7 @@ PLAIN = inputs.arrays
 class Example:
     """A mask or a score, and what its operands hold where random values mean little.
 
-    inside: whether positions must be known to lie where an operand has blocks.
+    inside: whether positions must be known, to lie within an operand's blocks, say.
     """
 
     of: object
@@ -144,6 +144,7 @@ MASKS = {
     "packed_causal": Example(
         masks.packed_causal(4),
         {"cu_seqlens_q": _ints(0, 5, 5, 21, 48), "cu_seqlens_k": _ints(1, 9, 20, 33, 69)},
+        inside=True,  # else its differences are taken to leave int32
     ),
     "lengths": Example(
         masks.lengths("key_lengths", "query_lengths"),
@@ -166,7 +167,7 @@ MASKS = {
     "shifted_windows": Example(masks.shifted_windows((7, 10), (4, 5), (2, 3))),
     "shifted_windows 3d": Example(masks.shifted_windows((3, 4, 6), 2, 1)),
     "dense": Example(masks.dense()),
-    "dense of some": Example(masks.dense("some", axes="kb")),
+    "dense of some": Example(masks.dense("visible", axes="kb")),
     "block_sparse": Example(masks.block_sparse((5, 5), 15), inside=True),
     "block_sparse of heads": Example(
         masks.block_sparse((5, 10), (14, 7), "blocks_seen", axes="hb"), inside=True

@@ -84,7 +84,8 @@ def packed_causal(
     Where both have the same offsets, `packed(n) & causal()` says the same with less.
 
     Args:
-        sequences, q_offsets, k_offsets: as for `packed`. Say q_offset=0.
+        sequences, q_offsets, k_offsets: as for `packed`. Say q_offset=0 (an offset that
+            only run time knows asks for 64-bit integers).
     """
     of_q, of_k = _offsets("packed_causal", sequences, q_offsets, k_offsets)
 

@@ -6,7 +6,7 @@ import functools
 from typing import NamedTuple
 
 from attngen.dtypes import BYTES
-from attngen.expr import Expr, variables, walk
+from attngen.expr import READS, Expr, variables, walk
 from attngen.intervals import examine
 from attngen.plans import Choice
 from attngen.regions import Span, analyse
@@ -79,7 +79,7 @@ def _placed(node: Expr) -> bool:
 
 
 def _of_keys(mask: Expr) -> bool:
-    loads = any(n.op == "load" for n in walk(mask))
+    loads = any(n.op in READS for n in walk(mask))
     return set(variables(mask)) <= {"k"} and not loads
 
 
