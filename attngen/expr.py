@@ -107,12 +107,17 @@ def load(operand: Operand, index: tuple[Expr, ...]) -> Expr:
             got=f"{len(index)}",
             needed=f"{len(operand.axes)}, one for each of its axes {operand.axes}",
         )
+
+    def whole() -> str:
+        return f"{operand.name}[{', '.join(map(describe, index))}]"
+
     for axis, i in zip(operand.axes, index, strict=True):
         if i.kind != "int":
             raise ExpressionError(
                 f"Operand {operand.name!r} is indexed by something that isn't an integer.",
-                got=f"{describe(i)}, a {i.kind}",
+                got=f"{describe(i)}, a {i.kind}, in {whole()}",
                 needed="an integer expression",
+                hint="// divides integers; attngen.where(c, 1, 0) counts a condition c",
             )
         if isinstance(axis, int) or i.op == "const":
             continue
@@ -120,7 +125,7 @@ def load(operand: Operand, index: tuple[Expr, ...]) -> Expr:
         if i.op != "var" or str(i.value) not in paired:
             raise ExpressionError(
                 f"Axis {axis!r} of operand {operand.name!r} is indexed by an expression.",
-                got=describe(i),
+                got=f"{describe(i)}, in {whole()}",
                 needed=f"{' or '.join(paired)} alone, or a number",
                 hint="give the operand an axis of its own length, e.g. axes=('h', 64), "
                 "to index it by an expression",
