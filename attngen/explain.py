@@ -66,7 +66,7 @@ def _skipped(plan: Plan) -> list[str]:
         return ["skipped   nothing: every query sees every key"]
     saved, names = share(plan), decided_by(plan)
     part = f"{percent(saved)} of the square" if saved else "nothing of the square"
-    whose = " of " + ", ".join(counted(plan)) if counted(plan) else " a head"
+    whose = f" ({', '.join(counted(plan))})" if counted(plan) else " a head"
     if names:
         least = f"{part} or more" if saved else f"what {' and '.join(names)} rule out"
         text = (

@@ -14,7 +14,7 @@ from typing import Any
 from attngen import drawing
 from attngen.plans import Plan
 from attngen.skipping import counted, decided_by, percent, say_which, share
-from attngen.tilemap import EDGE, EMPTY, FULL, cells
+from attngen.tilemap import EDGE, EMPTY, FULL, Cells, cells
 
 WIDTH = 100  # columns of text
 MOST_LINES, MOST_COLUMNS = 40, 80  # of the map itself
@@ -23,6 +23,7 @@ MARKS = {FULL: "█", EDGE: "▒", EMPTY: "·"}
 COLOURS = {FULL: drawing.BLUE, EDGE: "#9CCBE6", EMPTY: "#F2F2F2"}
 PIXELS = 512  # cells each way, of a file
 RULED = 48  # tiles each way, between which lines are drawn
+ROUNDED = 0.01  # a share of work and one of tiles that differ less aren't told apart
 LEAST = 16  # lines and columns of a map of few tiles, each then several characters
 
 
@@ -48,18 +49,25 @@ def draw(plan: Plan, path: str | Path) -> None:
     from matplotlib.patches import Patch
 
     spec, found = plan.spec, cells(plan, PIXELS, PIXELS)
-    wide = 0.25 <= spec.q_len / spec.kv_len <= 4
-    figure, axes = drawing.new_figure(size=(7.0, 7.6) if wide else (8.0, 5.0))
+    square = 0.25 <= spec.q_len / spec.kv_len <= 4
+    figure, axes = drawing.new_figure(size=(7.0, 8.4) if square else (8.0, 5.0))
     axes.grid(False)
+    rows, columns = found.kinds.shape
+    right, bottom = (
+        columns * found.wide * plan.k_chunk,
+        rows * found.high * plan.q_chunk,
+    )
     axes.imshow(
-        found,
+        found.kinds,
         cmap=ListedColormap([COLOURS[kind] for kind in (FULL, EDGE, EMPTY)]),
         vmin=FULL - 0.5,
         vmax=EMPTY + 0.5,
         interpolation="nearest",
-        extent=(0, spec.kv_len, spec.q_len, 0),
-        aspect="equal" if wide else "auto",
+        extent=(0, right, bottom, 0),
+        aspect="equal" if square else "auto",
     )
+    axes.set_xlim(0, spec.kv_len)  # the last cells hold fewer
+    axes.set_ylim(spec.q_len, 0)
     if max(_tiles(plan)) <= RULED:
         _rules(axes, plan)
     _ticks(axes.xaxis, spec.kv_len)
@@ -69,7 +77,7 @@ def draw(plan: Plan, path: str | Path) -> None:
     axes.set_xlabel("keys")
     axes.set_ylabel("queries")
     lines = [x for line in (_title(plan), *_notes(plan, found)) for x in _folded(line)]
-    axes.set_title("\n".join(lines), fontsize=9.5)
+    axes.set_title("\n".join(lines), fontsize=9)
     named = [
         Patch(
             facecolor=COLOURS[kind], edgecolor=drawing.GREY, linewidth=0.4, label=said
@@ -79,7 +87,6 @@ def draw(plan: Plan, path: str | Path) -> None:
     figure.legend(
         handles=named,
         loc="outside lower center",
-        ncols=1 if decided_by(plan) else 3,
         fontsize=drawing.LABEL,
         frameon=False,
     )
@@ -89,7 +96,7 @@ def draw(plan: Plan, path: str | Path) -> None:
 def text(plan: Plan) -> str:
     """The tiles of a head in characters, at most 100 columns and about 50 lines."""
     spec, found = plan.spec, cells(plan, MOST_LINES, MOST_COLUMNS)
-    rows, columns = found.shape
+    rows, columns = found.kinds.shape
     high = max(1, min(2, LEAST // rows))
     # characters are about twice as high as they are wide
     square = 2 * high * (spec.kv_len / columns) / (spec.q_len / rows)
@@ -99,11 +106,10 @@ def text(plan: Plan) -> str:
     ends = f"0{spec.kv_len:>{columns * wide - 1}}"
     lines = [*textwrap.wrap(_title(plan), WIDTH), ""]
     lines += [f"{'':{label}}  keys", f"{'queries':>{label}}  {ends}"]
-    each = -(-_tiles(plan)[0] // rows) * plan.q_chunk  # queries of a row
     said = max(1, rows // 8)  # from each row that is labelled to the next
     for row in range(rows):
-        drawn = "".join(MARKS[int(kind)] * wide for kind in found[row])
-        at = str(row * each) if row % said == 0 else ""
+        drawn = "".join(MARKS[int(kind)] * wide for kind in found.kinds[row])
+        at = str(row * found.high * plan.q_chunk) if row % said == 0 else ""
         lines.append(f"{at:>{label}}  {drawn}")
         lines += [f"{'':{label}}  {drawn}"] * (high - 1)
     lines += [f"{spec.q_len:>{label}}", ""]
@@ -154,15 +160,18 @@ def _legend(plan: Plan) -> list[tuple[int, str]]:
     ]
 
 
-def _notes(plan: Plan, found: Any) -> list[str]:
+def _notes(plan: Plan, found: Cells) -> list[str]:
     """What a reader of the map has to know besides."""
     spec, names, notes = plan.spec, decided_by(plan), list(plan.warnings)
-    each = [-(-n // shown) for n, shown in zip(_tiles(plan), found.shape, strict=True)]
-    if each != [1, 1]:
-        q_tiles, k_tiles = each
+    if (found.high, found.wide) != (1, 1):
         notes.append(
-            f"each cell is {q_tiles} × {k_tiles} tiles, partial where they differ"
+            f"each cell is {found.high} × {found.wide} tiles, partial where they differ"
         )
+    apart = share(plan) - plan.tiles.empty / plan.tiles.total
+    if apart >= ROUNDED:
+        notes.append("of partial tiles a part is skipped, too")
+    elif apart <= -ROUNDED:
+        notes.append("the last tiles, with fewer queries or keys, are computed whole")
     if names:
         notes.append(
             f"{' and '.join(names)} can make more tiles empty: drawn and counted is the most "
@@ -176,12 +185,13 @@ def _notes(plan: Plan, found: Any) -> list[str]:
 
 
 def _folded(line: str) -> list[str]:
-    return textwrap.wrap(line, 76)
+    return textwrap.wrap(line, 88)
 
 
 def _ticks(axis: Any, length: int) -> None:
     """Positions at quarters, in whole tokens."""
-    axis.set_ticks(sorted({length * i // 4 for i in range(5)}))
+    at = sorted({length * i // 4 for i in range(5)})
+    axis.set_ticks(at, labels=[str(x) for x in at])
 
 
 def _rules(axes: Any, plan: Plan) -> None:

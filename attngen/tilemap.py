@@ -7,7 +7,7 @@ emitted file does. What operands decide at run time isn't known here: such tiles
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -109,8 +109,16 @@ SIDE = 2**10  # of more: so many blocks of tiles each way
 ROWS = 2**11  # chunks of queries whose bounds are computed for one picture
 
 
-def cells(plan: Plan, rows: int, columns: int) -> Array:
-    """FULL, EDGE or EMPTY of at most rows × columns cells, each of one tile or several.
+class Cells(NamedTuple):
+    """FULL, EDGE or EMPTY of each cell, and how many tiles it is high and wide."""
+
+    kinds: Array
+    high: int
+    wide: int
+
+
+def cells(plan: Plan, rows: int, columns: int) -> Cells:
+    """The tiles of a head as at most rows × columns cells, each of one tile or several.
 
     All cells hold equally many chunks of queries, and of keys, but for the last. One of
     several tiles is full or empty where all of them are: else an edge. Of very many tiles not
@@ -123,7 +131,7 @@ def cells(plan: Plan, rows: int, columns: int) -> Array:
         return _listed_cells(plan, rows, columns)
     first, last = _edges(rows, q_chunks), _edges(columns, k_chunks)
     rows, columns = len(first) - 1, len(last) - 1
-    looked_at = max(1, ROWS // rows)
+    looked_at = max(1, ROWS // rows)  # of each row of cells
     found = np.full((rows, columns), EDGE, np.int8)
     for row in range(rows):
         count = min(looked_at, int(first[row + 1] - first[row]))
@@ -135,7 +143,7 @@ def cells(plan: Plan, rows: int, columns: int) -> Array:
                 full = full + _overlap(b, c, last)
         found[row][visited == 0] = EMPTY
         found[row][full == count * np.diff(last)] = FULL
-    return found
+    return Cells(found, int(first[1]), int(last[1]))
 
 
 def _edges(most: int, chunks: int) -> Array:
@@ -160,12 +168,13 @@ def _overlap(first: int, last: int, edges: Array) -> Array:
     return np.diff(np.clip(edges, first, max(first, last)))
 
 
-def _listed_cells(plan: Plan, rows: int, columns: int) -> Array:
+def _listed_cells(plan: Plan, rows: int, columns: int) -> Cells:
     spec, q_chunk, k_chunk = plan.spec, plan.q_chunk, plan.k_chunk
     q_chunks, k_chunks = -(-spec.q_len // q_chunk), -(-spec.kv_len // k_chunk)
+    high = wide = 1  # tiles of a block
     if q_chunks * k_chunks > LOOKED_AT:
-        q_chunk *= -(-q_chunks // SIDE)
-        k_chunk *= -(-k_chunks // SIDE)
+        high, wide = -(-q_chunks // SIDE), -(-k_chunks // SIDE)
+        q_chunk, k_chunk = q_chunk * high, k_chunk * wide
         q_chunks, k_chunks = -(-spec.q_len // q_chunk), -(-spec.kv_len // k_chunk)
     first, last = _edges(rows, q_chunks), _edges(columns, k_chunks)
     rows, columns = len(first) - 1, len(last) - 1
@@ -179,7 +188,7 @@ def _listed_cells(plan: Plan, rows: int, columns: int) -> Array:
             empty = empty & _all(made == EMPTY, last)
         found[row][empty] = EMPTY
         found[row][full] = FULL
-    return found
+    return Cells(found, int(first[1]) * high, int(last[1]) * wide)
 
 
 def _all(holds: Array, edges: Array) -> Array:

@@ -38,9 +38,8 @@ def plan_of(condition, q_chunk=8, k_chunk=8, **change):
     return attngen.plan(spec, fix={"q_chunk": q_chunk, "k_chunk": k_chunk} | listed)
 
 
-def merged(tiles, rows, columns):
+def merged(tiles, high, wide):
     """Tiles as cells, each of several: what all are, else an edge."""
-    high, wide = -(-tiles.shape[0] // rows), -(-tiles.shape[1] // columns)
     made = []
     for i in range(0, tiles.shape[0], high):
         parts = (
@@ -56,18 +55,18 @@ def merged(tiles, rows, columns):
 def test_each_tile_has_its_own_cell_and_few_cells_are_merged(name, sizes):
     plan = plan_of(MASKS[name], *sizes)
     tiles = kinds(plan)
-    assert np.array_equal(cells(plan, 100, 100), tiles)
+    assert np.array_equal(cells(plan, 100, 100).kinds, tiles)
     for rows, columns in ((1, 1), (3, 2), (2, 5), (5, 100)):
-        found = cells(plan, rows, columns)
+        found, high, wide = cells(plan, rows, columns)
         assert found.shape[0] <= rows
         assert found.shape[1] <= columns
-        assert np.array_equal(found, merged(tiles, rows, columns))
+        assert np.array_equal(found, merged(tiles, high, wide))
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_the_map_holds_as_many_tiles_of_each_kind_as_the_plan_counts(name):
     plan = plan_of(MASKS[name])
-    tiles = cells(plan, 100, 100)
+    tiles = cells(plan, 100, 100).kinds
     found = [int((tiles == kind).sum()) for kind in (FULL, EDGE, EMPTY)]
     assert found == [plan.tiles.full, plan.tiles.edge, plan.tiles.empty]
 
@@ -78,7 +77,8 @@ def test_of_many_listed_tiles_blocks_are_judged_and_nothing_narrow_is_lost():
         dataclasses.replace(LONG, mask=band),
         fix={"q_chunk": 8, "k_chunk": 8, "skip": "list"},
     )
-    found = cells(plan, 64, 64)
+    found, high, wide = cells(plan, 64, 64)
+    assert high == wide == 2**20 // 8 // 64
     half = np.arange(64) // 16 % 2 == 0
     assert np.array_equal(np.diag(found) != EMPTY, half)
     assert np.all(np.triu(found, 1)[np.triu_indices(64, 1)] == EMPTY)
@@ -106,7 +106,7 @@ def test_a_million_tokens_take_under_a_second_and_few_bytes(name, q_chunk):
 
 def test_a_ragged_plan_has_whole_cells():
     plan = plan_of(WINDOW, 24, 40, q_len=50, kv_len=70, q_offset=3)
-    assert cells(plan, 9, 9).shape == (3, 2)
+    assert cells(plan, 9, 9).kinds.shape == (3, 2)
     assert listed_kinds(plan.spec, 24, 40, np.arange(3)).shape == (3, 2)
 
 
@@ -152,6 +152,17 @@ def test_what_comes_at_run_time_is_said():
     assert "the most that is visited" in text
     text = pictures.text(plan_of(masks.causal(), kv_lengths=True))
     assert "at its largest" in text
+
+
+def test_where_the_share_of_work_is_not_that_of_tiles_it_says_why():
+    causal = dataclasses.replace(SPEC, q_len=1024, kv_len=1024, mask=masks.causal())
+    choice = {"q_chunk": 512, "k_chunk": 512, "diagonal": 128}
+    text = pictures.text(attngen.plan(causal, fix=choice))
+    assert "44% of the square is skipped" in text
+    assert "of partial tiles a part is skipped, too" in text
+    text = pictures.text(plan_of(masks.causal(), 24, 24))
+    assert "the last tiles, with fewer queries or keys, are computed whole" in text
+    assert "too" not in pictures.text(plan_of(masks.causal()))
 
 
 def test_plan_prints_the_map_after_the_plan():

@@ -175,7 +175,7 @@ def test_whose_tiles_are_counted_is_said_where_they_differ():
     spec = dataclasses.replace(SPEC, mask=wider)
     plan = attngen.plan(spec, fix=CHUNKS | {"skip": "list"})
     assert skipping.counted(plan) == ("head 0",)
-    assert "tiles of head 0" in plan.explain()
+    assert "tiles (head 0)" in plan.explain()
     assert "tiles of head 0" in attngen.emit(plan).text
     assert "head 0" in pictures.text(plan)
 
