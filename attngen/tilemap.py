@@ -7,6 +7,7 @@ emitted file does. What operands decide at run time isn't known here: such tiles
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from attngen.plans import Plan
 from attngen.reference import evaluate
 from attngen.regions import spans
 from attngen.spec import AttentionSpec
-from attngen.tiles import Tiles, Visit, chunk_limits, key_chunks, key_limits
+from attngen.tiles import Limits, Tiles, Visit, chunk_limits, key_chunks, limits_of
 from attngen.verdicts import Verdict, verdict
 
 FULL, EDGE, EMPTY = 0, 1, 2
@@ -132,13 +133,14 @@ def cells(plan: Plan, rows: int, columns: int) -> Cells:
     first, last = _edges(rows, q_chunks), _edges(columns, k_chunks)
     rows, columns = len(first) - 1, len(last) - 1
     looked_at = max(1, ROWS // rows)  # of each row of cells
+    of = [limits_of(spec, span, plan.q_chunk) for span in spans(spec)]
     found = np.full((rows, columns), EDGE, np.int8)
     for row in range(rows):
         count = min(looked_at, int(first[row + 1] - first[row]))
         chunks = np.linspace(first[row], first[row + 1] - 1, count).astype(np.int64)
         visited = full = np.zeros(columns, np.int64)
         for chunk in dict.fromkeys(chunks.tolist()):
-            for a, b, c, d in _visits(plan, chunk):
+            for a, b, c, d in _visits(plan, of, chunk):
                 visited = visited + _overlap(a, d, last)
                 full = full + _overlap(b, c, last)
         found[row][visited == 0] = EMPTY
@@ -152,14 +154,13 @@ def _edges(most: int, chunks: int) -> Array:
     return np.append(np.arange(0, chunks, each, dtype=np.int64), chunks)
 
 
-def _visits(plan: Plan, chunk: int) -> list[Visit]:
+def _visits(plan: Plan, of: list[Callable[[int], Limits]], chunk: int) -> list[Visit]:
     spec = plan.spec
     start = max(0, min(chunk * plan.q_chunk, spec.q_len - plan.q_chunk))
-    limits = [key_limits(spec, s, start, plan.q_chunk) for s in spans(spec)]
     most = -(-spec.kv_len // plan.k_chunk)
     return [
         (min(a, most), min(b, most), min(c, most), min(d, most))
-        for a, b, c, d in key_chunks(limits, plan.k_chunk)
+        for a, b, c, d in key_chunks([x(start) for x in of], plan.k_chunk)
     ]
 
 
