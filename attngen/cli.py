@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -28,7 +28,11 @@ from attngen.errors import (
 )
 from attngen.version import __version__
 
+if TYPE_CHECKING:
+    from attngen.plans import Plan
+
 CHECK_FAILED, WRONG_REQUEST = 1, 2
+TERMINAL = "-"  # instead of a picture's file
 RUNS_JAX = ("build", "validate", "tune", "bench")  # other commands start without jax
 
 
@@ -83,8 +87,15 @@ def main() -> None:
 
 
 @main.command()
+@click.option(
+    "--picture",
+    metavar="FILE",
+    help="Draw the tiles of a head, full, partial or empty: .png or .svg; - draws in the "
+    "terminal.",
+)
 @plan_options
 def plan(
+    picture: str | None,
     target: str | None,
     backend: str | None,
     fix: tuple[str, ...],
@@ -94,8 +105,31 @@ def plan(
     """Choose algorithm, chunks and loops by the model, and say why."""
     from attngen import api
 
+    path = None if picture in (None, TERMINAL) else Path(str(picture))
+    if path is not None:
+        from attngen import pictures
+
+        pictures.check(path)
     made = api.plan(read_spec(given), target, backend, read_fix(fix))
-    print_json(made.to_dict()) if as_json else click.echo(made.explain())
+    drawn = {} if picture is None else {"picture": _picture(made, path)}
+    if as_json:
+        print_json(made.to_dict() | drawn)
+        return
+    click.echo(made.explain())
+    if picture == TERMINAL:
+        click.echo(f"\n{drawn['picture']['text']}")
+
+
+def _picture(made: Plan, path: Path | None) -> dict[str, Any]:
+    """Draw the tiles to a file, or as text; say it in plain values."""
+    from attngen import pictures, skipping
+
+    said = {"path": path and str(path), "skipped": skipping.share(made)}
+    if path is None:
+        return said | {"text": pictures.text(made)}
+    pictures.draw(made, path)
+    click.echo(f"wrote {shown(str(path))}", err=True)
+    return said
 
 
 @main.command()
@@ -133,6 +167,8 @@ def emit(
         )
     plan = api.plan(read_spec(given), target, backend, read_fix(fix))
     source = api.emit(plan)
+    for warning in plan.warnings:
+        _warn(warning)
     if known.get(plan.target).gpu and not as_json:
         said = (
             f"not certified: whether it compiles for {plan.target} without spilling "

@@ -1,4 +1,4 @@
-"""Pictures, by matplotlib: the frontier of memory and time.
+"""Pictures, by matplotlib: the frontier of memory and time, and what all pictures share.
 
 matplotlib is asked for when something is drawn, and not before.
 """
@@ -44,8 +44,13 @@ PLACES = (
 )
 
 
-def check(path: Path) -> None:
+def check(
+    path: Path, hint: str = "`attngen tune --json` lists all candidates as numbers"
+) -> None:
     """Refuse what couldn't be drawn in the end, before time is spent.
+
+    Args:
+        hint: what shows the same without matplotlib.
 
     Raises:
         FileError: the file is of no kind that is drawn, or its folder isn't there, or can't
@@ -78,7 +83,7 @@ def check(path: Path) -> None:
             "matplotlib draws, and isn't installed.",
             got="no matplotlib",
             needed="pip install 'attngen[plot]'",
-            hint="`attngen tune --json` lists all candidates as numbers",
+            hint=hint,
         )
 
 

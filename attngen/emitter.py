@@ -18,6 +18,7 @@ from attngen.cost import sharding, square_flop
 from attngen.errors import AttngenError, FileError, InternalError
 from attngen.expr import describe
 from attngen.plans import Option, Plan
+from attngen.skipping import a_head, decided_by, say_which
 from attngen.spec import AttentionSpec
 from attngen.units import show_bytes, show_count
 from attngen.version import __version__
@@ -150,12 +151,16 @@ def _computes(spec: AttentionSpec) -> str:
 
 
 def _describe_plan(plan: Plan, backend: Backend) -> str:
-    tiles = plan.tiles
+    tiles, names = plan.tiles, decided_by(plan)
     lines = list(_filled(backend.describe(plan.choice)))
-    lines += _filled(
-        f"tiles of a head: {tiles.total}; {tiles.full} full, {tiles.edge} on an edge, "
-        f"{tiles.empty} empty and never visited"
-    )
+    told = f"{tiles.full} full, {tiles.edge} on an edge, {tiles.empty} empty and never visited"
+    if names:
+        full = f"{tiles.full} always full, " if tiles.full else ""
+        told = f"{full}{tiles.empty} always empty, at most {tiles.visited} visited: "
+        told += f"{say_which(names)} at run time"
+    lines += _filled(f"tiles{a_head(plan)}: {tiles.total}; {told}")
+    for warning in plan.warnings:
+        lines += _filled(f"warning: {warning}")
     return "\n".join(lines)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import textwrap
 
 from attngen import backends
-from attngen.cost import sharding, square_flop
+from attngen.cost import sharding
 from attngen.plans import Alternative, Plan
+from attngen.skipping import counted, decided_by, percent, say_which, share
 from attngen.units import show_bytes, show_count, show_time
 
 
@@ -21,6 +22,8 @@ def explain(plan: Plan) -> str:
     limit = "no budget given" if budget is None else f"budget {show_bytes(budget)}"
     head = f"{size}, {spec.dtype}, on {plan.target} by {plan.backend}, {limit}"
     lines = [*textwrap.wrap(head, 100), ""]
+    for warning in plan.warnings:
+        lines += textwrap.wrap(f"warning: {warning}", 100, subsequent_indent=" " * 10)
     chosen = textwrap.wrap(describe(plan.choice), 88)
     lines.append(f"chosen    {chosen[0]}")
     lines += [f"{'':10}{line}" for line in chosen[1:]]
@@ -66,10 +69,20 @@ def _skipped(plan: Plan) -> list[str]:
     tiles, spec = plan.tiles, plan.spec
     if spec.mask is None and not tiles.empty:
         return ["skipped   nothing: every query sees every key"]
-    saved = 1 - plan.flop / square_flop(spec)
-    share = f"{saved:.0%} of the square" if saved > 0 else "nothing of the square"
+    saved, names = share(plan), decided_by(plan)
+    part = f"{percent(saved)} of the square" if saved else "nothing of the square"
+    whose = f" ({', '.join(counted(plan))})" if counted(plan) else " a head"
+    if names:
+        least = f"{part} or more" if saved else f"what {' and '.join(names)} rule out"
+        text = (
+            f"{least}: of {tiles.total} tiles{whose} {tiles.empty} are always empty, "
+            f"at most {tiles.visited} are visited, {tiles.full} of them known to be full: "
+            f"{say_which(names)} at run time"
+        )
+        first, *more = textwrap.wrap(text, 88)
+        return [f"skipped   {first}", *(f"{'':10}{line}" for line in more)]
     return [
-        f"skipped   {share}: of {tiles.total} tiles a head {tiles.empty} are empty and never "
+        f"skipped   {part}: of {tiles.total} tiles{whose} {tiles.empty} are empty and never "
         "visited,",
         f"          {tiles.full} are full and evaluate no mask, {tiles.edge} are on an edge",
     ]

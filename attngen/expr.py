@@ -109,13 +109,14 @@ def load(operand: Operand, index: tuple[Expr, ...]) -> Expr:
             got=f"{len(index)}",
             needed=f"{len(operand.axes)}, one for each of its axes {operand.axes}",
         )
+
     for axis, i in zip(operand.axes, index, strict=True):
         if i.kind != "int":
             raise ExpressionError(
                 f"Operand {operand.name!r} is indexed by something that isn't an integer.",
-                got=f"{read_text(operand, index)}, where {describe(i)} is a {i.kind}",
+                got=f"{describe(i)}, a {i.kind}, in {read_text(operand, index)}",
                 needed="an integer expression",
-                hint="// divides integers; a comparison plus 0 is 0 or 1",
+                hint="// divides integers; attngen.where(c, 1, 0) counts a condition c",
             )
         if isinstance(axis, int) or i.op == "const":
             continue
@@ -123,7 +124,7 @@ def load(operand: Operand, index: tuple[Expr, ...]) -> Expr:
         if i.op != "var" or str(i.value) not in paired:
             raise ExpressionError(
                 f"Axis {axis!r} of operand {operand.name!r} is indexed by an expression.",
-                got=f"{describe(i)} in {read_text(operand, index)}",
+                got=f"{describe(i)}, in {read_text(operand, index)}",
                 needed=f"{' or '.join(paired)} alone, or a number",
                 hint="give the operand an axis of its own length, e.g. axes=('h', 64), "
                 "to index it by an expression",

@@ -67,6 +67,13 @@ def from_data(data: Any, declared: Mapping[str, Operand]) -> Expr:
                 return searchsorted(declared[rest[0]], args[0])
         elif op in ARITY:
             return apply(op, *(from_data(a, declared) for a in rest))
+        elif op not in ("const", "load"):
+            raise ExpressionError(
+                f"The language has no operation {op!r:.80}.",
+                got=repr(data)[:200],
+                needed="one of " + ", ".join(sorted(("const", "load", *ARITY))),
+                hint='["where", condition, x, y] chooses between two values',
+            )
     raise ExpressionError(
         "An expression in a file can't be read.",
         got=repr(data)[:200],

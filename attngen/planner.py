@@ -12,6 +12,7 @@ from attngen.intervals import examine
 from attngen.legality import has, split
 from attngen.plans import Alternative, Choice, Option, Plan, check_fix
 from attngen.regions import spans
+from attngen.skipping import sees_nothing, warnings
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
 from attngen.tiles import Limits, Tiles, chunk_limits, count_tiles
@@ -57,9 +58,7 @@ def rank(
     listed = _alternatives(priced, refused, of.budget, fitting[0])
     best, *others = fitting[:most]
     sizes = int(best[0]["q_chunk"]), int(best[0]["k_chunk"])
-    by_list = best[0].get("skip") == "list"
-    exact = (_count_listed if by_list else count_tiles)(spec, *sizes)
-    first = of.plan((best[0], exact, best[2]), listed)
+    first = of.plan((best[0], _exact(spec, best[0], *sizes), best[2]), listed)
     return (first, *(of.plan(p, listed) for p in others))
 
 
@@ -124,6 +123,7 @@ class _Pricing:
         limits = tuple(limit for span in spans(spec) for limit in span.limits)
         self.ranges = examine(spec, limits)
         self.count = _Counter(spec)
+        self.warnings = warnings(spec)
         self.budget = _budget(spec, target)
 
     def price(self, choice: dict[str, Option]) -> Priced:
@@ -154,6 +154,7 @@ class _Pricing:
             flop=executed_flop(self.spec, tiles, *sizes, cost.edge_share),
             moved_bytes=moved_bytes(self.spec, tiles, sizes[1]),
             fixed=self.fixed,
+            warnings=self.warnings,
             alternatives=alternatives,
         )
 
@@ -208,6 +209,14 @@ class _Counter:
             known = self.limits[q_chunk]
             self.tiles[key] = count_tiles(self.spec, *key, limits=known)
         return self.tiles[key]
+
+
+def _exact(spec: AttentionSpec, choice: Choice, q_chunk: int, k_chunk: int) -> Tiles:
+    """The tiles of one head, not by a sample."""
+    if sees_nothing(spec):  # its chunks are small, and many
+        return Tiles(0, 0, -(-spec.q_len // q_chunk) * -(-spec.kv_len // k_chunk))
+    by_list = choice.get("skip") == "list"
+    return (_count_listed if by_list else count_tiles)(spec, q_chunk, k_chunk)
 
 
 def _count_listed(

@@ -41,6 +41,7 @@ _PLAIN: dict[str, Any] = {
     "drops_keys": bool,
     "time_s": float,
     "fixed": tuple[str, ...],
+    "warnings": tuple[str, ...],
 }
 
 
@@ -71,6 +72,7 @@ class Plan:
         flop: of the two products of what is visited, each counted once.
         moved_bytes: of q, k, v and the outputs, read and written as slices.
         fixed: the choices that the user made.
+        warnings: what is legal, and hardly meant: queries that see no key.
         alternatives: what else was considered, each with the reason against it.
     """
 
@@ -89,6 +91,7 @@ class Plan:
     flop: int
     moved_bytes: int
     fixed: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
 
     def option(self, name: str) -> Option:
@@ -128,6 +131,7 @@ class Plan:
             "options": dict(self.options),
             "tiles": asdict(self.tiles),
             "fixed": list(self.fixed),
+            "warnings": list(self.warnings),
             "alternatives": [asdict(a) for a in self.alternatives],
         }
 

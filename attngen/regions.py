@@ -14,6 +14,7 @@ edge, visited with their mask. What verdicts.py says of single tiles tells more.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -219,13 +220,13 @@ def _is_left(own: Interval, other: Interval, at: tuple[int, ...]) -> bool:
 # Numbers, and what the planner asks of a region.
 
 _NUMBERS: dict[str, Callable[..., int]] = {
-    "add": lambda x, y: x + y,
-    "sub": lambda x, y: x - y,
-    "mul": lambda x, y: x * y,
-    "neg": lambda x: -x,
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "neg": operator.neg,
     "abs": abs,
-    "floordiv": lambda x, y: x // y,
-    "mod": lambda x, y: x % y,
+    "floordiv": operator.floordiv,
+    "mod": operator.mod,
     "minimum": min,
     "maximum": max,
     "lt": lambda x, y: x < y,
@@ -249,6 +250,22 @@ def evaluate(limit: Expr, q_lo: int, q_hi: int) -> int:
     if limit.op == "var":
         return q_lo if limit.value == "q_lo" else q_hi
     return _NUMBERS[limit.op](*(evaluate(a, q_lo, q_hi) for a in limit.args))
+
+
+def compiled(limit: Expr) -> Callable[[int, int], int]:
+    """`evaluate` as a function of q_lo and q_hi, for very many chunks."""
+    if limit.op == "const":
+        value = int(limit.value)  # type: ignore[arg-type]
+        return lambda q_lo, q_hi: value
+    if limit.op == "var":
+        if limit.value == "q_lo":
+            return lambda q_lo, q_hi: q_lo
+        return lambda q_lo, q_hi: q_hi
+    apply, parts = _NUMBERS[limit.op], [compiled(a) for a in limit.args]
+    if len(parts) == 2:
+        x, y = parts
+        return lambda q_lo, q_hi: apply(x(q_lo, q_hi), y(q_lo, q_hi))
+    return lambda q_lo, q_hi: apply(*(part(q_lo, q_hi) for part in parts))
 
 
 def largest_constant(spec: AttentionSpec) -> int:

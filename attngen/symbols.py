@@ -15,7 +15,6 @@ class Symbol:
     """A value that a traced mask or score computes with."""
 
     __slots__ = ("expr",)
-    __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, node: Expr) -> None:
         self.expr = node
@@ -41,7 +40,12 @@ class Symbol:
             hint="attngen.where(c, x, y) instead of jnp.where, and so on",
         )
 
+    def __getattr__(self, name: str) -> NoReturn:
+        _no_attribute(self, name, "expr")
+        self._no_value()
+
     __int__ = __float__ = __index__ = __array__ = __contains__ = _no_value
+    __len__ = __getitem__ = __call__ = __hash__ = _no_value
     __jax_array__ = property(_no_value)  # JAX only asks whether there is one
     __array_ufunc__ = None
 
@@ -141,6 +145,12 @@ class Symbol:
         return call("not", self)
 
 
+def _no_attribute(symbol: object, name: str, own: str) -> None:
+    """Let Python find that there is no such thing where it asks for itself."""
+    if name == own or name.startswith("__"):
+        raise AttributeError(f"{type(symbol).__name__} has no {name!r}")
+
+
 class OperandSymbol:
     """An operand under tracing: `ids[b, q]` reads it."""
 
@@ -157,7 +167,11 @@ class OperandSymbol:
         raise AssertionError
 
     # Python would answer these itself, and the mask would silently be a constant.
-    __eq__ = __ne__ = __bool__ = __iter__ = __contains__ = _unindexed
+    __eq__ = __ne__ = __bool__ = __iter__ = __contains__ = __len__ = _unindexed
+
+    def __getattr__(self, name: str) -> NoReturn:
+        _no_attribute(self, name, "operand")
+        self._unindexed()
 
     def __getitem__(self, index: object) -> Symbol:
         items = index if isinstance(index, tuple) else (index,)

@@ -7,20 +7,23 @@ emitted file does. What operands decide at run time isn't known here: such tiles
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from attngen.plans import Plan
 from attngen.reference import evaluate
+from attngen.regions import spans
 from attngen.spec import AttentionSpec
-from attngen.tiles import Tiles, chunk_limits, key_chunks
+from attngen.tiles import Limits, Tiles, Visit, chunk_limits, key_chunks, limits_of
 from attngen.verdicts import Verdict, verdict
 
 FULL, EDGE, EMPTY = 0, 1, 2
 Array = np.ndarray[Any, Any]
 MOST = 2**22  # tiles that are all looked at, of one head
 FEW = 2**15  # of a candidate's
+LEAST = 4  # chunks of queries that are looked at, however many keys each has
 
 
 def count_listed(
@@ -33,7 +36,7 @@ def count_listed(
     """
     q_chunks, k_chunks = -(-spec.q_len // q_chunk), -(-spec.kv_len // k_chunk)
     most = MOST if exact else FEW
-    step = max(1, q_chunks * k_chunks // most)
+    step = max(1, min(q_chunks * k_chunks // most, q_chunks // LEAST))
     rows = np.arange(step // 2, q_chunks, step)
     full = edge = 0
     for some in range(0, len(rows), max(1, 2**20 // k_chunks)):
@@ -100,3 +103,95 @@ def kinds(plan: Plan, most: int = 2**22) -> Array:
             made[row, first:last] = EDGE
             made[row, full_first:full_last] = FULL
     return made
+
+
+LOOKED_AT = 2**20  # tiles of a list, of one picture
+SIDE = 2**10  # of more: so many blocks of tiles each way
+ROWS = 2**11  # chunks of queries whose bounds are computed for one picture
+
+
+class Cells(NamedTuple):
+    """FULL, EDGE or EMPTY of each cell, and how many tiles it is high and wide."""
+
+    kinds: Array
+    high: int
+    wide: int
+
+
+def cells(plan: Plan, rows: int, columns: int) -> Cells:
+    """The tiles of a head as at most rows × columns cells, each of one tile or several.
+
+    All cells hold equally many chunks of queries, and of keys, but for the last. One of
+    several tiles is full or empty where all of them are: else an edge. Of very many tiles not
+    each is looked at: blocks of them are judged as one tile where they are listed, and chunks
+    of queries at even distances where loops have bounds.
+    """
+    spec = plan.spec
+    q_chunks, k_chunks = -(-spec.q_len // plan.q_chunk), -(-spec.kv_len // plan.k_chunk)
+    if dict(plan.options).get("skip") == "list":
+        return _listed_cells(plan, rows, columns)
+    first, last = _edges(rows, q_chunks), _edges(columns, k_chunks)
+    rows, columns = len(first) - 1, len(last) - 1
+    looked_at = max(1, ROWS // rows)  # of each row of cells
+    of = [limits_of(spec, span, plan.q_chunk) for span in spans(spec)]
+    found = np.full((rows, columns), EDGE, np.int8)
+    for row in range(rows):
+        count = min(looked_at, int(first[row + 1] - first[row]))
+        chunks = np.linspace(first[row], first[row + 1] - 1, count).astype(np.int64)
+        visited = full = np.zeros(columns, np.int64)
+        for chunk in dict.fromkeys(chunks.tolist()):
+            for a, b, c, d in _visits(plan, of, chunk):
+                visited = visited + _overlap(a, d, last)
+                full = full + _overlap(b, c, last)
+        found[row][visited == 0] = EMPTY
+        found[row][full == count * np.diff(last)] = FULL
+    return Cells(found, int(first[1]), int(last[1]))
+
+
+def _edges(most: int, chunks: int) -> Array:
+    """Where each of at most so many cells begins, and the last one ends, in chunks."""
+    each = -(-chunks // most)
+    return np.append(np.arange(0, chunks, each, dtype=np.int64), chunks)
+
+
+def _visits(plan: Plan, of: list[Callable[[int], Limits]], chunk: int) -> list[Visit]:
+    spec = plan.spec
+    start = max(0, min(chunk * plan.q_chunk, spec.q_len - plan.q_chunk))
+    most = -(-spec.kv_len // plan.k_chunk)
+    return [
+        (min(a, most), min(b, most), min(c, most), min(d, most))
+        for a, b, c, d in key_chunks([x(start) for x in of], plan.k_chunk)
+    ]
+
+
+def _overlap(first: int, last: int, edges: Array) -> Array:
+    """How many of the chunks [first, last) each cell holds."""
+    return np.diff(np.clip(edges, first, max(first, last)))
+
+
+def _listed_cells(plan: Plan, rows: int, columns: int) -> Cells:
+    spec, q_chunk, k_chunk = plan.spec, plan.q_chunk, plan.k_chunk
+    q_chunks, k_chunks = -(-spec.q_len // q_chunk), -(-spec.kv_len // k_chunk)
+    high = wide = 1  # tiles of a block
+    if q_chunks * k_chunks > LOOKED_AT:
+        high, wide = -(-q_chunks // SIDE), -(-k_chunks // SIDE)
+        q_chunk, k_chunk = q_chunk * high, k_chunk * wide
+        q_chunks, k_chunks = -(-spec.q_len // q_chunk), -(-spec.kv_len // k_chunk)
+    first, last = _edges(rows, q_chunks), _edges(columns, k_chunks)
+    rows, columns = len(first) - 1, len(last) - 1
+    found = np.full((rows, columns), EDGE, np.int8)
+    for row in range(rows):
+        full = empty = np.ones(columns, bool)
+        chunks = np.arange(first[row], first[row + 1])
+        for some in np.array_split(chunks, -(-len(chunks) * k_chunks // 2**17)):
+            made = listed_kinds(spec, q_chunk, k_chunk, some)
+            full = full & _all(made == FULL, last)
+            empty = empty & _all(made == EMPTY, last)
+        found[row][empty] = EMPTY
+        found[row][full] = FULL
+    return Cells(found, int(first[1]) * high, int(last[1]) * wide)
+
+
+def _all(holds: Array, edges: Array) -> Array:
+    """Whether it holds for all tiles of each cell."""
+    return np.asarray(np.logical_and.reduceat(holds.all(axis=0), edges[:-1]))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from attngen.expr import Expr, variables
-from attngen.regions import Span, evaluate, spans
+from attngen.expr import Expr, const, variables
+from attngen.regions import Span, compiled, spans
 from attngen.spec import AttentionSpec
 
 
@@ -38,21 +38,34 @@ def key_limits(spec: AttentionSpec, span: Span, q_start: int, q_chunk: int) -> L
     Lengths and offsets that come at run time are taken at their largest. low may lie
     beyond the keys, where the loops end before they begin.
     """
+    return limits_of(spec, span, q_chunk)(q_start)
+
+
+def limits_of(spec: AttentionSpec, span: Span, q_chunk: int) -> Callable[[int], Limits]:
+    """`key_limits` as a function of where the chunk of queries starts."""
     n, shift = spec.kv_len, spec.kv_offset
     if not span.some:
-        return (0, 0, 0, 0)
+        return lambda q_start: (0, 0, 0, 0)
     static = spec.static_q_offset
-    q_lo = q_start + (spec.kv_len - spec.q_len if static is None else static)
+    offset = spec.kv_len - spec.q_len if static is None else static
 
-    def at(limit: Expr | None, otherwise: int) -> int:
-        if limit is None:
-            return otherwise
-        return max(0, evaluate(limit, q_lo, q_lo + q_chunk) - shift)
+    def at(limit: Expr | None, otherwise: int) -> Callable[[int, int], int]:
+        return compiled(const(otherwise + shift) if limit is None else limit)
 
-    low, high = at(span.low, 0), min(n, at(span.high, n))
-    if not span.any_full:
-        return (low, high, low, low)
-    return (low, high, min(n, at(span.full_low, 0)), min(n, at(span.full_high, n)))
+    of_low, of_high = at(span.low, 0), at(span.high, n)
+    of_full_low, of_full_high = at(span.full_low, 0), at(span.full_high, n)
+
+    def limits(q_start: int) -> Limits:
+        q_lo = q_start + offset
+        q_hi = q_lo + q_chunk
+        low = max(0, of_low(q_lo, q_hi) - shift)
+        high = min(n, max(0, of_high(q_lo, q_hi) - shift))
+        if not span.any_full:
+            return (low, high, low, low)
+        full_low = min(n, max(0, of_full_low(q_lo, q_hi) - shift))
+        return (low, high, full_low, min(n, max(0, of_full_high(q_lo, q_hi) - shift)))
+
+    return limits
 
 
 SAMPLES = 512
@@ -67,12 +80,13 @@ def chunk_limits(
         exact: False looks at no more than about 512 chunks, evenly spaced.
     """
     found = spans(spec)
+    each = [limits_of(spec, span, q_chunk) for span in found]
     chunks = -(-spec.q_len // q_chunk)
     step = 1 if exact else max(1, chunks // SAMPLES)
     looked_at = range(step // 2, chunks, step)
 
     def limits(start: int) -> tuple[Limits, ...]:
-        return tuple(key_limits(spec, span, start, q_chunk) for span in found)
+        return tuple([of(start) for of in each])
 
     if not any(variables(limit) for span in found for limit in span.limits):
         return [limits(0)] * len(looked_at)  # all are alike

@@ -141,7 +141,17 @@ def _trace(function: Callable[..., object], names: str, what: str) -> Expr:
             got=str(inspect.signature(function)),
             needed=f"({', '.join(names)})",
         ) from error
-    return node_of(function(*(Symbol(expr.var(n)) for n in names)))
+    try:
+        return node_of(function(*(Symbol(expr.var(n)) for n in names)))
+    except ExpressionError:  # a TypeError that says what is wrong
+        raise
+    except TypeError as error:  # of an array library that is given a symbol, say
+        raise ExpressionError(
+            f"The {what} function computes what the language doesn't have.",
+            got=str(error).splitlines()[0] if str(error) else "a TypeError",
+            needed="operators, abs(), and attngen's minimum, maximum, where, exp, log, tanh",
+            hint="attngen.exp(s) instead of jnp.exp(s), and so on",
+        ) from error
 
 
 def mask(function: Callable[..., object]) -> Mask:

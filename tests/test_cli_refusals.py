@@ -9,6 +9,8 @@ import os
 import pytest
 from commands import FAILED, LLAMA, SMALL, TOML, WRONG, edit, misused, refused, run
 
+from attngen import drawing
+
 REQUESTS = {
     "no spec": ("SpecError",),
     "preset": ("PresetError", "--preset", "llama4"),
@@ -113,6 +115,22 @@ FILES = {
     "empty.toml": ("ExpressionError", TOML + "mask = []"),
     "number.toml": ("ExpressionError", TOML + "mask = {expr = ['add', 'k', 'q']}"),
     "boolean.toml": ("ExpressionError", TOML + "score = {expr = ['le', 'k', 'q']}"),
+    "if.toml": ("ExpressionError", TOML + "mask = {expr = ['if', 'k', 'q', 0]}"),
+    "moved.toml": (
+        "ExpressionError",
+        TOML + "mask.expr = ['eq', ['load', 'ids', 'b', ['add', 'q', 1]], 3]\n"
+        "mask.operands = {ids = {axes = ['b', 'k'], dtype = 'int32'}}",
+    ),
+    "half.toml": (
+        "ExpressionError",
+        TOML + "score.expr = ['load', 'x', ['div', 'q', 2]]\n"
+        "score.operands = {x = {axes = [64], dtype = 'float32'}}",
+    ),
+    "outside.toml": (
+        "OperandError",
+        TOML + "score.expr = ['load', 'x', ['add', 'q', 64]]\n"
+        "score.operands = {x = {axes = [64], dtype = 'float32'}}",
+    ),
     "code.toml": ("ExpressionError", TOML + "mask = {expr = '__import__(\"os\")'}"),
     "name.toml": ("OperandError", TOML + "mask = {dense = {name = 'jnp'}}"),
     "injected.toml": ("OperandError", TOML + "mask = {dense = {name = 'x):\\n'}}"),
@@ -138,6 +156,34 @@ def test_a_file_that_is_no_spec_is_refused(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     refused(kind, "plan", path)
+
+
+PICTURES = {
+    "an ending": ("FileError", "mask.pdf"),
+    "no ending": ("FileError", "mask"),
+    "no folder": ("FileError", "missing/mask.png"),
+    "a folder": ("FileError", "folder.png"),
+    "nothing": ("FileError", ""),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_that_cannot_be_drawn_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    kind, path = PICTURES[name]
+    refused(kind, "plan", *SMALL, "--picture", path)
+
+
+def test_a_picture_without_matplotlib_is_refused_and_the_terminal_named(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(drawing.importlib.util, "find_spec", lambda name: None)
+    path = tmp_path / "mask.png"
+    error = refused("BackendError", "plan", *SMALL, "--picture", path)
+    assert "pip install 'attngen[plot]'" in error["needed"]
+    assert "--picture -" in error["hint"]
+    assert "partial" in run("plan", *SMALL, "--picture", "-")[0]
 
 
 def test_a_deep_mask_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """What the language refuses, each with what to do instead."""
 
+import copy
 import math
 
 import pytest
@@ -46,6 +47,11 @@ MISUSES = {
     "None": lambda s, b, h, q, k: None,
     "a string": lambda s, b, h, q, k: s + "1",
     "a list": lambda s, b, h, q, k: [s, s],
+    "a method": lambda s, b, h, q, k: q.astype(float),
+    "len()": lambda s, b, h, q, k: len(q),
+    "an index": lambda s, b, h, q, k: q[0],
+    "a call": lambda s, b, h, q, k: s(q),
+    "a dictionary": lambda s, b, h, q, k: {1: 2.0}[q],
 }
 
 
@@ -61,6 +67,42 @@ def test_where_of_an_array_library_is_refused_with_the_right_one_named(library):
     with refused(ExpressionError) as caught:
         mask(lambda b, h, q, k: np.where(q < k, True, False))
     assert "attngen.where" in caught.value.hint
+
+
+@pytest.mark.parametrize("library", ["numpy", "jax.numpy"])
+def test_a_function_of_an_array_library_is_refused_with_the_right_one_named(library):
+    np = pytest.importorskip(library)
+    with refused(ExpressionError) as caught:
+        score(lambda s, b, h, q, k: np.exp(s))
+    assert "attngen.exp" in caught.value.hint
+
+
+def test_a_branch_on_what_an_operand_holds_names_the_condition_and_where():
+    ids = operand("ids", axes="bk", dtype="int32")
+    with refused(ExpressionError) as caught:
+        mask(lambda b, h, q, k: k <= q if ids[b, q] > 3 else k < q)
+    assert caught.value.got == "ids[b, q] > 3"
+    assert "attngen.where" in caught.value.hint
+
+
+def test_an_index_that_cannot_be_is_named_with_what_it_is_part_of():
+    ids = operand("ids", axes="bk", dtype="int32")
+    table = operand("table", axes=("h", 64), dtype="float32")
+    with refused(ExpressionError) as caught:
+        mask(lambda b, h, q, k: ids[b, q + 1] == 3)
+    assert caught.value.got == "q + 1, in ids[b, q + 1]"
+    assert "an axis of its own length" in caught.value.hint
+    with refused(ExpressionError) as caught:
+        score(lambda s, b, h, q, k: s + table[h, (q - k) / 2])
+    assert caught.value.got == "(q - k) / 2.0, a float, in table[h, (q - k) / 2.0]"
+    assert "//" in caught.value.hint
+
+
+def test_python_finds_no_protocols_in_symbols():
+    ids = operand("ids", axes="bk", dtype="int32")
+    for symbol in (ids, ids[0, 0]):
+        assert not hasattr(symbol, "__array_interface__")
+        assert copy.copy(symbol) is not None
 
 
 def test_a_captured_array_is_refused_and_operand_is_named():
@@ -81,6 +123,8 @@ IDS_UNINDEXED = {
     "in": lambda ids, q: 3 in ids,
     "sum": lambda ids, q: sum(ids) < 3,
     "alone": lambda ids, q: ids,
+    "len()": lambda ids, q: len(ids) > q,
+    "a method": lambda ids, q: ids.max() > q,
 }
 
 

@@ -9,7 +9,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           v       [1, 512, 2, 40]  float32
           out     [1, 512, 2, 40]  float32
 plan      running · 16 queries × 64 keys · 1 warp · 3 stages · head dim in pieces
-          tiles of a head: 256; 128 full, 0 on an edge, 128 empty and never visited
+          tiles of head 0: 256; 128 full, 0 on an edge, 128 empty and never visited
 cost      71.3 MFLOP (143 MFLOP without skipping), 0 B of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen
 spec      {"q_heads": 2, "kv_heads": 2, "q_len": 512, "kv_len": 512, "qk_dim": 96,

@@ -16,9 +16,9 @@ from attngen.cost import Cost, executed_flop
 from attngen.errors import NotBuiltError
 from attngen.plans import Choice, Option, Plan
 from attngen.reference import numpy_dtype
-from attngen.regions import Tiles
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
+from attngen.tiles import Tiles
 
 from . import context
 
