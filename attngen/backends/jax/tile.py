@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from attngen.backends.jax.candidates import DEFAULTS
+from attngen.expr import Expr
+from attngen.operands import Operand
 from attngen.plans import Option, Plan
 
 
@@ -116,3 +118,37 @@ def order(layout: str, axes: str) -> str:
 def times(start: str, factor: int) -> str:
     """Where query heads begin, by where kv heads do."""
     return start if factor == 1 or start == "0" else f"{start} * R"
+
+
+def ranged(plan: Plan, at: Tile, start: str, letters: str, size: str) -> str:
+    """start, start + 1, … along some axes of the tile."""
+    dtype = ", dtype=jnp.int64" if plan.index_dtype == "int64" else ""
+    if size == "1" and not set(letters) & set("qk"):
+        # never a Python number: ~ of a Python bool is another thing
+        return f"jnp.{plan.index_dtype}({start})"
+    made = f"jnp.arange({size}{dtype})"
+    shape = at.spread(letters)
+    present = [a for a in at.letters if a in letters]
+    if len(present) == 1:
+        after = len(at.letters) - at.letters.index(present[0]) - 1
+        made += f"[:{', None' * after}]" if after else ""
+    else:
+        made += f".reshape({', '.join(dimensions(shape))})"
+    return made if start == "0" else f"{start} + {made}"
+
+
+def letters_of(node: Expr) -> list[str]:
+    """The variables that index a slice, in the operand's own order."""
+    return [str(i.value) for i in node.args if i.op == "var"]
+
+
+def is_whole(plan: Plan, node: Expr) -> bool:
+    """Whether a slice that begins at 0 everywhere is all of the operand."""
+    assert isinstance(node.value, Operand)
+    if plan.algorithm != "dense":
+        return False
+    lengths = plan.spec.lengths
+    return all(
+        index.op == "var" and lengths[str(axis)] == lengths[str(index.value)]
+        for axis, index in zip(node.value.axes, node.args, strict=True)
+    )

@@ -9,7 +9,17 @@ from attngen import expr
 from attngen.backends.jax import shards, tables
 from attngen.backends.jax.distance import by_distance
 from attngen.backends.jax.statements import as_tuple, assign, searched
-from attngen.backends.jax.tile import Starts, Tile, chosen, dimensions, heads, times
+from attngen.backends.jax.tile import (
+    Starts,
+    Tile,
+    chosen,
+    dimensions,
+    heads,
+    is_whole,
+    letters_of,
+    ranged,
+    times,
+)
 from attngen.expr import Expr
 from attngen.intervals import domain, proven
 from attngen.operands import Operand
@@ -116,20 +126,19 @@ class _Writer:
             self.code.edge += lines
 
     def _printer(self, float_dtype: str, prefix: str) -> ArrayPrinter:
-        names = {"b": "b_index", "h": "h_index", "q": "q_pos", "k": "k_pos", "s": "s"}
-        names |= {"away": "away", "shift": "shift"}
-        if self.spec.static_q_offset == 0:
+        spec = self.spec
+        names = {"b": "b_index", "h": "h_index", "q": "q_pos", "k": "k_pos"}
+        names |= {n: n for n in ("s", "away", "shift")}
+        if spec.static_q_offset == 0:
             names["q"] = "q_index"
-        if self.spec.kv_offset == 0:
+        if spec.kv_offset == 0:
             names["k"] = "k_index"
-        return ArrayPrinter(
-            "jnp",
-            names,
-            lambda node: self._load(node, float_dtype),
-            float_dtype=float_dtype,
-            int_dtype=self.plan.index_dtype,
-            prefix=prefix,
-        )
+        dtypes = {"float_dtype": float_dtype, "int_dtype": self.plan.index_dtype}
+
+        def load(node: Expr) -> str:
+            return self._load(node, float_dtype)
+
+        return ArrayPrinter("jnp", names, load, prefix=prefix, **dtypes)
 
     # What an expression needs defined first.
 
@@ -185,10 +194,10 @@ class _Writer:
         if name in ("b_index", "h_index") and shards.is_split(self.plan, name[0]):
             return self._of_shards(name, name[0])
         if name == "b_index":
-            return [f"{name} = {self._range(starts.b, 'b', at.sizes['b'])}"]
+            return [f"{name} = {ranged(self.plan, at, starts.b, 'b', at.sizes['b'])}"]
         if name == "h_index":
             first = times(starts.g, self.spec.repeats)
-            line = f"{name} = {self._range(first, 'gr', heads(at))}"
+            line = f"{name} = {ranged(self.plan, at, first, 'gr', heads(at))}"
             if len(line) <= self.width:
                 return [line]
             numbers, _, rest = line.partition(f"{name} = {first} + ")[2].partition(
@@ -198,9 +207,11 @@ class _Writer:
         if name in ("q_index", "k_index"):
             letter = name[0]
             start = starts.q if letter == "q" else starts.k
-            return [f"{name} = {self._range(start, letter, at.sizes[letter])}"]
+            return [
+                f"{name} = {ranged(self.plan, at, start, letter, at.sizes[letter])}"
+            ]
         if name == "away":  # XLA makes both on the fly, in the tile's own layout
-            keys, queries = (self._range("0", a, at.sizes[a]) for a in "kq")
+            keys, queries = (ranged(self.plan, at, "0", a, at.sizes[a]) for a in "kq")
             return [f"away = {keys} - {queries}"]
         if name == "shift":
             q = starts.q + (" + Q_OFFSET" if self.spec.static_q_offset else "")
@@ -244,22 +255,6 @@ class _Writer:
         calls.append([".reshape", *dimensions(spread)])
         return [line, *assign(name, calls, self.width)]
 
-    def _range(self, start: str, letters: str, size: str) -> str:
-        """start, start + 1, … along some axes of the tile."""
-        dtype = ", dtype=jnp.int64" if self.plan.index_dtype == "int64" else ""
-        if size == "1" and not set(letters) & set("qk"):
-            # never a Python number: ~ of a Python bool is another thing
-            return f"jnp.{self.plan.index_dtype}({start})"
-        numbers = f"jnp.arange({size}{dtype})"
-        shape = self.at.spread(letters)
-        present = [a for a in self.at.letters if a in letters]
-        if len(present) == 1:
-            after = len(self.at.letters) - self.at.letters.index(present[0]) - 1
-            numbers += f"[:{', None' * after}]" if after else ""
-        else:
-            numbers += f".reshape({', '.join(dimensions(shape))})"
-        return numbers if start == "0" else f"{start} + {numbers}"
-
     # Operands.
 
     def _gathers(self, node: Expr) -> bool:
@@ -267,12 +262,12 @@ class _Writer:
         assert isinstance(node.value, Operand)
         pairs = zip(node.value.axes, node.args, strict=True)
         own = any(isinstance(a, int) and i.op != "const" for a, i in pairs)
-        return own or len(set(letters := _letters(node))) != len(letters)
+        return own or len(set(letters := letters_of(node))) != len(letters)
 
     def _slice(self, node: Expr, keys: list[str]) -> None:
         """Define the part of an operand that belongs to this tile."""
         assert isinstance(node.value, Operand)
-        name, used = read_name(node), _letters(node)
+        name, used = read_name(node), letters_of(node)
         lines = self._lines(used, keys)
         if not self._new(name, lines):
             return
@@ -296,7 +291,7 @@ class _Writer:
             lines += assign(
                 source, [[node.value.name], [".reshape", *view]], self.width
             )
-        if set(begins) == {"0"} and self._is_whole(node):
+        if set(begins) == {"0"} and is_whole(self.plan, node):
             calls = [[node.value.name]]
         else:
             arguments = [source, as_tuple(begins), as_tuple(sizes)]
@@ -318,17 +313,6 @@ class _Writer:
 
     def _size(self, letter: str) -> str:
         return heads(self.at) if letter == "h" else self.at.sizes[letter]
-
-    def _is_whole(self, node: Expr) -> bool:
-        """Whether a slice that begins at 0 everywhere is all of the operand."""
-        assert isinstance(node.value, Operand)
-        if self.plan.algorithm != "dense":
-            return False
-        lengths = self.spec.lengths
-        return all(
-            index.op == "var" and lengths[str(axis)] == lengths[str(index.value)]
-            for axis, index in zip(node.value.axes, node.args, strict=True)
-        )
 
     def _gather(self, node: Expr, keys: list[str], float_dtype: str) -> None:
         """Define the values of an operand that is indexed by an expression."""
@@ -403,8 +387,3 @@ class _Writer:
         if wanted is None or node.value.dtype == wanted:
             return text
         return f"jnp.{wanted}({text})"
-
-
-def _letters(node: Expr) -> list[str]:
-    """The variables that index a slice, in the operand's own order."""
-    return [str(i.value) for i in node.args if i.op == "var"]
