@@ -222,6 +222,10 @@ def _positions(plan: Plan) -> dict[str, int]:
     if plan.near and plan.kind != "dense" and pairs < LARGE_MASK:
         pairs = 0
     each = plan.heads // plan.groups if plan.kind == "dense" else 1
+    if "h" in plan.apart:
+        each = plan.heads
+    elif "b" in plan.apart:
+        each = max(each, plan.batches)
     biases = min(max(plan.parts, plan.unroll), 2) * BYTES[plan.spec.stats_dtype] * pairs
     if not plan.spec.score or (plan.near and plan.kind == "dense"):
         biases = 0
@@ -261,7 +265,7 @@ def _tile(plan: Plan) -> tuple[int, int]:
     if plan.k == 1:
         return 0, 0
     if plan.twice:  # one fusion makes and uses them, if nothing else does
-        stored = spec.score
+        stored = spec.score or (plan.blanked and plan.masked)
         weights = one if plan.near else one // 2  # as they are, or as multiplied
         fused = plan.ones and plan.q >= LANES
         tile = one if stored else 0 if fused else weights * plan.unroll

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from attngen.backends.jax.candidates import option
 from attngen.dtypes import BYTES
+from attngen.expr import operands, variables
 from attngen.plans import Choice
 from attngen.spec import AttentionSpec
 from attngen.tiles import Tiles
@@ -57,6 +58,8 @@ class Plan:
     gone: bool
     near: bool
     chunks: int
+    blanked: bool  # a pass over the masked scores tells which keys no query sees
+    apart: frozenset[str]  # axes, of b and h, along which the mask differs
 
     @property
     def heads(self) -> int:
@@ -98,6 +101,16 @@ class Plan:
         return self.spec.mask is not None or self.spec.kv_lengths
 
 
+def apart(spec: AttentionSpec) -> frozenset[str]:
+    """The axes, of b and h, along which the mask differs."""
+    if spec.mask is None:
+        return frozenset()
+    found = set(variables(spec.mask.expr))
+    for operand in operands(spec.mask.expr):
+        found |= {a for a in operand.axes if isinstance(a, str)}
+    return frozenset(found & {"b", "h"})
+
+
 def numbers(
     spec: AttentionSpec, choice: Choice, tiles: Tiles | None, near: bool
 ) -> Plan:
@@ -125,4 +138,6 @@ def numbers(
         gone=gone,
         near=near,
         chunks=-(-spec.kv_len // k),
+        blanked=option(choice, "blank") == "scores" and "out" in spec.outputs,
+        apart=apart(spec),
     )
