@@ -155,7 +155,7 @@ TRITON = {
         lambda: dataclasses.replace(decode_step(), dtype="float16"), "l4"
     ),
     "checkerboard": Entry(
-        checkerboard, "mi355x", {"q_chunk": 16, "k_chunk": 64, "num_warps": 1}
+        checkerboard, "mi355x", {"q_chunk": 16, "k_chunk": 32, "num_warps": 1}
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Attention in chunks of 16 queries and 64 keys, with a running softmax.
+"""Attention in chunks of 16 queries and 32 keys, with a running softmax.
 
 made by   attngen 0.1.0 for mi355x; `attngen emit --check` compares this file
           with what would be emitted now. It is yours: attngen claims no rights in it.
@@ -8,8 +8,8 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           k       [1, 512, 2, 96]  float32
           v       [1, 512, 2, 40]  float32
           out     [1, 512, 2, 40]  float32
-plan      running · 16 queries × 64 keys · 1 warp · 3 stages · head dim in pieces
-          tiles of head 0: 256; 128 full, 0 on an edge, 128 empty and never visited
+plan      running · 16 queries × 32 keys · 1 warp · 3 stages · head dim in pieces
+          tiles of head 0: 512; 256 full, 0 on an edge, 256 empty and never visited
 cost      71.3 MFLOP (143 MFLOP without skipping), 0 B of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen
 spec      {"q_heads": 2, "kv_heads": 2, "q_len": 512, "kv_len": 512, "qk_dim": 96,
@@ -17,7 +17,7 @@ spec      {"q_heads": 2, "kv_heads": 2, "q_len": 512, "kv_len": 512, "qk_dim": 9
           ["floordiv", "q", 64], ["floordiv", "k", 64]], "h"], 2], 0], ["eq", "q",
           "k"]]}}
 choices   {"backend": "triton", "target": "mi355x", "algorithm": "running", "q_chunk":
-          16, "k_chunk": 64, "num_warps": 1, "num_stages": 3, "order": "forward",
+          16, "k_chunk": 32, "num_warps": 1, "num_stages": 3, "order": "forward",
           "head_dim": "split", "loads": "pointers", "skip": "list"}
 """
 
@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 
 Q_BLOCK = tl.constexpr(16)  # queries of a tile
-K_BLOCK = tl.constexpr(64)  # keys of a tile
+K_BLOCK = tl.constexpr(32)  # keys of a tile
 R = tl.constexpr(1)  # query heads that share a kv head
 QK_DIM = tl.constexpr(96)
 V_DIM = tl.constexpr(40)

@@ -20,6 +20,7 @@ STAGES = (1, 2, 3, 4, 5)
 DESCRIBED = 16  # bytes that divide the strides of what a tensor descriptor takes
 LOADS = ("pointers", "descriptors")  # of keys and values
 DTYPES = ("float16", "bfloat16", "float32")
+LISTED = {"cuda": 64, "hip": 160}  # registers more where operands tell, as compiled
 UNSURE = 1.25  # times the registers that there are: the model may be wrong by so much
 
 # field → (the values that are built, what to do instead)
@@ -259,7 +260,9 @@ def crowding(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> float:
     scores read positions from half of that on, where they read a table from a quarter.
     """
     if spec.dtype != "float32" or gpu.backend != "cuda":
-        return registers(spec, choice, gpu) / (_most(choice, gpu) + 1)
+        held = registers(spec, choice, gpu)
+        held += LISTED[gpu.backend] if choice.get("skip") == "list" else 0
+        return held / (_most(choice, gpu) + 1)
     v = sum(width for _, width in pieces(spec.v_dim, choice["head_dim"]))
     q, k = int(choice["q_chunk"]), int(choice["k_chunk"])
     threads = int(choice["num_warps"]) * gpu.warp_size
