@@ -22,6 +22,8 @@ from attngen.spec import AttentionSpec
 from attngen.terms import alternatives
 from attngen.verdicts import Verdict, verdict
 
+SHORT = 76  # columns of a line
+
 
 @dataclass(frozen=True)
 class Extremes:
@@ -155,7 +157,7 @@ class _Reader:
         key = (node.value, x)
         if key not in self.found:
             count = sum(isinstance(s, Search) for s in self.found.values())
-            self.found[key] = Search(node, f"{node.value.name}_at_to_{count + 1}", x)
+            self.found[key] = Search(node, f"{node.value.name}_at_ends_{count + 1}", x)
         known = self.found[key]
         return linear(var(known.names[0], "int"))
 
@@ -212,10 +214,16 @@ def held(x: Blocks, sums: str, printer: ArrayPrinter) -> list[str]:
     return [
         f"{name}_at_rows = {first}, {last}",
         f"{name}_at_columns = {left}, {right}",
-        f"{name}_at_tiles, {name}_at_area = _held(",
-        f"    {sums}, {name}_at_rows, {name}_at_columns",
-        ")",
+        *_called(
+            f"{name}_at_tiles, {name}_at_area = _held",
+            f"{sums}, {name}_at_rows, {name}_at_columns",
+        ),
     ]
+
+
+def _called(start: str, arguments: str) -> list[str]:
+    line = f"{start}({arguments})"
+    return [line] if len(line) <= SHORT else [f"{start}(", f"    {arguments}", ")"]
 
 
 def unlistable(spec: AttentionSpec) -> str | None:
@@ -278,18 +286,11 @@ def worth_listing(spec: AttentionSpec) -> bool:
     return terms is None or not all(is_solved(atom) for term in terms for atom in term)
 
 
-def skips(spec: AttentionSpec, *, whole: bool = False) -> Mapping[str, Sequence[str]]:
-    """The choice `skip`, its values the best first; empty where bounds say all there is.
+def skips(spec: AttentionSpec) -> Mapping[str, Sequence[str]]:
+    """The choice `skip`; empty where bounds say all that there is."""
+    return {"skip": ("bounds", "list")} if worth_listing(spec) else {}
 
-    A list where a mask reads operands, whose values decide; for other masks a count of
-    tiles tells which is better.
 
-    Args:
-        whole: all that can be emitted.
-    """
-    if not worth_listing(spec):
-        return {}
-    assert spec.mask is not None
-    if not listed(spec.mask.expr).told:
-        return {"skip": ("bounds", "list")}
-    return {"skip": ("list", "bounds") if whole else ("list",)}
+def decided(spec: AttentionSpec) -> bool:
+    """Whether operands decide at run time which tiles a list holds."""
+    return spec.mask is not None and bool(listed(spec.mask.expr).told)

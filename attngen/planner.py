@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from attngen.backends import Backend
@@ -10,6 +11,7 @@ from attngen.cost import Cost, executed_flop, moved_bytes
 from attngen.errors import BudgetError, PlanError
 from attngen.intervals import examine
 from attngen.legality import has, split
+from attngen.lists import decided
 from attngen.plans import Alternative, Choice, Option, Plan, check_fix
 from attngen.regions import spans
 from attngen.skipping import sees_nothing, warnings
@@ -19,6 +21,7 @@ from attngen.tiles import Limits, Tiles, chunk_limits, count_tiles
 from attngen.units import show_bytes, show_time
 
 SHOWN = 3  # alternatives that a plan keeps of each kind
+SPAN = 1024  # keys that a query is taken to see, where operands decide: a guess
 
 
 def rank(
@@ -129,6 +132,10 @@ class _Pricing:
     def price(self, choice: dict[str, Option]) -> Priced:
         tiles = self.count(choice)
         cost = self.backend.cost(self.spec, self.target, choice, tiles)
+        if choice.get("skip") == "list" and decided(self.spec):
+            seen = SPAN + int(choice["q_chunk"]) + int(choice["k_chunk"])
+            left = min(1.0, seen / self.spec.kv_len)
+            cost = replace(cost, time_s=cost.time_s * left)
         return (choice, tiles, cost)
 
     def fits(self, priced: Priced) -> bool:

@@ -236,6 +236,7 @@ def test_without_an_interior_the_loop_that_evaluates_the_mask_is_certified():
     fix = {"q_chunk": 64, "k_chunk": 64, "num_warps": 4, "num_stages": 2}
     counts = []
     for mask in (None, board):
+        fix |= {} if mask is None else {"skip": "bounds"}  # a list has an interior
         spec = AttentionSpec(
             q_heads=2, q_len=500, qk_dim=64, dtype="float16", mask=mask
         )

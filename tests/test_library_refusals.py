@@ -153,7 +153,7 @@ BEYOND = {
     ),
     "an index of both": (
         lambda s, b, h, q, k: s + IDS[b, q - k],
-        ["q - k in ids[b, q - k]", "q or k alone", "an axis of its own length"],
+        ["q - k, in ids[b, q - k]", "q or k alone", "an axis of its own length"],
     ),
     "a search for each pair": (
         lambda s, b, h, q, k: s + attngen.searchsorted(OFFSETS, q - k),
@@ -161,11 +161,11 @@ BEYOND = {
     ),
     "a float for an index": (
         lambda s, b, h, q, k: s + TABLE[h, q / 2],
-        ["table[h, q / 2.0], where q / 2.0 is a float", "an integer", "//"],
+        ["q / 2.0, a float, in table[h, q / 2.0]", "an integer", "//"],
     ),
     "a score for an index": (
         lambda s, b, h, q, k: s + TABLE[h, s],
-        ["table[h, s], where s is a float", "an integer expression"],
+        ["s, a float, in table[h, s]", "an integer expression"],
     ),
 }
 
@@ -192,7 +192,7 @@ IN_FILES = {
     "an index of both": (
         "ExpressionError",
         'score = {expr = ["load", "ids", "b", ["sub", "q", "k"]], OPERANDS}',
-        ["q - k in ids[b, q - k]", "q or k alone"],
+        ["q - k, in ids[b, q - k]", "q or k alone"],
     ),
     "a search for each pair": (
         "ExpressionError",

@@ -14,6 +14,7 @@ from test_regions import MASKS
 import attngen
 from attngen import AttentionSpec, api, backends, inputs, masks
 from attngen.backends.jax.loader import load_function
+from attngen.lists import skips
 from attngen.tiles import count_tiles
 from attngen.tracing import mask_of
 
@@ -58,8 +59,19 @@ def test_jax_visits_the_tiles_that_are_counted(mask, chunks):
     if chunks == (11, 14) and mask == masks.prefix(0):
         pytest.skip("a tile alone is visited, whatever it holds")
     spec = dataclasses.replace(BASE, mask=mask)
-    tiles, calls = visited(spec, q_chunk=chunks[0], k_chunk=chunks[1])
+    fix = {"skip": "bounds"} if skips(spec) else {}
+    tiles, calls = visited(spec, q_chunk=chunks[0], k_chunk=chunks[1], **fix)
     assert (calls["interior"], calls["edge"]) == (tiles.full, tiles.edge)
+
+
+@pytest.mark.parametrize("chunks", [(4, 5), (5, 4)])
+@pytest.mark.parametrize("mask", [m for m in LIBRARY if m is not None and m.operands], ids=str)
+def test_a_list_visits_at_most_what_is_counted(mask, chunks):
+    spec = dataclasses.replace(BASE, mask=mask)
+    fix = {"q_chunk": chunks[0], "k_chunk": chunks[1], "skip": "list"}
+    tiles, calls = visited(spec, **fix)
+    assert calls["interior"] + calls["edge"] <= tiles.visited
+    assert calls["interior"] >= tiles.full
 
 
 @pytest.mark.parametrize("loop", ["scan", "unrolled"])

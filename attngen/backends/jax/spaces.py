@@ -72,7 +72,7 @@ def _processor(
     common |= {n: v if whole else v[:1] for n, v in rare.items()}
     if len(products(spec)) > 1:
         common["scale"] = rare["scale"]
-    skip = skips(spec, whole=whole)
+    skip = skips(spec)
     diagonal = (0, 128, 256, 512) if whole else (0, 128, 256)
     unroll = (1, 2, 4, 8) if whole else (1, 2)
     running = common | {
@@ -167,7 +167,7 @@ def _accelerator(spec: AttentionSpec, target: Target, *, whole: bool) -> Space:
         "loop": static,
         "unroll": ((1, 2, 4) if whole else (1, 2)) if unrollable(spec) else (1,),
         "diagonal": diagonal if rises(spec, 2, 2) else (0,),
-        **skips(spec, whole=whole),
+        **skips(spec),
     }
     few: dict[str, Sequence[Option]] = {
         "q_chunk": (min(1024, spec.q_len),),

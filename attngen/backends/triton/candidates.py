@@ -97,7 +97,7 @@ def space(
             "order": ("forward", "reverse") if whole else (_order(spec),),
             "head_dim": ("split", "padded") if odd else ("padded",),
             "loads": LOADS if whole else ("pointers",),  # which take any strides
-            **skips(spec, whole=whole),
+            **skips(spec),
         }
     }
 
@@ -260,9 +260,8 @@ def crowding(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> float:
     scores read positions from half of that on, where they read a table from a quarter.
     """
     if spec.dtype != "float32" or gpu.backend != "cuda":
-        held = registers(spec, choice, gpu)
-        held += LISTED[gpu.backend] if choice.get("skip") == "list" else 0
-        return held / (_most(choice, gpu) + 1)
+        more = LISTED[gpu.backend] if choice.get("skip") == "list" else 0
+        return (registers(spec, choice, gpu) + more) / (_most(choice, gpu) + 1)
     v = sum(width for _, width in pieces(spec.v_dim, choice["head_dim"]))
     q, k = int(choice["q_chunk"]), int(choice["k_chunk"])
     threads = int(choice["num_warps"]) * gpu.warp_size

@@ -102,8 +102,9 @@ def listing(plan: Plan) -> Listing:
         elif isinstance(x, Search):
             text = TorchPrinter("torch", own, repr).text(x.end)
             entries = x.node.value.name
+            each = text if x.end.op == "const" else f"{_wrapped(text)}[..., None]"
             lines += [
-                f"{x.name} = {_wrapped(text)}[..., None] >= {entries}",
+                f"{x.name} = {each} >= {entries}",
                 f"{x.name} = {x.name}.sum(-1)",
             ]
         else:
@@ -175,15 +176,14 @@ def _extremes(made: Listing, x: Extremes) -> list[str]:
     view = ", ".join(":" if a in ordered else "None" for a in "bhqk")
     if token is None:
         view = f"[{view}]"
-        return [f"{x.least} = {x.greatest} = {text}{view}"]
+        return [f"{x.least} = {text}{view}", f"{x.greatest} = {x.least}"]
     made.extremes = True
     length = {"q": "T", "k": "S"}[token]
     block = {"q": "Q_BLOCK", "k": "K_BLOCK"}[token]
-    lines = [
-        f"{x.least}, {x.greatest} = _extremes(",
-        f"    {text}[..., :{length}], {block}.value",
-        ")",
-    ]
+    call = [f"{text}[..., :{length}], {block}.value"]
+    lines = [f"{x.least}, {x.greatest} = _extremes({call[0]})"]
+    if len(lines[0]) > WIDTH:
+        lines = [f"{x.least}, {x.greatest} = _extremes(", f"    {call[0]}", ")"]
     if view != ":, :, :, :":
         lines += [f"{n} = {n}[{view}]" for n in (x.least, x.greatest)]
     return lines
