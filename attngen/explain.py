@@ -6,6 +6,7 @@ import textwrap
 
 from attngen import backends
 from attngen.cost import sharding
+from attngen.lists import SPAN
 from attngen.plans import Alternative, Plan
 from attngen.skipping import counted, decided_by, percent, say_which, share
 from attngen.units import show_bytes, show_count, show_time
@@ -77,7 +78,7 @@ def _skipped(plan: Plan) -> list[str]:
         text = (
             f"{least}: of {tiles.total} tiles{whose} {tiles.empty} are always empty, "
             f"at most {tiles.visited} are visited, {tiles.full} of them known to be full: "
-            f"{say_which(names)} at run time"
+            f"{say_which(names)} at run time; the time above is for {SPAN} keys a query"
         )
         first, *more = textwrap.wrap(text, 88)
         return [f"skipped   {first}", *(f"{'':10}{line}" for line in more)]

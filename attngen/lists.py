@@ -23,6 +23,7 @@ from attngen.terms import alternatives
 from attngen.verdicts import Verdict, verdict
 
 SHORT = 76  # columns of a line
+SPAN = 1024  # keys that a query is taken to see, where operands decide: a guess
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from attngen.cost import Cost, executed_flop, moved_bytes
 from attngen.errors import BudgetError, PlanError
 from attngen.intervals import examine
 from attngen.legality import has, split
-from attngen.lists import decided
+from attngen.lists import SPAN, decided
 from attngen.plans import Alternative, Choice, Option, Plan, check_fix
 from attngen.regions import spans
 from attngen.skipping import sees_nothing, warnings
@@ -21,7 +21,6 @@ from attngen.tiles import Limits, Tiles, chunk_limits, count_tiles
 from attngen.units import show_bytes, show_time
 
 SHOWN = 3  # alternatives that a plan keeps of each kind
-SPAN = 1024  # keys that a query is taken to see, where operands decide: a guess
 
 
 def rank(
