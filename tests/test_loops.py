@@ -65,7 +65,9 @@ def test_jax_visits_the_tiles_that_are_counted(mask, chunks):
 
 
 @pytest.mark.parametrize("chunks", [(4, 5), (5, 4)])
-@pytest.mark.parametrize("mask", [m for m in LIBRARY if m is not None and m.operands], ids=str)
+@pytest.mark.parametrize(
+    "mask", [m for m in LIBRARY if m is not None and m.operands], ids=str
+)
 def test_a_list_visits_at_most_what_is_counted(mask, chunks):
     spec = dataclasses.replace(BASE, mask=mask)
     fix = {"q_chunk": chunks[0], "k_chunk": chunks[1], "skip": "list"}

@@ -12,6 +12,7 @@ from attngen import AttentionSpec, backends, masks, scores, validator
 from attngen.backends.jax.candidates import bounded, products
 from attngen.errors import AttngenError
 from attngen.intervals import examine
+from attngen.lists import skips
 from attngen.regions import analyse
 
 backends.register("numpy", "toy_backend")
@@ -63,7 +64,10 @@ def specs(draw):
     q_len = draw(st.integers(1, 13))
     kv_len = q_len + draw(st.integers(0 if operands else 1 - q_len, 7))
     kv_heads, repeats = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    mask, score = READING[operands]
+    masks_of, score = READING[operands]
+    mask = draw(masks_of)
+    if mask is not None and mask.operands:
+        kv_len = max(q_len, kv_len)
     return AttentionSpec(
         batch=draw(st.integers(1, 3)),
         q_heads=kv_heads * repeats,
@@ -80,7 +84,7 @@ def specs(draw):
             st.sampled_from([0, "bottom_right", "operand"]) | st.integers(-6, 9)
         ),
         kv_offset=draw(st.sampled_from([0, 0, -4, 3])),
-        mask=draw(mask),
+        mask=mask,
         score=tuple(draw(st.lists(score, max_size=2))),
         sink=draw(st.booleans()),
         kv_lengths=draw(st.booleans()),
@@ -100,6 +104,12 @@ def jax_plans(draw, spec):
     if not bounded(spec) or k_chunk == spec.kv_len:
         loops += ["scan"] + ["unrolled"] * (spec.kv_len <= 16 * k_chunk)
     parts = [[n for n in (1, 2, 3) if x % n == 0] for x in (spec.kv_heads, spec.batch)]
+    if skips(spec):
+        fix["skip"] = draw(st.sampled_from(["list", "bounds"]))
+        if k_chunk == spec.kv_len:
+            fix["skip"] = "bounds"
+        if fix["skip"] == "list":
+            loops = ["fori"]
     return fix | {
         "algorithm": "running",
         "q_chunk": draw(st.integers(1, spec.q_len)),

@@ -117,9 +117,14 @@ def test_in_triton(name, how):
 def test_a_list_is_offered(name):
     spec = spec_of(LISTS[name], "")
     assert skips(spec) == {"skip": ("bounds", "list")}
-    if spec.operands:  # whose values are taken to leave fewer tiles
-        plan = attngen.plan(spec, target="cpu", fix={"q_chunk": 16, "k_chunk": 8})
-        assert plan.choice["skip"] == "list"
+
+
+def test_a_list_is_taken_where_operands_decide_and_there_are_many_keys():
+    spec = AttentionSpec(q_heads=2, q_len=8192, qk_dim=32, mask=masks.documents())
+    assert attngen.plan(spec, target="cpu").choice["skip"] == "list"
+    assert attngen.plan(spec, target="h100", backend="triton").choice["skip"] == "list"
+    few = dataclasses.replace(spec, q_len=64, kv_len=64)
+    assert attngen.plan(few, target="cpu").choice.get("skip", "bounds") == "bounds"
 
 
 def test_intervals_are_kept_apart():

@@ -77,9 +77,7 @@ def _printer(spec: AttentionSpec, float_dtype: str, prefix: str) -> ArrayPrinter
 
     def load(node: Expr) -> str:
         if node.op == "searchsorted":
-            return (
-                f"np.less_equal.outer({text(node.args[0])}, {node.value.name}).sum(-1)"
-            )
+            return f"np.greater_equal.outer({text(node.args[0])}, {node.value.name}).sum(-1)"
         index = [
             f"{i.value}_index" if i.op == "var" and i.value in ("q", "k") else text(i)
             for i in node.args
