@@ -218,11 +218,27 @@ def _part(node: Expr, around: Around) -> Ends:
     if node.op == "where":
         c = truth(node.args[0], around)
         x, y = (ends(linear(a), around) for a in node.args[1:])
-        return (
+        picked = (
             _picked(c, x[0], y[0], "minimum"),
             _picked(c, x[1], y[1], "maximum"),
         )
-    return rule(*(ends(linear(a), around) for a in node.args))
+        return UNKNOWN if _is_deep(picked) else picked
+    found = rule(*(ends(linear(a), around) for a in node.args))
+    if not _is_deep(found):
+        return found
+    if node.op == "mod" and (divisor := _known(ends(linear(node.args[1]), around))):
+        return (number(0), number(divisor - 1)) if divisor > 0 else UNKNOWN
+    return UNKNOWN
+
+
+DEEPEST = (
+    14  # operations inside each other: more make a verdict too long to be worth it
+)
+
+
+def _is_deep(found: Ends) -> bool:
+    parts = [p for end in found if end is not None for p, _ in end.parts]
+    return any(p.depth > DEEPEST for p in parts)
 
 
 def _one(condition: Expr) -> Linear:

@@ -164,7 +164,10 @@ class _Reader:
 
     def _blocks(self, node: Expr, around: Around) -> Blocks | None:
         *before, row, column = [None, None, *pairs(node)]
-        plain = all(x is not None and x[1].op == "var" for x in before[2:])
+        plain = all(
+            x is not None and isinstance(x[0], str) and x[1].value in ("b", "h")
+            for x in before[2:]
+        )
         if row is None or column is None or not plain:
             return None
         own = all(isinstance(axis, int) for axis, _ in (row, column))
@@ -232,8 +235,9 @@ def unlistable(spec: AttentionSpec) -> str | None:
     if spec.mask is None:
         return "skip = list needs a mask"
     made = listed(spec.mask.expr).verdict
-    if (made.some, made.every) == (TRUE, FALSE):
-        return "skip = list needs a mask of which something is known of whole tiles"
+    known = (made.some, made.every)
+    if known == (TRUE, FALSE) or made.some == FALSE or made.every == TRUE:
+        return "skip = list needs a mask of which single tiles can be told something"
     if spec.devices > 1:
         return "skip = list isn't for shards"
     if examine(spec).index_dtype != "int32" or _leaves_int32(spec):

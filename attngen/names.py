@@ -31,7 +31,7 @@ _TRITON = """
     torch triton tl math os forward strides
     Q_BLOCK K_BLOCK SCALE_LOG2 LN2
     NUM_WARPS NUM_STAGES INTERPRETED RUNTIME CONSTEXPRS ALIGN
-    tiles query counts shape
+    tiles query counts shape kv_end q_end
     BLOCK_SHAPES TensorDescriptor OUT_DTYPE OPERATION zlib operator Path tame
 """
 _TAKEN = (*_OWN.split(), *_JAX.split(), *_TRITON.split())

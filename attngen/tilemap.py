@@ -22,7 +22,8 @@ from attngen.verdicts import Verdict, verdict
 FULL, EDGE, EMPTY = 0, 1, 2
 Array = np.ndarray[Any, Any]
 MOST = 2**22  # tiles that are all looked at, of one head
-FEW = 2**15  # of a candidate's
+FEW = 2**14  # of a candidate's
+WIDE = 2**11  # key chunks of a candidate's: of more, several are judged as one
 LEAST = 4  # chunks of queries that are looked at, however many keys each has
 
 
@@ -34,7 +35,15 @@ def count_listed(
     Args:
         exact: False looks at fewer of them. Those of the first batch and head are counted.
     """
-    q_chunks, k_chunks = -(-spec.q_len // q_chunk), -(-spec.kv_len // k_chunk)
+    k_chunks = -(-spec.kv_len // k_chunk)
+    if not exact and k_chunks > WIDE:  # of several at once, as many as any of them
+        several = -(-k_chunks // WIDE)
+        coarse = count_listed(spec, q_chunk, k_chunk * several, exact=False)
+        total = -(-spec.q_len // q_chunk) * k_chunks
+        full = min(coarse.full * several, total)
+        edge = min(coarse.edge * several, total - full)
+        return Tiles(full, edge, total - full - edge)
+    q_chunks = -(-spec.q_len // q_chunk)
     most = MOST if exact else FEW
     step = max(1, min(q_chunks * k_chunks // most, q_chunks // LEAST))
     rows = np.arange(step // 2, q_chunks, step)

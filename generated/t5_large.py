@@ -80,10 +80,10 @@ def attention(q, k, v, *, relative_bias):
             index_1_3 = index_1_3 + jnp.int32(index_1_2 >= 64)
             index_1_3 = index_1_3 + jnp.int32(index_1_2 >= 91)
             index_1 = index_1_3 + 16 * jnp.int32(k_index > q_index)
-            relative_bias_at_0 = relative_bias.at[h_index, index_1].get(
+            relative_bias_at_i0 = relative_bias.at[h_index, index_1].get(
                 mode="promise_in_bounds",
             )
-            s = s + relative_bias_at_0
+            s = s + relative_bias_at_i0
             there = (s != -jnp.inf).any(1).transpose(1, 0)
             vc = jnp.where(there[..., None], vc, 0)  # a NaN that no query sees
             return s, vc

@@ -30,7 +30,7 @@ from attngen.backends.triton import interpreter, loader
 from triton.runtime.interpreter import InterpreterBuilder
 
 inside, plain_tensor = [], loader.tensor  # where the arrays of a call lie
-plain_to = torch.Tensor.to
+plain_cat = torch.cat
 plain_load = InterpreterBuilder.create_masked_load
 
 def tensor(values, dtype):
@@ -44,13 +44,13 @@ def load(self, pointers, mask, *rest, **named):
         raise IndexError("a load outside of every tensor")
     return plain_load(self, pointers, mask, *rest, **named)
 
-def to(self, *what, **how):  # which ends what makes a list of tiles
-    made = plain_to(self, *what, **how)
+def cat(*what, **how):  # which ends what makes a list of tiles
+    made = plain_cat(*what, **how)
     inside.append((made.data_ptr(), made.data_ptr() + made.nbytes))
     return made
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    torch.Tensor.to = to
+    torch.cat = cat
     loader.tensor, InterpreterBuilder.create_masked_load = tensor, load
 else:
     loader.tensor = lambda values, dtype: plain_tensor(values, dtype).cuda()

@@ -162,3 +162,57 @@ def test_a_list_visits_what_its_values_say(chunks):
             sys.setprofile(None)
     assert calls["interior"] + calls["edge"] == wanted
     assert calls["interior"] > 0 or plan.q_chunk == 5
+
+
+def _found():
+    """Masks whose lists were wrong once, or crashed, with what made them so."""
+    offsets = attngen.operand("offsets", axes=(4,), dtype="int32")
+    table = attngen.operand("table", axes=(8,), dtype="int32")
+    pairs = attngen.operand("pairs", axes="qk", dtype="int32")
+    rows = attngen.operand("of_rows", axes="q", dtype="int32")
+    blocks = attngen.operand("blocks", axes=(4, 8, 8), dtype="bool")
+    search = attngen.searchsorted
+    return {
+        "two searches": lambda b, h, q, k: (
+            (search(offsets, q) == search(offsets, k))
+            | (search(offsets, q - 4) == search(offsets, k))
+        ),
+        "a number and an expression": lambda b, h, q, k: (
+            table[q % 8] + table[0] > table[k % 8]
+        ),
+        "two axes": lambda b, h, q, k: (pairs[0, k] == 1) | (pairs[k, 0] == 2),
+        "queries' numbers at keys": lambda b, h, q, k: rows[q] >= rows[k],
+        "a table of more heads": lambda b, h, q, k: blocks[h, q // 8, k // 8],
+        "always": lambda b, h, q, k: (k % 1 >= 0) | (k <= q),
+        "never": lambda b, h, q, k: (k % 1 < 0) & (k <= q),
+    }
+
+
+@pytest.mark.parametrize("name", _found())
+def test_what_was_wrong_once(name):
+    interpreted = pytest.importorskip("interpreted")
+    kv_len = 48 if name == "queries' numbers at keys" else 64
+    spec = AttentionSpec(
+        q_heads=2, q_len=64, kv_len=kv_len, qk_dim=16, q_offset=0,
+        mask=attngen.mask(_found()[name]), outputs=("out", "lse"),
+    )  # fmt: skip
+    for skip in skips(spec).get("skip", (None,)):
+        fix = {} if skip is None else {"skip": skip}
+        judge(spec, algorithm="running", q_chunk=8, k_chunk=8, **fix)
+        interpreted.judge(spec, q_chunk=16, k_chunk=16, **fix)
+
+
+def test_operands_have_other_names_than_the_launcher_s_own():
+    for name in ("query", "tiles", "kv_end"):
+        with pytest.raises(attngen.errors.OperandError):
+            masks.documents(name)
+
+
+def test_a_list_in_triton_is_counted_in_bytes():
+    spec = AttentionSpec(q_heads=2, q_len=2**16, qk_dim=64, mask=masks.documents())
+    fix = {"q_chunk": 128, "k_chunk": 128, "skip": "list"}
+    plan = attngen.plan(spec, target="h100", backend="triton", fix=fix)
+    assert plan.temp_bytes > 512 * 512 * 20
+    small = dataclasses.replace(spec, memory_budget="1MiB")
+    with pytest.raises(attngen.errors.BudgetError):
+        attngen.plan(small, target="h100", backend="triton", fix=fix)

@@ -7,6 +7,7 @@ from typing import Any
 from attngen.backends.jax.candidates import bounded
 from attngen.backends.jax.lengths import Lengths
 from attngen.backends.jax.listing import listing
+from attngen.backends.jax.statements import wrapped
 from attngen.backends.jax.tile import Starts, Tile, chosen
 from attngen.expr import POSTFIX, Expr, variables
 from attngen.expr import level as tightness
@@ -14,6 +15,8 @@ from attngen.intervals import interval
 from attngen.plans import Plan
 from attngen.printer import ArrayPrinter
 from attngen.regions import analyse, spans
+
+WIDTH = 80  # columns that are left beside the indent
 
 
 def bounds(
@@ -30,7 +33,7 @@ def bounds(
         about = ["What each key chunk holds, told by its ends"]
         about[0] += " and by what is read there." if made.ahead else "."
         return {
-            "lines": made.lines,
+            "lines": [x for line in made.lines for x in wrapped(line, WIDTH)],
             "limits": limits,
             "loops": made.loops,
             "about": about,
@@ -39,6 +42,7 @@ def bounds(
             "listed": True,
         }
     found = _bounds(plan, starts, ragged, lengths, lines, limits)
+    lines[:] = [x for line in lines for x in wrapped(line, WIDTH)]
     return {
         "lines": lines,
         "limits": limits,

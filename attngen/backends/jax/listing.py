@@ -53,6 +53,7 @@ class _Writer:
         found = listed(plan.spec.mask.expr)
         self.verdict, self.told = found.verdict, found.told
         self.made = Listing()
+        self.names: frozenset[str] = frozenset()
 
     def write(self) -> Listing:
         lines, some, every = self.made.lines, self.verdict.some, self.verdict.every
@@ -60,6 +61,7 @@ class _Writer:
         read = names
         for x in self.told:
             read |= frozenset(v for e in x.made_from for v in variables(e))
+        self.names = read
         texts = {n: n for n in read}
         lines += self._ends(read)
         for x in self.told:
@@ -113,8 +115,6 @@ class _Writer:
         lines = [f"some &= {x}" for x in some]
         if self.verdict.every != FALSE:
             lines += [f"every &= {x}" for x in every]
-        if any("key" in x for x in lines) and "key = " not in self.made.lines[0]:
-            self.made.lines.insert(0, KEYS)
         return lines
 
     def _ends(self, names: frozenset[str]) -> list[str]:
@@ -146,7 +146,8 @@ class _Writer:
         if not x.of_keys:  # as the mask reads it: the tile's own part
             assert isinstance(x.node.value, Operand)
             name = read_name(x.node)
-            return [f"{x.least} = {name}.min()", f"{x.greatest} = {name}.max()"]
+            ends = ((x.least, "min"), (x.greatest, "max"))
+            return [f"{end} = {name}.{how}()" for end, how in ends if end in self.names]
         return self._of_keys(x)
 
     def _of_keys(self, x: Extremes) -> list[str]:
@@ -157,8 +158,15 @@ class _Writer:
         source = name
         if axis != len(letters) - 1:
             source = f"jnp.moveaxis({name}, {axis}, -1)"
+        if x.node.value.axes[axis] != "k":  # as long as the queries
+            source += "[..., :S]"
         every = f"{name}_at_chunks"
+        if any(line.startswith(f"{every} = ") for line in self.made.ahead):
+            every += f"_{axis}"
         line = f"{every} = _extremes({source})"
+        for known in self.made.ahead:  # the same numbers, read elsewhere
+            if known.endswith(f" = _extremes({source})"):
+                every, line = known.partition(" = ")[0], known
         self.made.functions.add("_extremes")
         if line not in self.made.ahead:
             self.made.ahead.append(line)
@@ -174,6 +182,8 @@ class _Writer:
         axes = "0" if count == 1 else f"({', '.join(map(str, range(count)))})"
         whole = set(begins) == {"0"} and all(i.op == "var" for _, i in pairs(x.node))
         for number, (target, how) in enumerate(((x.least, "min"), (x.greatest, "max"))):
+            if target not in self.names:
+                continue
             own = f"{every}[{number}]"
             if all(s == "1" for s in sizes):
                 at = f"[{', '.join(begins)}]" if begins else ""

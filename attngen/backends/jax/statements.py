@@ -45,6 +45,28 @@ def _statement(name: str, receiver: str, call: list[str], width: int) -> list[st
     return [f"{name} = {receiver}{function}(", *(f"    {a}," for a in arguments), ")"]
 
 
+def wrapped(line: str, width: int) -> list[str]:
+    """An assignment of one call in as many lines as a formatter would take."""
+    start, bracket, rest = line.partition("(")
+    plain = all(c.isalnum() or c in "_.= ,[]" for c in start)
+    if len(line) <= width or not bracket or not plain or not rest.endswith(")"):
+        return [line]
+    arguments, depth = [""], 0
+    for c in rest[:-1]:
+        depth += (c in "([") - (c in ")]")
+        if depth < 0:  # the call ends before the line does
+            return [line]
+        if c == "," and depth == 0:
+            arguments.append("")
+        else:
+            arguments[-1] += c
+    arguments = [a.strip() for a in arguments]
+    joined = f"    {', '.join(arguments)}"
+    if len(joined) <= width:
+        return [f"{start}(", joined, ")"]
+    return [f"{start}(", *(f"    {a}," for a in arguments), ")"]
+
+
 def _invoked(call: list[str]) -> str:
     function, *arguments = call
     return f"{function}({', '.join(arguments)})" if arguments else function

@@ -321,7 +321,7 @@ class _Writer:
         assert isinstance(node.value, Operand)
         reads = expr.variables(node)
         lines = self.code.score if "s" in reads else self._lines(reads, keys)
-        name = f"{node.value.name}_at_{self.gathers}"
+        name = f"{node.value.name}_at_i{self.gathers}"
         self.gathers += 1
         index = []
         safe = proven(node, self.env)

@@ -8,7 +8,7 @@ from attngen.dtypes import BYTES
 from attngen.errors import NotBuiltError
 from attngen.expr import variables, walk
 from attngen.gpus import Gpu
-from attngen.lists import skips, unlistable
+from attngen.lists import Blocks, listed, skips, unlistable
 from attngen.plans import Choice, Option
 from attngen.regions import analyse
 from attngen.spec import AttentionSpec
@@ -136,7 +136,7 @@ def illegal(spec: AttentionSpec, target: Target, choice: Choice) -> str | None:
         value = choice.get(name, values[0])
         if isinstance(value, bool) or value not in values:
             return f"{name} is one of {', '.join(map(str, values))}"
-    if choice.get("skip") == "list" and (reason := unlistable(spec)) is not None:
+    if choice.get("skip") == "list" and (reason := _unlisted(spec)) is not None:
         return reason
     gpu = target.gpu
     if gpu is None:
@@ -156,6 +156,20 @@ def illegal(spec: AttentionSpec, target: Target, choice: Choice) -> str | None:
     if need > UNSURE * most:
         return (
             f"tiles need {need} registers a thread; {target.name} has {most} for each"
+        )
+    return None
+
+
+def _unlisted(spec: AttentionSpec) -> str | None:
+    """Why the launcher can't list tiles, or None."""
+    if (reason := unlistable(spec)) is not None:
+        return reason
+    assert spec.mask is not None
+    moves = spec.q_offset == "operand" or spec.static_q_offset is None
+    blocks = [x for x in listed(spec.mask.expr).told if isinstance(x, Blocks)]
+    if moves and any(x.letters for x in blocks):
+        return (
+            "skip = list has no blocks of batches or heads with offsets of each batch"
         )
     return None
 

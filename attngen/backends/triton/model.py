@@ -15,6 +15,7 @@ from attngen.backends.triton.candidates import (
 from attngen.cost import Cost
 from attngen.dtypes import BYTES
 from attngen.errors import InternalError
+from attngen.expr import operands, variables
 from attngen.plans import Choice
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
@@ -82,4 +83,27 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
     waves = -(-programs // at_once) * at_once / programs
     compute = cycles * waves / gpu.multiprocessors / gpu.clock_hz
     memory = spec.bytes_of("q", "k", "v", *spec.outputs) / gpu.bandwidth_bytes_s
-    return Cost(temp_bytes=0, time_s=max(compute, memory))
+    return Cost(temp_bytes=listed_bytes(spec, choice), time_s=max(compute, memory))
+
+
+TILE_BYTES = (
+    40  # of a tile in the launcher's list, as it is made: indices of 64 bits, twice
+)
+LIST_BYTES = 2**16  # of small tensors
+
+
+def listed_bytes(spec: AttentionSpec, choice: Choice) -> int:
+    """What the launcher allocates at most for the list of tiles, at the spec's own lengths."""
+    if choice.get("skip") != "list":
+        return 0
+    assert spec.mask is not None
+    chunks = -(-spec.q_len // int(choice["q_chunk"]))
+    blocks = -(-spec.kv_len // int(choice["k_chunk"]))
+    found = set(variables(spec.mask.expr))
+    for operand in operands(spec.mask.expr):
+        found |= {a for a in operand.axes if isinstance(a, str)}
+    apart = spec.batch if "b" in found or spec.static_q_offset is None else 1
+    apart = spec.batch if spec.kv_lengths or spec.q_lengths else apart
+    apart *= spec.q_heads if "h" in found else 1
+    entries = sum(spec.bytes_of(o.name) for o in operands(spec.mask.expr))
+    return LIST_BYTES + TILE_BYTES * apart * chunks * (blocks + 2) + 8 * entries
