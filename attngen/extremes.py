@@ -11,7 +11,7 @@ target's: what compares them may be either.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from attngen.expr import COMPARISONS, READS, Expr, apply, const, convert
 from attngen.linear import Linear, at_most, divided, expression, linear, number
@@ -31,11 +31,13 @@ class Around:
         variables: the ends of each, both included.
         read: the ends of what is read, or searched for, in an operand of integers; None.
         told: the truth of what is read in one of booleans; None.
+        known: what was found of parts: the same part may be read in many places.
     """
 
     variables: Mapping[str, Ends]
     read: Callable[[Expr, Around], Ends | None] = lambda *_: None
     told: Callable[[Expr, Around], Truth | None] = lambda *_: None
+    known: dict[Expr, Ends | Truth] = field(default_factory=dict, compare=False)
 
 
 # Conditions, without what is constant.
@@ -108,6 +110,12 @@ def chosen(condition: Expr, x: Expr, y: Expr) -> Expr:
 
 def truth(node: Expr, around: Around) -> Truth:
     """(always, perhaps) of a boolean expression."""
+    if node not in around.known:
+        around.known[node] = _truth(node, around)
+    return around.known[node]  # type: ignore[return-value]
+
+
+def _truth(node: Expr, around: Around) -> Truth:
     if node.op == "const":
         value = const(bool(node.value))
         return (value, value)
@@ -205,6 +213,12 @@ def ends(total: Linear, around: Around) -> Ends:
 
 
 def _part(node: Expr, around: Around) -> Ends:
+    if node not in around.known:
+        around.known[node] = _ends_of(node, around)
+    return around.known[node]  # type: ignore[return-value]
+
+
+def _ends_of(node: Expr, around: Around) -> Ends:
     if node.op == "var":
         return around.variables.get(str(node.value), UNKNOWN)
     if node.op in READS:
