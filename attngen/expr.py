@@ -306,6 +306,12 @@ def variables(node: Expr) -> frozenset[str]:
     return frozenset(str(n.value) for n in walk(node) if n.op == "var")
 
 
+def axes(node: Expr) -> frozenset[str]:
+    """The letters along which the expression differs: its variables, its operands' axes."""
+    lettered = (a for o in operands(node) for a in o.axes if isinstance(a, str))
+    return variables(node) | frozenset(lettered)
+
+
 def substitute(node: Expr, change: Callable[[Expr], Expr | None]) -> Expr:
     """The tree with each node replaced for which `change` returns another."""
     new = change(node)

@@ -31,13 +31,14 @@ class Around:
         variables: the ends of each, both included.
         read: the ends of what is read, or searched for, in an operand of integers; None.
         told: the truth of what is read in one of booleans; None.
-        known: what was found of parts: the same part may be read in many places.
+        truths, parts: what was found: the same node may be read in many places.
     """
 
     variables: Mapping[str, Ends]
     read: Callable[[Expr, Around], Ends | None] = lambda *_: None
     told: Callable[[Expr, Around], Truth | None] = lambda *_: None
-    known: dict[Expr, Ends | Truth] = field(default_factory=dict, compare=False)
+    truths: dict[Expr, Truth] = field(default_factory=dict, compare=False)
+    parts: dict[Expr, Ends] = field(default_factory=dict, compare=False)
 
 
 # Conditions, without what is constant.
@@ -110,9 +111,9 @@ def chosen(condition: Expr, x: Expr, y: Expr) -> Expr:
 
 def truth(node: Expr, around: Around) -> Truth:
     """(always, perhaps) of a boolean expression."""
-    if node not in around.known:
-        around.known[node] = _truth(node, around)
-    return around.known[node]  # type: ignore[return-value]
+    if node not in around.truths:
+        around.truths[node] = _truth(node, around)
+    return around.truths[node]
 
 
 def _truth(node: Expr, around: Around) -> Truth:
@@ -148,52 +149,47 @@ def _compared(node: Expr, around: Around) -> Truth:
     left, right = node.args
     if left.kind == "float":
         return EITHER
-    if left.kind == "bool":  # eq or ne of two conditions
-        x, y = (truth(a, around) for a in node.args)
-        same = (
+    if node.op in ("eq", "ne"):
+        always, perhaps = _equal(left, right, around)
+        return (
+            (always, perhaps)
+            if node.op == "eq"
+            else (inverse(perhaps), inverse(always))
+        )
+    gap = linear(left) - linear(right)
+    low, high = ends(gap if node.op in ("lt", "le") else gap.times(-1), around)
+    limit = number(-1 if node.op in ("lt", "gt") else 0)
+    return (
+        FALSE if high is None else at_most(high, limit),
+        TRUE if low is None else at_most(low, limit),
+    )
+
+
+def _equal(left: Expr, right: Expr, around: Around) -> Truth:
+    if left.kind == "bool":
+        x, y = truth(left, around), truth(right, around)
+        return (
             either(both(x[0], y[0]), both(inverse(x[1]), inverse(y[1]))),
             either(both(x[1], y[1]), both(inverse(x[0]), inverse(y[0]))),
         )
-        return same if node.op == "eq" else (inverse(same[1]), inverse(same[0]))
     gap = linear(left) - linear(right)
-    if node.op in ("ge", "gt"):
-        gap = gap.times(-1)
-    low, high = ends(gap, around)
-    if node.op in ("eq", "ne") and (found := _remainder(gap)) is not None:
+    if (found := _remainder(gap)) is not None:
         dividend, period, rest = found
         first, last = ends(dividend - number(rest), around)
-        always, perhaps = FALSE, TRUE
-        if first is not None and last is not None:  # a multiple lies between them
-            up = divided(first + number(period - 1), period)
-            perhaps = at_most(up, divided(last, period))
-            multiple = apply("mod", expression(first), const(period))
-            always = both(at_most(last, first), apply("eq", multiple, const(0)))
-        same = (always, perhaps)
-        return same if node.op == "eq" else (inverse(perhaps), inverse(always))
-    if node.op in ("eq", "ne"):
-        always = both(_below(high, 0), _above(low, 0))
-        perhaps = both(_maybe(low, None), _maybe(None, high))
-        same = (always, perhaps)
-        return same if node.op == "eq" else (inverse(perhaps), inverse(always))
-    limit = -1 if node.op in ("lt", "gt") else 0
-    always = FALSE if high is None else at_most(high, number(limit))
-    perhaps = TRUE if low is None else at_most(low, number(limit))
-    return (always, perhaps)
-
-
-def _below(high: Linear | None, limit: int) -> Expr:
-    return FALSE if high is None else at_most(high, number(limit))
-
-
-def _above(low: Linear | None, limit: int) -> Expr:
-    return FALSE if low is None else at_most(number(limit), low)
-
-
-def _maybe(low: Linear | None, high: Linear | None) -> Expr:
-    """Whether 0 isn't outside an end."""
-    if low is not None:
-        return at_most(low, number(0))
-    return TRUE if high is None else at_most(number(0), high)
+        if first is None or last is None:
+            return EITHER
+        # a multiple lies between them; both are the same one
+        up = divided(first + number(period - 1), period)
+        multiple = apply("eq", apply("mod", expression(first), const(period)), const(0))
+        always = both(at_most(last, first), multiple)
+        return (always, at_most(up, divided(last, period)))
+    low, high = ends(gap, around)
+    zero = number(0)
+    always = FALSE
+    if low is not None and high is not None:
+        always = both(at_most(high, zero), at_most(zero, low))
+    above = TRUE if low is None else at_most(low, zero)
+    return (always, both(above, TRUE if high is None else at_most(zero, high)))
 
 
 # Integers.
@@ -213,9 +209,9 @@ def ends(total: Linear, around: Around) -> Ends:
 
 
 def _part(node: Expr, around: Around) -> Ends:
-    if node not in around.known:
-        around.known[node] = _ends_of(node, around)
-    return around.known[node]  # type: ignore[return-value]
+    if node not in around.parts:
+        around.parts[node] = _ends_of(node, around)
+    return around.parts[node]
 
 
 def _ends_of(node: Expr, around: Around) -> Ends:
@@ -226,9 +222,6 @@ def _ends_of(node: Expr, around: Around) -> Ends:
     if node.op == "int":  # of a condition
         always, perhaps = truth(node.args[0], around)
         return (_one(always), _one(perhaps))
-    rule = _RULES.get(node.op)
-    if rule is None:
-        return UNKNOWN
     if node.op == "where":
         c = truth(node.args[0], around)
         x, y = (ends(linear(a), around) for a in node.args[1:])
@@ -237,6 +230,9 @@ def _ends_of(node: Expr, around: Around) -> Ends:
             _picked(c, x[1], y[1], "maximum"),
         )
         return UNKNOWN if _is_deep(picked) else picked
+    rule = _RULES.get(node.op)
+    if rule is None:
+        return UNKNOWN
     found = rule(*(ends(linear(a), around) for a in node.args))
     if not _is_deep(found):
         return found
@@ -245,9 +241,7 @@ def _ends_of(node: Expr, around: Around) -> Ends:
     return UNKNOWN
 
 
-DEEPEST = (
-    14  # operations inside each other: more make a verdict too long to be worth it
-)
+DEEPEST = 14  # operations inside each other: more make a verdict too long
 
 
 def _is_deep(found: Ends) -> bool:
@@ -322,10 +316,12 @@ def _maximum(x: Ends, y: Ends) -> Ends:
 
 
 def _abs(x: Ends) -> Ends:
-    below = None if x[1] is None else x[1].times(-1)
-    above = None if x[0] is None else x[0].times(-1)
-    low = _either_known("maximum", _either_known("maximum", x[0], below), number(0))
-    return (low, join("maximum", x[1], above))
+    turned: Ends = (
+        None if x[1] is None else x[1].times(-1),
+        None if x[0] is None else x[0].times(-1),
+    )
+    low, high = _maximum(x, turned)
+    return (_either_known("maximum", low, number(0)), high)
 
 
 def _floordiv(x: Ends, y: Ends) -> Ends:
@@ -385,5 +381,4 @@ _RULES: Mapping[str, Callable[..., Ends]] = {
     "floordiv": _floordiv,
     "mod": _mod,
     "mul": _mul,
-    "where": _minimum,  # of three; see _part
 }

@@ -258,10 +258,10 @@ def _leaves_int32(spec: AttentionSpec) -> bool:
     limit = INT_LIMITS["int32"]
     roots = [made.some, made.every]
     for x in found.told:
-        within = (-limit, limit)
+        within: Interval = (-limit, limit)
         roots += x.made_from
         if isinstance(x, Search):
-            within = interval(x.node, env)  # type: ignore[assignment]
+            within = interval(x.node, env)
         env |= dict.fromkeys(x.names, within)
     for root in roots:
         for node in walk(root):

@@ -245,11 +245,7 @@ _NUMBERS: dict[str, Callable[..., int]] = {
 
 def evaluate(limit: Expr, q_lo: int, q_hi: int) -> int:
     """A limit's value for one chunk of queries."""
-    if limit.op == "const":
-        return int(limit.value)  # type: ignore[arg-type]
-    if limit.op == "var":
-        return q_lo if limit.value == "q_lo" else q_hi
-    return _NUMBERS[limit.op](*(evaluate(a, q_lo, q_hi) for a in limit.args))
+    return compiled(limit)(q_lo, q_hi)
 
 
 def compiled(limit: Expr) -> Callable[[int, int], int]:

@@ -203,7 +203,10 @@ def test_sliding_tiles():
     mod = gym.generate_sta_mask_mod_2d((6, 8), (6, 6), (2, 2), text_seq_len=5)
 
     def tiles(b, h, q, k):  # neighborhoods of tiles of 4 tokens, and text that all see
-        of = lambda at: (at // 4 // 4, at // 4 % 4)  # noqa: E731
+
+        def of(at):
+            return (at // 4 // 4, at // 4 % 4)
+
         near = (q < 48) & (k < 48)
         for i, j, n in zip(of(q), of(k), (3, 4), strict=True):
             first = attngen.minimum(attngen.maximum(i - 1, 0), n - 3)

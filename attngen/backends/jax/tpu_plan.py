@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from attngen.backends.jax.candidates import option
 from attngen.dtypes import BYTES
-from attngen.expr import operands, variables
+from attngen.expr import axes
 from attngen.plans import Choice
 from attngen.spec import AttentionSpec
 from attngen.tiles import Tiles
@@ -105,10 +105,7 @@ def apart(spec: AttentionSpec) -> frozenset[str]:
     """The axes, of b and h, along which the mask differs."""
     if spec.mask is None:
         return frozenset()
-    found = set(variables(spec.mask.expr))
-    for operand in operands(spec.mask.expr):
-        found |= {a for a in operand.axes if isinstance(a, str)}
-    return frozenset(found & {"b", "h"})
+    return axes(spec.mask.expr) & {"b", "h"}
 
 
 def numbers(

@@ -165,9 +165,8 @@ def _unlisted(spec: AttentionSpec) -> str | None:
     if (reason := unlistable(spec)) is not None:
         return reason
     assert spec.mask is not None
-    moves = spec.q_offset == "operand" or spec.static_q_offset is None
     blocks = [x for x in listed(spec.mask.expr).told if isinstance(x, Blocks)]
-    if moves and any(x.letters for x in blocks):
+    if spec.static_q_offset is None and any(x.letters for x in blocks):
         return (
             "skip = list has no blocks of batches or heads with offsets of each batch"
         )

@@ -15,7 +15,7 @@ from attngen.backends.triton.candidates import (
 from attngen.cost import Cost
 from attngen.dtypes import BYTES
 from attngen.errors import InternalError
-from attngen.expr import operands, variables
+from attngen.expr import axes, operands
 from attngen.plans import Choice
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
@@ -99,9 +99,7 @@ def listed_bytes(spec: AttentionSpec, choice: Choice) -> int:
     assert spec.mask is not None
     chunks = -(-spec.q_len // int(choice["q_chunk"]))
     blocks = -(-spec.kv_len // int(choice["k_chunk"]))
-    found = set(variables(spec.mask.expr))
-    for operand in operands(spec.mask.expr):
-        found |= {a for a in operand.axes if isinstance(a, str)}
+    found = axes(spec.mask.expr)
     apart = spec.batch if "b" in found or spec.static_q_offset is None else 1
     apart = spec.batch if spec.kv_lengths or spec.q_lengths else apart
     apart *= spec.q_heads if "h" in found else 1
