@@ -5,23 +5,34 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from attngen.errors import PlanError
 from attngen.plans import Alternative, Option
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
 
-if TYPE_CHECKING:
-    from attngen.backends import Backend
-
 Space = Mapping[str, Mapping[str, Sequence[Option]]]  # algorithm → choice → values
 Fix = Mapping[str, Option]
 VALUES = 4  # of a choice, that a hint names
 
 
+class Chooser(Protocol):
+    """What candidates are of: a backend, or its backward passes."""
+
+    def space(
+        self, spec: AttentionSpec, target: Target, *, whole: bool = False
+    ) -> Space:
+        """For each algorithm, the values of each choice that are worth considering."""
+
+    def illegal(
+        self, spec: AttentionSpec, target: Target, choice: Mapping[str, Option]
+    ) -> str | None:
+        """The reason why a candidate can't be emitted, or None."""
+
+
 def split(
-    spec: AttentionSpec, target: Target, backend: Backend, fix: Mapping[str, Option]
+    spec: AttentionSpec, target: Target, backend: Chooser, fix: Mapping[str, Option]
 ) -> tuple[list[dict[str, Option]], list[Alternative]]:
     """The legal candidates that have the fixed choices; of the others one a reason.
 
@@ -90,7 +101,7 @@ class _Search:
     """For what stands in the way, where no candidate with the fixed choices is legal."""
 
     def __init__(
-        self, spec: AttentionSpec, target: Target, backend: Backend, fix: Fix
+        self, spec: AttentionSpec, target: Target, backend: Chooser, fix: Fix
     ) -> None:
         self.spec, self.target, self.backend, self.fix = spec, target, backend, fix
         self.space = backend.space(spec, target)

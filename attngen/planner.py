@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
+from attngen import joint
 from attngen.backends import Backend
-from attngen.cost import Cost, executed_flop, moved_bytes
+from attngen.cost import Cost
 from attngen.errors import BudgetError, PlanError
-from attngen.intervals import examine
-from attngen.legality import has, split
-from attngen.lists import SPAN, decided
+from attngen.legality import Chooser, has, split
 from attngen.plans import Alternative, Choice, Option, Plan, check_fix
-from attngen.regions import spans
-from attngen.skipping import sees_nothing, warnings
+from attngen.pricing import COMMON, Priced, Pricing, budget_of, exact
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
-from attngen.tiles import Limits, Tiles, chunk_limits, count_tiles
+from attngen.tiles import Tiles
 from attngen.units import show_bytes, show_time
 
 SHOWN = 3  # alternatives that a plan keeps of each kind
@@ -34,6 +31,9 @@ def rank(
 ) -> tuple[Plan, ...]:
     """Every legal plan that is modelled to fit the budget, the fastest first.
 
+    With derivatives "vjp" the forward and the backward pass are ranked each on its own, and
+    the best of each are joined.
+
     Args:
         most: no more than so many of them.
         smallest: where nothing fits, so many plans with the fewest modelled bytes, the
@@ -47,10 +47,12 @@ def rank(
     """
     backend.refuse(spec)
     fix = check_fix(fix)
-    legal, refused = split(spec, target, backend, fix)
-    of = _Pricing(spec, target, backend, fix)
-    priced = [of.price(choice) for choice in legal]
-    priced.sort(key=_by_time)
+    of = Pricing(spec, target, backend, fix)
+    if spec.derivatives == "vjp":
+        priced, refused = _pairs(of, fix)
+    else:
+        legal, refused = split(spec, target, backend, fix)
+        priced = sorted((of.price(choice) for choice in legal), key=_by_time)
     fitting = [p for p in priced if of.fits(p)]
     if not fitting:
         priced.sort(key=lambda c: (c[2].temp_bytes, c[2].time_s))
@@ -60,8 +62,31 @@ def rank(
     listed = _alternatives(priced, refused, of.budget, fitting[0])
     best, *others = fitting[:most]
     sizes = int(best[0]["q_chunk"]), int(best[0]["k_chunk"])
-    first = of.plan((best[0], _exact(spec, best[0], *sizes), best[2]), listed)
+    first = of.plan((best[0], exact(spec, best[0], *sizes), best[2]), listed)
     return (first, *(of.plan(p, listed) for p in others))
+
+
+def _pairs(
+    of: Pricing, fix: Mapping[str, Option]
+) -> tuple[list[Priced], list[Alternative]]:
+    """Forward and backward passes joined, the fastest first; and what isn't legal."""
+    spec, target, backend = of.spec, of.target, of.backend
+    passes = backend.backward
+    assert passes is not None
+    joint.check_names(spec, target, backend, fix)
+    sides: list[list[Priced]] = []
+    refused: list[Alternative] = []
+    for chooser, own, price in (
+        (backend, joint.forward_part(fix), of.price),
+        (passes, joint.backward_part(fix), of.price_backward),
+    ):
+        legal, reasons = split(spec, target, chooser, own)
+        priced = sorted((price(choice) for choice in legal), key=_by_time)
+        fitting = [p for p in priced if of.fits(p)]
+        sides.append(joint.worth(fitting or priced, lambda p: p[2].temp_bytes))
+        refused += reasons
+    pairs = [of.join(f, b) for f in sides[0] for b in sides[1]]
+    return sorted(pairs, key=_by_time), refused
 
 
 def near(
@@ -77,9 +102,31 @@ def near(
     algorithm keeps the choices that both have. Only those that are modelled to fit.
     """
     fix = check_fix(fix)
-    of = _Pricing(spec, target, backend, fix)
+    of = Pricing(spec, target, backend, fix)
+    if spec.derivatives != "vjp":
+        found = [of.price(c) for c in _neighbours(spec, target, backend, choice, fix)]
+    else:
+        assert backend.backward is not None
+        own, other = joint.forward_part(choice), joint.backward_part(choice)
+        fixed = joint.forward_part(fix), joint.backward_part(fix)
+        forward, backward = of.price(own), of.price_backward(other)
+        made = _neighbours(spec, target, backend, own, fixed[0])
+        found = [of.join(of.price(c), backward) for c in made]
+        made = _neighbours(spec, target, backend.backward, other, fixed[1])
+        found += [of.join(forward, of.price_backward(c)) for c in made]
+    return tuple(of.plan(p) for p in sorted(filter(of.fits, found), key=_by_time))
+
+
+def _neighbours(
+    spec: AttentionSpec,
+    target: Target,
+    chooser: Chooser,
+    choice: Choice,
+    fix: Mapping[str, Option],
+) -> list[dict[str, Option]]:
+    """The legal candidates that differ from one in one choice."""
     found = []
-    for algorithm, axes in backend.space(spec, target, whole=True).items():
+    for algorithm, axes in chooser.space(spec, target, whole=True).items():
         if not has(algorithm, axes, fix):
             continue
         kept = {n: choice.get(n, values[0]) for n, values in axes.items()}
@@ -90,9 +137,8 @@ def near(
             for value in values
             if n not in fix and value != same[n]
         ]
-        found += [c for c in varied if backend.illegal(spec, target, c) is None]
-    apart = [of.price(c) for c in found if _apart(c, choice) == 1]
-    return tuple(of.plan(p) for p in sorted(filter(of.fits, apart), key=_by_time))
+        found += [c for c in varied if chooser.illegal(spec, target, c) is None]
+    return [c for c in found if _apart(c, choice) == 1]
 
 
 def _apart(choice: Choice, other: Choice) -> int:
@@ -103,69 +149,8 @@ def _apart(choice: Choice, other: Choice) -> int:
     return sum(choice[n] != other[n] for n in choice)
 
 
-Priced = tuple[dict[str, Option], Tiles, Cost]
-
-
 def _by_time(priced: Priced) -> tuple[float, int]:
     return (priced[2].time_s, priced[2].temp_bytes)
-
-
-class _Pricing:
-    """What the candidates of a spec cost, and the plans they make."""
-
-    def __init__(
-        self,
-        spec: AttentionSpec,
-        target: Target,
-        backend: Backend,
-        fix: Mapping[str, Option],
-    ) -> None:
-        self.spec, self.target, self.backend = spec, target, backend
-        self.fixed = tuple(fix)
-        limits = tuple(limit for span in spans(spec) for limit in span.limits)
-        self.ranges = examine(spec, limits)
-        self.count = _Counter(spec)
-        self.warnings = warnings(spec)
-        self.budget = _budget(spec, target)
-
-    def price(self, choice: dict[str, Option]) -> Priced:
-        tiles = self.count(choice)
-        cost = self.backend.cost(self.spec, self.target, choice, tiles)
-        if choice.get("skip") == "list" and decided(self.spec):
-            seen = SPAN + int(choice["q_chunk"]) + int(choice["k_chunk"])
-            left = min(1.0, seen / self.spec.kv_len)
-            cost = replace(cost, time_s=cost.time_s * left)
-        return (choice, tiles, cost)
-
-    def fits(self, priced: Priced) -> bool:
-        return self.budget is None or priced[2].temp_bytes <= self.budget
-
-    def plan(self, priced: Priced, alternatives: tuple[Alternative, ...] = ()) -> Plan:
-        choice, tiles, cost = priced
-        options = {n: v for n, v in choice.items() if n not in COMMON}
-        sizes = int(choice["q_chunk"]), int(choice["k_chunk"])
-        return Plan(
-            spec=self.spec,
-            target=self.target.name,
-            backend=self.backend.name,
-            algorithm=str(choice["algorithm"]),
-            q_chunk=sizes[0],
-            k_chunk=sizes[1],
-            options=tuple(options.items()),
-            tiles=tiles,
-            index_dtype=self.ranges.index_dtype,
-            drops_keys=self.ranges.drops_keys,
-            temp_bytes=cost.temp_bytes,
-            time_s=cost.time_s,
-            flop=executed_flop(self.spec, tiles, *sizes, cost.edge_share),
-            moved_bytes=moved_bytes(self.spec, tiles, sizes[1]),
-            fixed=self.fixed,
-            warnings=self.warnings,
-            alternatives=alternatives,
-        )
-
-
-COMMON = ("algorithm", "q_chunk", "k_chunk")
 
 
 def check(plan: Plan, target: Target, backend: Backend) -> None:
@@ -176,69 +161,31 @@ def check(plan: Plan, target: Target, backend: Backend) -> None:
         PlanError: it lacks a choice, has one too many, or isn't legal.
     """
     backend.refuse(plan.spec)
-    axes = backend.space(plan.spec, target).get(plan.algorithm, {})
+    sides: list[tuple[Chooser, Choice]] = [(backend, plan.choice)]
+    if plan.spec.derivatives == "vjp" and backend.backward is not None:
+        own, other = joint.forward_part(plan.choice), joint.backward_part(plan.choice)
+        sides = [(backend, own), (backend.backward, other)]
+    for chooser, choice in sides:
+        _check_side(plan, target, chooser, choice)
+
+
+def _check_side(plan: Plan, target: Target, chooser: Chooser, choice: Choice) -> None:
+    algorithm = str(choice.get("algorithm"))
+    axes = chooser.space(plan.spec, target).get(algorithm, {})
     names = {"algorithm", *axes}
-    if not axes or set(plan.choice) != names:
+    if not axes or set(choice) != names:
         raise PlanError(
             "The plan doesn't have the choices of its algorithm.",
             got=", ".join(f"{n}={v!r}" for n, v in plan.choice.items()),
             needed=", ".join(names),
         )
-    reason = backend.illegal(plan.spec, target, plan.choice)
+    reason = chooser.illegal(plan.spec, target, choice)
     if reason is not None:
         raise PlanError(
             "The plan isn't legal.",
             got=", ".join(f"{n}={v!r}" for n, v in plan.choice.items()),
             needed=reason,
         )
-
-
-class _Counter:
-    """Tiles by chunk sizes: most candidates share them."""
-
-    def __init__(self, spec: AttentionSpec) -> None:
-        self.spec = spec
-        self.tiles: dict[tuple[int, int], Tiles] = {}
-        self.listed: dict[tuple[int, int], Tiles] = {}
-        self.limits: dict[int, list[tuple[Limits, ...]]] = {}
-
-    def __call__(self, choice: Choice) -> Tiles:
-        q_chunk, k_chunk = int(choice["q_chunk"]), int(choice["k_chunk"])
-        key = (q_chunk, k_chunk)
-        if choice.get("skip") == "list":
-            if key not in self.listed:
-                self.listed[key] = _count_listed(self.spec, *key, exact=False)
-            return self.listed[key]
-        if q_chunk not in self.limits:
-            self.limits[q_chunk] = chunk_limits(self.spec, q_chunk, exact=False)
-        if key not in self.tiles:
-            known = self.limits[q_chunk]
-            self.tiles[key] = count_tiles(self.spec, *key, limits=known)
-        return self.tiles[key]
-
-
-def _exact(spec: AttentionSpec, choice: Choice, q_chunk: int, k_chunk: int) -> Tiles:
-    """The tiles of one head, not by a sample."""
-    if sees_nothing(spec):  # its chunks are small, and many
-        return Tiles(0, 0, -(-spec.q_len // q_chunk) * -(-spec.kv_len // k_chunk))
-    by_list = choice.get("skip") == "list"
-    return (_count_listed if by_list else count_tiles)(spec, q_chunk, k_chunk)
-
-
-def _count_listed(
-    spec: AttentionSpec, q_chunk: int, k_chunk: int, *, exact: bool = True
-) -> Tiles:
-    from attngen.tilemap import count_listed  # needs NumPy
-
-    return count_listed(spec, q_chunk, k_chunk, exact=exact)
-
-
-def _budget(spec: AttentionSpec, target: Target) -> int | None:
-    """The spec's budget, or what the target's memory leaves beside inputs and outputs."""
-    if spec.budget_bytes is not None or target.memory_bytes is None:
-        return spec.budget_bytes
-    own = spec.bytes_of("q", "k", "v", *spec.outputs) // spec.devices
-    return target.memory_bytes - own - spec.bytes_of(*(o.name for o in spec.operands))
 
 
 def no_fit(
@@ -262,7 +209,7 @@ def no_fit(
     else:
         what = got = "what the target's memory leaves"
         hint = "a smaller batch, shorter lengths, or a larger target"
-        if (left := _budget(spec, target)) is not None and target.memory_bytes:
+        if (left := budget_of(spec, target)) is not None and target.memory_bytes:
             own, has = target.memory_bytes - left, target.memory_bytes
             got += f": {show_bytes(own)} of inputs and outputs, of {show_bytes(has)}"
     return BudgetError(

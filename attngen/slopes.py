@@ -47,13 +47,13 @@ def _unary(node: Expr, x: Expr, dx: Expr) -> Expr:
     if node.op == "neg":
         return _negated(dx)
     if node.op == "exp":
-        return _product(node, dx)
+        return product(node, dx)
     if node.op == "log":
         return apply("div", dx, x)
     if node.op == "tanh":
-        return _product(apply("sub", ONE, apply("mul", node, node)), dx)
+        return product(apply("sub", ONE, apply("mul", node, node)), dx)
     sign = apply("where", apply("lt", x, ZERO), const(-1.0), ONE)
-    return _product(sign, dx)  # abs
+    return product(sign, dx)  # abs
 
 
 def _binary(node: Expr, x: Expr, y: Expr, dx: Expr, dy: Expr) -> Expr:
@@ -64,14 +64,14 @@ def _binary(node: Expr, x: Expr, y: Expr, dx: Expr, dy: Expr) -> Expr:
     if node.op == "sub":
         return _sum(dx, _negated(dy))
     if node.op == "mul":
-        return _sum(_product(dx, y), _product(x, dy))
+        return _sum(product(dx, y), product(x, dy))
     if node.op == "div":
         first = ZERO if dx == ZERO else apply("div", dx, y)
         return _sum(
-            first, _negated(apply("div", _product(node, dy), y)) if dy != ZERO else ZERO
+            first, _negated(apply("div", product(node, dy), y)) if dy != ZERO else ZERO
         )
     order = "lt" if node.op == "minimum" else "gt"
-    both = _product(HALF, _sum(dx, dy))
+    both = product(HALF, _sum(dx, dy))
     tied = apply("where", apply("eq", x, y), both, dy)
     return apply("where", apply(order, x, y), dx, tied)
 
@@ -88,15 +88,16 @@ def _sum(x: Expr, y: Expr) -> Expr:
     return apply("sub", x, y.args[0]) if y.op == "neg" else apply("add", x, y)
 
 
-def _product(x: Expr, y: Expr) -> Expr:
+def product(x: Expr, y: Expr) -> Expr:
+    """x · y, without zeros and ones."""
     if ZERO in (x, y):
         return ZERO
     if ONE in (x, y):
         return y if x == ONE else x
     if x.op == "neg":
-        return _negated(_product(x.args[0], y))
+        return _negated(product(x.args[0], y))
     if y.op == "neg":
-        return _negated(_product(x, y.args[0]))
+        return _negated(product(x, y.args[0]))
     return apply("mul", x, y)
 
 

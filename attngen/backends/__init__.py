@@ -19,6 +19,34 @@ from attngen.targets import Target
 from attngen.tiles import Tiles
 
 
+class Backward(Protocol):
+    """The backward passes of a backend, as choices of their own.
+
+    Under the names of a forward plan's choices: algorithm, q_chunk, k_chunk and others.
+    """
+
+    def space(
+        self, spec: AttentionSpec, target: Target, *, whole: bool = False
+    ) -> Mapping[str, Mapping[str, Sequence[Option]]]:
+        """As `Backend.space`."""
+
+    def illegal(
+        self, spec: AttentionSpec, target: Target, choice: Choice
+    ) -> str | None:
+        """As `Backend.illegal`."""
+
+    def cost(
+        self, spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles
+    ) -> Cost:
+        """As `Backend.cost`; what the forward pass kept is among the bytes."""
+
+    def flop(self, spec: AttentionSpec, choice: Choice, tiles: Tiles) -> int:
+        """Of the products of all tiles that are visited."""
+
+    def describe(self, choice: Choice) -> str:
+        """A candidate in a few words."""
+
+
 class Backend(Protocol):
     """What a backend gives. Only `load` and `compiler` may import its array library."""
 
@@ -26,6 +54,7 @@ class Backend(Protocol):
     requires: tuple[str, ...]  # what an emitted file imports, as pip takes it
     templates: Path  # the folder of its templates
     any_size: bool  # whether an emitted file takes any batch and lengths
+    backward: Backward | None  # None: derivatives "vjp" aren't built
     compiler: str  # the module that certifies in a child process; "" where none does
 
     def refuse(self, spec: AttentionSpec) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attngen import joint
 from attngen.backends.jax import candidates, context, model, shards, spaces
+from attngen.backends.jax.passes import Passes
 from attngen.backends.jax.turns import turns
 from attngen.cost import Cost
 from attngen.files import template_folder
@@ -22,6 +24,7 @@ class JaxBackend:
     name = "jax"
     any_size = False
     requires = ("jax >= 0.10",)
+    backward = Passes()
     compiler = "attngen.backends.jax.compiler"
 
     @property
@@ -48,7 +51,11 @@ class JaxBackend:
         return model.cost(shards.local(spec), target, mine, tiles)
 
     def describe(self, choice: Choice) -> str:
-        return candidates.describe(choice)
+        if joint.PREFIX not in choice:
+            return candidates.describe(choice)
+        own = candidates.describe(joint.forward_part(choice))
+        backward = self.backward.describe(joint.backward_part(choice))
+        return f"{own}; backward: {backward}"
 
     def template(self, plan: Plan) -> tuple[str, Mapping[str, Any]]:
         return f"{plan.algorithm}.py.jinja", context.context(plan)

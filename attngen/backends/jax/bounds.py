@@ -20,11 +20,21 @@ WIDTH = 80  # columns that are left beside the indent
 
 
 def bounds(
-    plan: Plan, at: Tile, starts: Starts, ragged: bool, lengths: Lengths
+    plan: Plan,
+    at: Tile,
+    starts: Starts,
+    ragged: bool,
+    lengths: Lengths,
+    *,
+    apart: bool = False,
 ) -> dict[str, Any]:
     """The key chunks to visit: statements, and the loops with their ends as text.
 
     "limits" spells more of the limits that these are made of, among the same statements.
+
+    Args:
+        apart: the last chunk of queries overlaps the one before, and none may count twice:
+            all of its tiles are masked.
     """
     lines: list[str] = []
     limits = Limits(plan, lines, lengths)
@@ -41,7 +51,7 @@ def bounds(
             "functions": made.functions,
             "listed": True,
         }
-    found = _bounds(plan, starts, ragged, lengths, lines, limits)
+    found = _bounds(plan, starts, ragged, apart, lengths, lines, limits)
     lines[:] = [x for line in lines for x in wrapped(line, WIDTH)]
     return {
         "lines": lines,
@@ -56,6 +66,7 @@ def _bounds(
     plan: Plan,
     starts: Starts,
     ragged: bool,
+    apart: bool,
     lengths: Lengths,
     lines: list[str],
     limits: Limits,
@@ -65,7 +76,7 @@ def _bounds(
         return {"loops": [], "about": ["No query sees any key."]}
     if spec.kv_len <= plan.k_chunk and not chosen(plan, "diagonal"):
         # nothing to skip: the only chunk, with its mask if there is one
-        edge = bounded(spec) or not whole.any_full
+        edge = bounded(spec) or not whole.any_full or apart
         return {"loops": [("edge" if edge else "interior", "0", "1")], "about": []}
     if spec.kv_lengths:
         lines.append(f"kv_count = {lengths.part('kv_lengths')}")
@@ -74,7 +85,7 @@ def _bounds(
     if chosen(plan, "diagonal"):
         return _above_triangle(plan, lines, limits)
     made = [
-        _Visit(plan, starts, ragged, lengths, lines, limits, index)
+        _Visit(plan, starts, ragged, apart, lengths, lines, limits, index)
         for index in range(len(spans(spec)))
     ]
     loops: list[tuple[str, str, str]] = []
@@ -103,6 +114,7 @@ class _Visit:
         plan: Plan,
         starts: Starts,
         ragged: bool,
+        apart: bool,
         lengths: Lengths,
         lines: list[str],
         limits: Limits,
@@ -110,6 +122,7 @@ class _Visit:
     ) -> None:
         self.spec, self.span = plan.spec, spans(plan.spec)[index]
         self.starts, self.ragged, self.lengths = starts, ragged, lengths
+        self.apart = apart
         self.lines, self.limits = lines, limits
         self.index, self.number = index, f"_{index + 1}" if index else ""
         self.whole = plan.spec.kv_len // plan.k_chunk
@@ -178,6 +191,10 @@ class _Visit:
             lines.append(
                 f"{full_last} = jnp.where({every}, {inner_last}, {inner_first})"
             )
+            inner_last = full_last
+        if self.apart:
+            own = f"{self.starts.q} == i * Q_CHUNK"
+            lines.append(f"{full_last} = jnp.where({own}, {inner_last}, {inner_first})")
             inner_last = full_last
         self.inner = (inner_first, inner_last)
 

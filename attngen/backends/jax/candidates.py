@@ -36,7 +36,7 @@ UNROLLED = 16  # key chunks, at most: each is compiled on its own
 # field → (the values that are built, what to do instead)
 _BUILT: dict[str, tuple[tuple[object, ...], str]] = {
     "derivatives": (
-        (None,),
+        (None, "vjp"),
         "dataclasses.replace(spec, derivatives=None) computes forward",
     ),
     "dropout": ((0.0,), "dataclasses.replace(spec, dropout=0.0)"),

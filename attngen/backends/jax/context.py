@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from attngen.backends.jax import shards
+from attngen.backends.jax import backward, shards
 from attngen.backends.jax.loops import chunked, unrolls
 from attngen.backends.jax.tile import (
     Starts,
     Tile,
+    axes_text,
     chosen,
+    exponential,
     guards,
+    inverse,
+    inverse_keys,
     order,
+    permutation,
+    product_keywords,
     tile,
     without_keys,
 )
@@ -22,6 +28,61 @@ from attngen.spec_checks import position_variables
 
 def context(plan: Plan) -> dict[str, Any]:
     """Everything a template names, by section. See templates/README.md."""
+    if plan.spec.derivatives is None:
+        return _forward(plan) | {
+            "scale": "SCALE",
+            "returned": plan.spec.outputs,
+            "back": None,
+        }
+    found = _forward(backward.forward_plan(plan))
+    back, mine = backward.backward(plan), backward.backward_plan(plan)
+    exps = (str(plan.option("exp")), str(mine.option("exp")))
+    return found | {
+        "constants": _with_backward(found["constants"], mine, exps),
+        "scale": "SCALE_2" if found["base_2"] else "SCALE",
+        "returned": plan.spec.outputs,
+        "back": back,
+        "polynomial": "polynomial" in exps,
+        "keywords": found["keywords"] or back["keywords"],
+        "uses_lax": True,
+    }
+
+
+Constant = tuple[str, str, str]
+
+
+def _with_backward(
+    lines: list[Constant], plan: Plan, exps: tuple[str, str]
+) -> list[Constant]:
+    """The constants of a forward pass, and those of the backward pass beside them."""
+    named = [name for name, _, _ in lines]
+    at, spec = tile(plan), plan.spec
+    chunks = (f"{plan.q_chunk}, {plan.k_chunk}", "of a tile, backward")
+    own = [("Q_BLOCK, K_BLOCK", *chunks)]
+    for name, length, chunk, whole in (
+        ("Q_BLOCK", "T", plan.q_chunk, spec.q_len),
+        ("K_BLOCK", "S", plan.k_chunk, spec.kv_len),
+    ):
+        if chunk != whole:
+            own.append((f"{name}S", f"-(-{length} // {name})", ""))
+    for letter, name, option, about in (
+        ("b", "B_BLOCK", "batch_chunk", "batches of a tile, backward"),
+        ("g", "G_BLOCK", "head_chunk", "kv heads of a tile, backward"),
+    ):
+        if letter in at.letters:
+            own.append((name, str(plan.option(option)), about))
+    first = next(i for i, name in enumerate(named) if name in ("LOG2E", "SCALE"))
+    after = [line for line in lines[first:] if line[0] not in ("LOG2E", "SCALE")]
+    scale: list[Constant] = [("SCALE", repr(spec.scale_value), "")]
+    if exps != ("exp", "exp"):
+        scale.insert(0, ("LOG2E", "1.4426950408889634", "exp(s) is 2**(s * LOG2E)"))
+        if not spec.score:
+            scale.append(("SCALE_2", "SCALE * LOG2E", ""))
+    return [*lines[:first], *own, *scale, *after]
+
+
+def _forward(plan: Plan) -> dict[str, Any]:
+    """Of a plan without derivatives."""
     spec, at = plan.spec, tile(plan)
     return (
         _constants(plan, at)
@@ -82,7 +143,7 @@ def _constants(plan: Plan, at: Tile) -> dict[str, Any]:
                 ("G_CHUNK", str(plan.option("head_chunk")), "kv heads of a tile")
             )
     lines += shards.constants(plan)
-    base_2 = _exponential(plan)["base_2"]
+    base_2 = exponential(plan)["base_2"]
     if plan.option("exp") != "exp":
         lines.append(("LOG2E", "1.4426950408889634", "exp(s) is 2**(s * LOG2E)"))
     scale = repr(spec.scale_value)
@@ -142,24 +203,20 @@ def _products(plan: Plan, at: Tile) -> dict[str, Any]:
     """The two matrix products: subscripts, casts before them, keywords."""
     spec = plan.spec
     product = str(plan.option("product_dtype"))
-    keywords = []
-    if spec.precision == "highest":
-        keywords.append("precision=lax.Precision.HIGHEST")
-    if product != spec.stats_dtype:
-        keywords.append(f"preferred_element_type=jnp.{spec.stats_dtype}")
+    keywords = product_keywords(plan)
     return {
         "einsum": "_product" if keywords else "jnp.einsum",
         "keywords": keywords,
         "cast": f".astype(jnp.{product})" if product != spec.dtype else "",
         "cast_p": f".astype(jnp.{product})" if product != spec.stats_dtype else "",
         "scale_rows": chosen(plan, "scale") == "queries",
-        "rows_permutation": _permutation(order(spec.layout, "bqgr"), at.letters),
-        "out_permutation": _inverse(order(spec.layout, "bqgr"), at.letters),
+        "rows_permutation": permutation(order(spec.layout, "bqgr"), at.letters),
+        "out_permutation": inverse(order(spec.layout, "bqgr"), at.letters),
         "stats_shape": at.shape(at.rows),
         "guards": guards(plan),
-        **_exponential(plan),
+        **exponential(plan),
         "drops_keys": plan.drops_keys,
-        "row_axes": _axes_text([at.letters.index(a) for a in at.rows if a in "rq"]),
+        "row_axes": axes_text([at.letters.index(a) for a in at.rows if a in "rq"]),
         **_keys(plan, at),
     }
 
@@ -187,7 +244,7 @@ def _keys(plan: Plan, at: Tile) -> dict[str, Any]:
         "v_shape": shape(v) if dropped else "",
         "ones_shape": f"({shape('1')})",
         "ones_axis": "-2" if dn else "-1",
-        "there_order": _inverse_keys(keys, at.letters),
+        "there_order": inverse_keys(keys, at.letters),
         "there_axes": "None, :" if dn else "None",
         "there_keys": "" if dn else f"[:{', None' * (len(keys) - keys.index('k'))}]",
         "dn": _keys_last(plan) if dn else "",
@@ -199,52 +256,6 @@ def _keys_last(plan: Plan) -> str:
     memory = shards.axes(plan, order(plan.spec.layout, "bkg") + "d", ahead=True)
     wanted = shards.axes(plan, "bgdk", ahead=True)
     return f"({', '.join(str(memory.index(a)) for a in wanted)})"
-
-
-def _exponential(plan: Plan) -> dict[str, Any]:
-    """How a tile, and a row, are raised.
-
-    base_2: scores come in units of log 2. Not where there are score functions: their
-    values can be large, and another rounding of them costs more than the difference's.
-    """
-    kind = str(plan.option("exp"))
-    base_2 = kind != "exp" and not plan.spec.score
-    rows = "jnp.exp2" if base_2 else "jnp.exp"
-    return {
-        "base_2": base_2,
-        "exp_scaled": kind != "exp" and not base_2,
-        "polynomial": kind == "polynomial",
-        "exp": {"exp": "jnp.exp", "exp2": "jnp.exp2"}.get(kind, "_exp2"),
-        "exp_rows": rows,
-    }
-
-
-def _axes_text(axes: list[int]) -> str:
-    return str(axes[0]) if len(axes) == 1 else f"({', '.join(map(str, axes))})"
-
-
-def _inverse_keys(keys: str, letters: str) -> str:
-    """How the keys that are there, in tile order, line up with the values' axes."""
-    present = [a for a in letters if a in keys]
-    order_ = [present.index(a) for a in keys]
-    return "" if order_ == sorted(order_) else f".transpose{tuple(order_)}"
-
-
-def _permutation(memory: str, letters: str) -> str:
-    """How to transpose rows [memory order, d] to [tile order, d]; "" where they agree."""
-    present = [a for a in memory if a in letters]
-    wanted = [a for a in letters if a in present]
-    if present == wanted:
-        return ""
-    return f"({', '.join(str(present.index(a)) for a in wanted)}, {len(present)})"
-
-
-def _inverse(memory: str, letters: str) -> str:
-    present = [a for a in letters if a in memory]
-    wanted = [a for a in memory if a in letters]
-    if present == wanted:
-        return ""
-    return f"({', '.join(str(present.index(a)) for a in wanted)}, {len(present)})"
 
 
 def _dense(plan: Plan, at: Tile) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def chunked(plan: Plan, at: Tile) -> dict[str, Any]:
     v = _value_dim(spec)
     return {
         "code": code,
-        "levels": _level_lines(levels, plan, at),
+        "levels": level_lines(levels, plan, at),
         "steps": steps,
         "count": "steps" if len(steps) > 30 else steps,
         "bare_count": "steps" if len(steps) > 30 else _bare(steps),
@@ -81,7 +81,7 @@ def chunked(plan: Plan, at: Tile) -> dict[str, Any]:
         "split": _split(plan, loops),
         "map_steps": chosen(plan, "steps") == "map",
         "stacked": _stacked(plan, at, levels),
-        **_memory(plan, at, part, starts),
+        **memory(plan, at, part, starts),
         **_triangle(plan, at, loops),
     }
 
@@ -195,7 +195,7 @@ def _grouped(
     return lines, chunk
 
 
-def _memory(plan: Plan, at: Tile, part: Tile, starts: Starts) -> dict[str, Any]:
+def memory(plan: Plan, at: Tile, part: Tile, starts: Starts) -> dict[str, Any]:
     """Where slices begin and how large they are, in memory and as rows of a tile."""
     spec = plan.spec
     qk = "D" if spec.qk_dim == spec.v_dim else "QK_DIM"
@@ -258,7 +258,7 @@ def _memory(plan: Plan, at: Tile, part: Tile, starts: Starts) -> dict[str, Any]:
     }
 
 
-WHOLE = {"b": "B", "q": "T", "h": "H"}
+WHOLE = {"b": "B", "q": "T", "h": "H", "k": "S", "g": "G"}
 
 
 def _tuple(items: list[str]) -> str:
@@ -278,7 +278,7 @@ def _levels(plan: Plan, at: Tile) -> list[tuple[str, str]]:
     return found
 
 
-def _level_lines(levels: list[tuple[str, str]], plan: Plan, at: Tile) -> list[str]:
+def level_lines(levels: list[tuple[str, str]], plan: Plan, at: Tile) -> list[str]:
     """Statements that take the flat step apart, the innermost loop first."""
     lines = []
     inner: list[str] = []
@@ -289,7 +289,7 @@ def _level_lines(levels: list[tuple[str, str]], plan: Plan, at: Tile) -> list[st
             text += f" // {divisor}"
         if len(inner) + 1 < len(levels):
             text += f" % {count}"
-        chunk = "" if name == "i" else shards.sizes(plan, name, at.sizes)[-1]
+        chunk = "" if name in ("i", "c") else shards.sizes(plan, name, at.sizes)[-1]
         if chunk not in ("", "1"):
             text += f" * {chunk}"
         lines.append(f"{name} = {text}")

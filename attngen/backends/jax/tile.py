@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from attngen.backends.jax.candidates import DEFAULTS
 from attngen.expr import Expr
@@ -152,3 +153,59 @@ def is_whole(plan: Plan, node: Expr) -> bool:
         index.op == "var" and lengths[str(axis)] == lengths[str(index.value)]
         for axis, index in zip(node.value.axes, node.args, strict=True)
     )
+
+
+def exponential(plan: Plan) -> dict[str, Any]:
+    """How a tile, and a row, are raised.
+
+    base_2: scores come in units of log 2. Not where there are score functions: their
+    values can be large, and another rounding of them costs more than the difference's.
+    """
+    kind = str(plan.option("exp"))
+    base_2 = kind != "exp" and not plan.spec.score
+    rows = "jnp.exp2" if base_2 else "jnp.exp"
+    return {
+        "base_2": base_2,
+        "exp_scaled": kind != "exp" and not base_2,
+        "polynomial": kind == "polynomial",
+        "exp": {"exp": "jnp.exp", "exp2": "jnp.exp2"}.get(kind, "_exp2"),
+        "exp_rows": rows,
+    }
+
+
+def axes_text(axes: list[int]) -> str:
+    return str(axes[0]) if len(axes) == 1 else f"({', '.join(map(str, axes))})"
+
+
+def inverse_keys(keys: str, letters: str) -> str:
+    """How the keys that are there, in tile order, line up with the values' axes."""
+    present = [a for a in letters if a in keys]
+    order_ = [present.index(a) for a in keys]
+    return "" if order_ == sorted(order_) else f".transpose{tuple(order_)}"
+
+
+def permutation(memory: str, letters: str) -> str:
+    """How to transpose rows [memory order, d] to [tile order, d]; "" where they agree."""
+    present = [a for a in memory if a in letters]
+    wanted = [a for a in letters if a in present]
+    if present == wanted:
+        return ""
+    return f"({', '.join(str(present.index(a)) for a in wanted)}, {len(present)})"
+
+
+def inverse(memory: str, letters: str) -> str:
+    present = [a for a in letters if a in memory]
+    wanted = [a for a in memory if a in letters]
+    if present == wanted:
+        return ""
+    return f"({', '.join(str(present.index(a)) for a in wanted)}, {len(present)})"
+
+
+def product_keywords(plan: Plan) -> list[str]:
+    """What products are told beside their operands, as text."""
+    keywords = []
+    if plan.spec.precision == "highest":
+        keywords.append("precision=lax.Precision.HIGHEST")
+    if plan.option("product_dtype") != plan.spec.stats_dtype:
+        keywords.append(f"preferred_element_type=jnp.{plan.spec.stats_dtype}")
+    return keywords

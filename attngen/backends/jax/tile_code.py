@@ -59,10 +59,17 @@ def tile_code(
     edge: the tile that is masked, where that isn't the whole tile: then the queries
         of one tile aren't those of another.
     """
-    return _Writer(plan, at, starts, WIDTH - indent, ragged, edge).write()
+    return Writer(plan, at, starts, WIDTH - indent, ragged, edge).write()
 
 
-class _Writer:
+class Writer:
+    """Writes a tile's statements.
+
+    one_scope: scores and mask are statements of one function.
+    """
+
+    one_scope = False
+
     def __init__(
         self,
         plan: Plan,
@@ -80,24 +87,34 @@ class _Writer:
         self.keys_defined: set[str] = set()
         self.gathered: dict[Expr, str] = {}
         self.searched: dict[Expr, str] = {}
+        self.places: dict[Expr, str] = {}  # the indices of what is gathered, as text
         self.gathers = self.indices = 0
         self.env = domain(plan.spec)
 
     def write(self) -> TileCode:
         for i, score in enumerate(self.spec.score):
             dtype = self.spec.stats_dtype
+            self.before(i)
             self._needs(score.expr, self.code.keys, dtype)
-            printer = self._printer(dtype, f"score{i}")
+            printer = self.printer(dtype, f"score{i}")
             self.code.score += printer.lines("s", score.expr, width=self.width)
             if "s" not in expr.variables(score.expr):  # perhaps not of every axis
                 shape = self.at.shape(self.at.letters)
                 self.code.score.append(f"s = jnp.full({shape}, s, jnp.{dtype})")
+            self.after(i)
             for node in [n for n in self.gathered if "s" in expr.variables(n)]:
                 del self.gathered[node]  # the next score has another s
-        self.keys_defined, self.gathered = set(), {}  # the mask is a scope of its own
+        if not self.one_scope:
+            self.keys_defined, self.gathered = set(), {}
         self.at = self.edge or self.at
         self._mask()
         return self.code
+
+    def before(self, i: int) -> None:
+        """What comes before the statements of score i."""
+
+    def after(self, i: int) -> None:
+        """What comes after them, where their names are still known."""
 
     def _mask(self) -> None:
         """Every condition for a key to be there; `seen` where there is any."""
@@ -107,7 +124,7 @@ class _Writer:
             if chosen(self.plan, "mask") == "distance":
                 mask = by_distance(mask)
             self._needs(mask, self.code.edge, "float32")
-            printer = self._printer("float32", "part")
+            printer = self.printer("float32", "part")
             terms.append(printer.lines("seen", mask, width=self.width))
         if self.ragged:
             self._define("k_index", self.code.edge)
@@ -125,7 +142,7 @@ class _Writer:
                 lines[-1] = lines[-1].replace("seen = ", "seen &= ", 1)
             self.code.edge += lines
 
-    def _printer(self, float_dtype: str, prefix: str) -> ArrayPrinter:
+    def printer(self, float_dtype: str, prefix: str) -> ArrayPrinter:
         spec = self.spec
         names = {"b": "b_index", "h": "h_index", "q": "q_pos", "k": "k_pos"}
         names |= {n: n for n in ("s", "away", "shift")}
@@ -347,6 +364,7 @@ class _Writer:
         if len(name) + len(node.value.name) + len(at) + 13 > self.width:
             lines.append(f"indices_{self.gathers} = ({at})")
             at = f"indices_{self.gathers}"
+        self.places[node] = at
         source = node.value.name
         if by_head and shards.is_split(self.plan, "h"):
             source = f"{name}_of_heads"
@@ -362,7 +380,7 @@ class _Writer:
     def _step(self, index: Expr, lines: list[str], float_dtype: str) -> str:
         self.indices += 1
         name = f"index_{self.indices}"
-        lines += self._printer(float_dtype, name).lines(name, index, width=self.width)
+        lines += self.printer(float_dtype, name).lines(name, index, width=self.width)
         return name
 
     def _search(self, node: Expr, keys: list[str], float_dtype: str) -> None:
@@ -373,7 +391,7 @@ class _Writer:
         if not self._new(name, lines):
             return
         (x,) = node.args
-        printer = self._printer(float_dtype, "index")
+        printer = self.printer(float_dtype, "index")
         text = printer.text(x) if x.op == "var" else self._step(x, lines, float_dtype)
         lines += searched(name, node.value, text, self.width)
 

@@ -22,6 +22,7 @@ class TritonBackend:
     name = "triton"
     any_size = True
     requires = ("torch >= 2.6", "triton >= 3.5")
+    backward = None
     compiler = "attngen.backends.triton.compiler"
 
     @property

@@ -1,0 +1,363 @@
+"""The statements of a tile of the backward pass: scores made again, p, and ds.
+
+    p = exp(s - lse)      dp = dout·v      ds = p · (dp - delta)      delta = Σ dout·out
+
+lse has no sink in it, so p sums up to 1 without it; `share` is what of the weights the keys
+have beside a sink: it scales dout and delta. A cotangent of lse adds p · dlse: delta less dlse.
+A query that sees no key has lse = -inf; here +inf, which makes each of its p 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attngen import slopes
+from attngen.backends.jax import shards
+from attngen.backends.jax.loops import memory
+from attngen.backends.jax.slope_code import MASKED, SUMS, Line, SlopeWriter
+from attngen.backends.jax.statements import as_tuple, assign
+from attngen.backends.jax.tile import (
+    Starts,
+    Tile,
+    axes_text,
+    chosen,
+    dimensions,
+    exponential,
+    guards,
+    heads,
+    inverse_keys,
+    order,
+    permutation,
+    product_keywords,
+    ranged,
+    without_keys,
+)
+from attngen.plans import Plan
+
+WIDTH = 80  # columns beside the indent
+BARRIER = "# barriers, here and below: else XLA converts whole arrays outside the loops"
+
+
+@dataclass(frozen=True)
+class Loops:
+    """What is known of the loops that call a tile.
+
+    named: the variables b, g, i (chunks of queries), c (of keys) that it takes.
+    masked, unmasked: whether there are tiles with a mask, and without.
+    ragged: the axes, q or k, whose last chunk overlaps the one before.
+    passes: how many there are; the first sums up operands' gradients.
+    """
+
+    named: tuple[str, ...]
+    masked: bool
+    unmasked: bool
+    ragged: frozenset[str]
+    passes: int
+
+
+class TileWriter:
+    """Writes the statements of a tile."""
+
+    def __init__(self, plan: Plan, at: Tile, starts: Starts, loops: Loops) -> None:
+        self.plan, self.spec, self.at, self.starts = plan, plan.spec, at, starts
+        self.loops = loops
+        self.lines: list[Line] = []
+        self.seen = "scored" if plan.drops_keys else "seen"
+        self.out, self.dlse = "out" in self.spec.outputs, "lse" in self.spec.outputs
+        self.stats = f"jnp.{self.spec.stats_dtype}"
+        self.qk, self.v = head_dims(plan)
+        self.how = exponential(plan)
+        self.memory = memory(plan, at, at, starts)
+        self.einsum = "_product" if product_keywords(plan) else "jnp.einsum"
+
+    def write(self) -> list[str]:
+        self._starts()
+        self._rows()
+        self._row_numbers()
+        self._keys()
+        writer = SlopeWriter(self.plan, self.at, self.starts, WIDTH, False, None)
+        made = writer.slopes(masked=self.loops.masked, seen=self.seen)
+        self._add(*made.code.rows, *made.code.keys)
+        s, _, _ = subscripts(self.plan, self.at)
+        self._add(f's = {self.einsum}("{s}", rows, kc)')
+        if chosen(self.plan, "scale") != "queries":
+            self._add(f"s *= {scale_name(self.plan)}")
+        self._add(*made.code.score)
+        self._weights(made.code.edge)
+        if self.out:
+            self._add(f'dp = {self.einsum}("{s}", d_rows, vc)')
+            self._add("ds = p * (dp - delta_row[..., None])")
+        else:
+            self._add("ds = p * dlse_row[..., None]")
+        names = [f"d_{name}" for name in trained(self.plan)]
+        if names:
+            self.lines.append((f"{as_tuple(names)} = sums", (SUMS,)))
+        self.lines += made.back
+        if names:
+            self.lines.append(
+                (f"sums = {', '.join(names)}" + ("," * (len(names) == 1)), (SUMS,))
+            )
+        return self._text()
+
+    def _add(self, *lines: str, masked: bool = False) -> None:
+        self.lines += [(line, (MASKED,) if masked else ()) for line in lines]
+
+    def _text(self) -> list[str]:
+        """The statements, in branches where not all tiles, or passes, have them."""
+        branches = {MASKED} if self.loops.unmasked else set()
+        branches |= {SUMS} if self.loops.passes > 1 else set()
+        found: list[str] = []
+        inside: tuple[str, ...] = ()
+        for line, subject in self.lines:
+            own = tuple(x for x in subject if x in branches)
+            kept = 0
+            while kept < min(len(own), len(inside)) and own[kept] == inside[kept]:
+                kept += 1
+            for depth in range(kept, len(own)):
+                found.append("    " * depth + f"if {own[depth]}:")
+            inside = own
+            found.append("    " * len(own) + line)
+        return found
+
+    def _cast(self, dtype: str) -> str:
+        """To the dtype of the products, from another."""
+        product = str(self.plan.option("product_dtype"))
+        return f".astype(jnp.{product})" if dtype != product else ""
+
+    def _starts(self) -> None:
+        for letter in "qk":
+            self._add(*start(self.loops, letter))
+
+    def _barrier(self, names: list[str]) -> dict[str, str]:
+        """Reads that stay where they are: the name of each array, as it is read."""
+        if not self.plan.option("guard"):
+            return {n: n for n in names}
+        here = [f"{n}_here" for n in names]
+        if (BARRIER, ()) not in self.lines:
+            self._add(BARRIER)
+        call = ["lax.optimization_barrier", f"({', '.join([*names, 'at'])})"]
+        self._add(*assign(", ".join([*here, "at"]), [call], WIDTH))
+        return dict(zip(names, here, strict=True))
+
+    def _rows(self) -> None:
+        """A chunk of queries, of dout, and of out where delta is made of it again."""
+        again = self.out and self.plan.option("delta") == "again"
+        self._add(f"at = {self.memory['memory']['rows']['begin']}")
+        names = ["q", *(["dout"] if self.out else []), *(["out"] if again else [])]
+        read = self._barrier(names)
+        own = self._cast(self.spec.dtype)
+        if chosen(self.plan, "scale") == "queries":
+            own += f" * {scale_name(self.plan)}"
+        self._slice("rows", read["q"], self.qk, own)
+        if self.out:
+            wide = self.spec.stats_dtype if self.spec.sink else None
+            cast = (
+                f".astype(jnp.{wide})" if wide else self._cast(self.spec.out_dtype_name)
+            )
+            self._slice("d_rows", read["dout"], self.v, cast)
+        if again:
+            self._slice("out_rows", read["out"], self.v, "")
+
+    def _slice(self, name: str, source: str, dim: str, more: str) -> None:
+        """A chunk of rows of an array, as a tile has them."""
+        rows, memory_order = (
+            self.memory["memory"]["rows"],
+            order(self.spec.layout, "bqgr"),
+        )
+        calls = [["lax.dynamic_slice", source, "at", f"({rows['size']}, {dim})"]]
+        if rows["back"]:
+            calls.append([".transpose", *dimensions(rows["back"])])
+        shape = dimensions(self.at.shape(memory_order))
+        calls.append([".reshape", *shape, dim])
+        if moved := permutation(memory_order, self.at.letters):
+            calls.append([".transpose", *dimensions(moved)])
+        self._add(*assign(name, calls, WIDTH))
+        if more:
+            self._add(f"{name} = {name}{more}")
+
+    def _row_numbers(self) -> None:
+        """lse, delta and dlse of each row, and what is 0 where it sees no key."""
+        kept = self.out and self.plan.option("delta") == "kept"
+        self._add(f"at = {self.memory['memory']['lse_begin']}")
+        of = {"b": self.at.sizes["b"], "q": "Q_CHUNK", "h": heads(self.at)}
+        size = as_tuple(shards.sizes(self.plan, "bhq", of, ahead=True))
+        back = shards.moved(self.plan, "bhq", back=True)
+        for name in (
+            "lse",
+            *(["delta"] if kept else []),
+            *(["dlse"] if self.dlse else []),
+        ):
+            calls = [["lax.dynamic_slice", name, "at", size]]
+            if back:
+                calls.append([".transpose", *dimensions(back)])
+            calls.append([".reshape", *dimensions(self.at.shape(self.at.rows))])
+            self._add(*assign(f"{name}_row", calls, WIDTH))
+        guarded = guards(self.plan)
+        if guarded:
+            self._add(
+                "known = lse_row != -jnp.inf  # else the query sees no key",
+                "lse_row = jnp.where(known, lse_row, jnp.inf)",
+                "rows = jnp.where(known[..., None], rows, 0)",
+            )
+            if self.out:
+                self._add("d_rows = jnp.where(known[..., None], d_rows, 0)")
+        if self.out and not kept:
+            wide = self.spec.stats_dtype
+            product = str(self.plan.option("product_dtype"))
+            made = wide if self.spec.sink else product
+            left = "d_rows" if made == wide else f"d_rows.astype({self.stats})"
+            self._add(f"delta_row = ({left} * out_rows).sum(-1)")
+            if guarded:
+                self._add("delta_row = jnp.where(known, delta_row, 0)")
+        elif self.out and guarded:
+            self._add("delta_row = jnp.where(known, delta_row, 0)")
+        if self.dlse and guarded:
+            self._add("dlse_row = jnp.where(known, dlse_row, 0)")
+        if self.spec.sink and self.out:
+            self._add(
+                *self._sink(),
+                "share = 1 / (1 + jnp.exp(sink_at_h - lse_row))  # of keys, beside the sink",
+                "d_rows *= share[..., None]",
+                "delta_row *= share",
+            )
+            if cast := self._cast(self.spec.stats_dtype):
+                self._add(f"d_rows = d_rows{cast}")
+        if self.dlse and self.out:
+            self._add("delta_row -= dlse_row")
+        if self.how["base_2"]:
+            self._add("lse_row *= LOG2E")
+
+    def _sink(self) -> list[str]:
+        shape = dimensions(without_keys(self.at.spread("gr")))
+        begin = (
+            self.starts.g
+            if self.spec.repeats == 1 or self.starts.g == "0"
+            else f"{self.starts.g} * R"
+        )
+        begins = as_tuple(shards.begins(self.plan, "h", {"h": begin}))
+        sizes = as_tuple(shards.sizes(self.plan, "h", {"h": heads(self.at)}))
+        calls = [["lax.dynamic_slice", "sink", begins, sizes], [".reshape", *shape]]
+        return [
+            *assign("sink_at_h", calls, WIDTH),
+            *(
+                [f"sink_at_h = sink_at_h.astype({self.stats})"]
+                if self.stats != "jnp.float32"
+                else []
+            ),
+        ]
+
+    def _keys(self) -> None:
+        known = self.memory["memory"]["keys"]
+        self._add(f"at = {known['begin']}")
+        names = ["k", "v"] if self.out else ["k"]
+        read = self._barrier(names)
+        shape = keys_shape(self.plan, self.at)
+        for name, source, dim, size in (
+            ("kc", "k", self.qk, self.memory["k_size"]),
+            ("vc", "v", self.v, self.memory["v_size"]),
+        ):
+            if source not in names:
+                continue
+            calls = [["lax.dynamic_slice", read[source], "at", f"({size})"]]
+            if known["back"]:
+                calls.append([".transpose", *dimensions(known["back"])])
+            calls.append([".reshape", *shape, dim])
+            self._add(*assign(name, calls, WIDTH))
+            if cast := self._cast(self.spec.dtype):
+                self._add(f"{name} = {name}{cast}")
+
+    def _weights(self, mask: list[str]) -> None:
+        """p, which is 0 where the key isn't seen; what those hold doesn't matter."""
+        inner = "s - lse_row[..., None]"
+        if self.how["exp_scaled"]:
+            inner = f"({inner}) * LOG2E"
+        self._add(f"p = {self.how['exp']}({inner})")
+        if self.plan.drops_keys:
+            self._add("scored = s != -jnp.inf")
+        lines = list(mask)
+        for letter in sorted(self.loops.ragged):
+            lines += self._counted(letter, lines)
+        if self.loops.masked:
+            self._add(*lines, masked=True)
+            if self.plan.drops_keys and lines:
+                self._add("scored &= seen", masked=True)
+        if self.plan.drops_keys or self.loops.masked:
+            self._add(*self._blank(), masked=not self.plan.drops_keys)
+
+    def _counted(self, letter: str, before: list[str]) -> list[str]:
+        """That a chunk which overlaps the one before it counts none twice."""
+        index, chunk = {"q": ("i", "Q_CHUNK"), "k": ("c", "K_CHUNK")}[letter]
+        lines = []
+        sign = "&=" if any(x.startswith("seen = ") for x in before) else "="
+        name = f"{letter}_index"
+        known = any(
+            x.startswith(f"{name} = ") for x in (*(x for x, _ in self.lines), *before)
+        )
+        if not known:
+            begin = self.starts.q if letter == "q" else self.starts.k
+            made = ranged(self.plan, self.at, begin, letter, self.at.sizes[letter])
+            lines.append(f"{name} = {made}")
+        if sign == "=":
+            return [*lines, f"seen = {name} >= {index} * {chunk}"]
+        return [*lines, f"seen = seen & ({name} >= {index} * {chunk})"]
+
+    def _blank(self) -> list[str]:
+        """p of what isn't seen is 0; keys that no query here sees may hold NaN."""
+        letters, keys = self.at.letters, key_letters(self.plan, self.at)
+        rows = [letters.index(a) for a in letters if a not in keys]
+        moved = inverse_keys(keys, letters)
+        made = f"there = jnp.broadcast_to({self.seen}, s.shape).any({axes_text(rows)}){moved}[..., None]"
+        lines = [made, "kc = jnp.where(there, kc, 0)  # else NaN, perhaps"]
+        if len(made) > WIDTH:
+            lines[0] = (
+                f"there = jnp.broadcast_to({self.seen}, s.shape).any({axes_text(rows)})"
+            )
+            lines.insert(1, f"there = there{moved}[..., None]")
+        if self.out:
+            lines.append("vc = jnp.where(there, vc, 0)")
+        return [*lines, f"p = jnp.where({self.seen}, p, 0)"]
+
+
+def start(loops: Loops, letter: str) -> list[str]:
+    """Where a chunk of queries, or of keys, begins."""
+    name, index, chunk, length = {
+        "q": ("q_start", "i", "Q_CHUNK", "T"),
+        "k": ("k_start", "c", "K_CHUNK", "S"),
+    }[letter]
+    if index not in loops.named:
+        return []
+    if letter in loops.ragged:
+        return [
+            f"{name} = jnp.minimum({index} * {chunk}, {length} - {chunk})  # the last overlaps"
+        ]
+    return [f"{name} = {index} * {chunk}"]
+
+
+def head_dims(plan: Plan) -> tuple[str, str]:
+    same = plan.spec.qk_dim == plan.spec.v_dim
+    return ("D", "D") if same else ("QK_DIM", "V_DIM")
+
+
+def key_letters(plan: Plan, at: Tile) -> str:
+    return "".join(a for a in order(plan.spec.layout, "bkg") if a in at.letters)
+
+
+def keys_shape(plan: Plan, at: Tile) -> list[str]:
+    return [at.sizes[a] for a in key_letters(plan, at)]
+
+
+def subscripts(plan: Plan, at: Tile) -> tuple[str, str, str]:
+    """Of s and dp, of dq, of dk and dv."""
+    rows, keys = f"{at.rows}d", f"{key_letters(plan, at)}d"
+    s, dq = f"{rows},{keys}->{at.letters}", f"{at.letters},{keys}->{rows}"
+    return s, dq, f"{at.letters},{rows}->{keys}"
+
+
+def scale_name(plan: Plan) -> str:
+    """The constant by which q·k becomes the score that a tile has."""
+    return "SCALE_2" if exponential(plan)["base_2"] else "SCALE"
+
+
+def trained(plan: Plan) -> list[str]:
+    """The operands whose gradients tiles add up."""
+    return [o.name for o in slopes.trained(plan.spec) if o.name != "sink"]

@@ -1,0 +1,121 @@
+"""The backward pass as choices of their own: which there are, which are legal, what they cost.
+
+Under the names that a forward plan's choices have; in a plan they begin with "backward".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from attngen.backends.jax import passes_model
+from attngen.backends.jax.candidates import exponentials, products, scalable
+from attngen.cost import Cost
+from attngen.plans import Choice, Option
+from attngen.spec import AttentionSpec
+from attngen.targets import Target
+from attngen.tiles import Tiles
+
+ALGORITHMS = ("one_pass", "two_passes")
+CHUNKS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+WORDS: dict[str, tuple[Option, ...]] = {
+    "delta": ("kept", "again"),
+    "scale": ("queries", "scores"),
+    "guard": (False, True),
+}
+
+
+class Passes:
+    """See `backends.Backward`."""
+
+    def space(
+        self, spec: AttentionSpec, target: Target, *, whole: bool = False
+    ) -> Mapping[str, Mapping[str, Sequence[Option]]]:
+        """For each way of passing over the tiles, the choices worth considering."""
+        wide = target.kind == "cpu"
+        product = products(spec) if wide else products(spec)[::-1]
+        exps = exponentials(spec) if wide else ("exp", "exp2")
+        narrow = product[0] != spec.stats_dtype
+        exact = not narrow or math.frexp(spec.scale_value)[0] == 0.5
+        scale = ("queries", "scores") if exact else ("scores", "queries")
+        guard = (wide and product[0] != spec.dtype,)
+        heads = _divisors(spec.kv_heads // spec.head_shards)
+        axes: dict[str, Sequence[Option]] = {
+            "q_chunk": _chunks(spec.q_len),
+            "k_chunk": _chunks(spec.kv_len),
+            "head_chunk": tuple(n * spec.head_shards for n in heads),
+            "batch_chunk": tuple(dict.fromkeys((spec.batch_shards, spec.batch))),
+            "exp": exps if whole else exps[:1],
+            "product_dtype": product if whole else product[:1],
+            "guard": (*guard, not guard[0]) if whole and wide else guard,
+            "scale": scale if whole else scale[:1],
+            "delta": WORDS["delta"],
+        }
+        return dict.fromkeys(ALGORITHMS, axes)
+
+    def illegal(
+        self, spec: AttentionSpec, target: Target, choice: Choice
+    ) -> str | None:
+        """The reason why a candidate can't be emitted, or None."""
+        limits = {
+            "q_chunk": ("q_len", spec.q_len),
+            "k_chunk": ("kv_len", spec.kv_len),
+            "head_chunk": ("kv_heads", spec.kv_heads),
+            "batch_chunk": ("batch", spec.batch),
+        }
+        for name, (field, limit) in limits.items():
+            value = choice[name]
+            integer = isinstance(value, int) and not isinstance(value, bool)
+            if not integer or not 1 <= int(value) <= limit:
+                return f"{name} must be an integer from 1 to {field} = {limit}"
+            if name in ("head_chunk", "batch_chunk") and limit % int(value):
+                return f"{name} must divide {field} = {limit}"
+            shards = {"head_chunk": spec.head_shards, "batch_chunk": spec.batch_shards}
+            if int(value) % shards.get(name, 1):
+                return f"{name} must be as much of each of {shards[name]} shards"
+        words = WORDS | {"exp": exponentials(spec), "product_dtype": products(spec)}
+        for name, values in words.items():
+            if not any(choice[name] is v or choice[name] == v for v in values):
+                return f"{name} must be " + " or ".join(str(v) for v in values)
+        if choice["scale"] == "queries" and not scalable(spec, choice):
+            return (
+                f"only products in {spec.stats_dtype} take queries that are scaled, or a "
+                "scale that is a power of two"
+            )
+        return None
+
+    def cost(
+        self, spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles
+    ) -> Cost:
+        """Modelled bytes and time; tiles: of one head, of one pass."""
+        return passes_model.cost(spec, target, choice, tiles)
+
+    def flop(self, spec: AttentionSpec, choice: Choice, tiles: Tiles) -> int:
+        """Of the products: five for a tile, and two more for each pass after the first."""
+        again = choice["algorithm"] == "two_passes"
+        dims = (3 + again) * spec.qk_dim + (2 + again) * spec.v_dim
+        tile = 2 * int(choice["q_chunk"]) * int(choice["k_chunk"]) * dims
+        return spec.batch * spec.q_heads * tiles.visited * tile
+
+    def describe(self, choice: Choice) -> str:
+        """A candidate in a few words."""
+        ways = {"one_pass": "one pass", "two_passes": "two passes"}
+        heads = int(choice["head_chunk"])
+        text = (
+            f"{ways[str(choice['algorithm'])]} · {choice['q_chunk']} queries × "
+            f"{choice['k_chunk']} keys · {heads} kv head{'s' if heads != 1 else ''} a step"
+        )
+        return text + (" · delta again" if choice["delta"] == "again" else "")
+
+
+def _chunks(length: int) -> tuple[int, ...]:
+    return tuple(dict.fromkeys((*(n for n in CHUNKS if n < length), min(length, 4096))))
+
+
+def _divisors(heads: int) -> tuple[int, ...]:
+    """1, the powers of two that divide, all."""
+    return tuple(
+        n
+        for n in range(1, heads + 1)
+        if heads % n == 0 and (n & (n - 1) == 0 or n == heads)
+    )

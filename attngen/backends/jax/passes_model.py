@@ -1,0 +1,30 @@
+"""What a backward pass costs: temporaries and time."""
+
+from __future__ import annotations
+
+from attngen.cost import Cost
+from attngen.dtypes import BYTES
+from attngen.plans import Choice
+from attngen.spec import AttentionSpec
+from attngen.targets import Target
+from attngen.tiles import Tiles
+
+
+def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> Cost:
+    """Modelled bytes and seconds."""
+    size = BYTES[spec.stats_dtype]
+    q, k = int(choice["q_chunk"]), int(choice["k_chunk"])
+    many = int(choice["batch_chunk"]) * int(choice["head_chunk"])
+    rows = many * spec.repeats * q
+    scores = rows * k * size
+    dims = spec.qk_dim + spec.v_dim
+    temp = 3 * scores + 3 * size * (rows + many * k) * dims
+    all_rows = spec.batch * spec.q_heads * spec.q_len
+    temp += size * all_rows * (1 + (choice["delta"] == "kept"))
+    if choice["algorithm"] == "one_pass" and spec.dtype != spec.stats_dtype:
+        temp += size * all_rows * spec.qk_dim
+    groups = spec.batch * spec.kv_heads / many
+    again = choice["algorithm"] == "two_passes"
+    flop = 2 * rows * k * ((3 + again) * spec.qk_dim + (2 + again) * spec.v_dim)
+    seconds = groups * tiles.visited * (flop / 150e9 + rows * k * 1e-9 + 20e-6)
+    return Cost(int(temp), seconds)

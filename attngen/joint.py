@@ -1,0 +1,98 @@
+"""Forward and backward passes, planned each on its own, joined to plans."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+from attngen.backends import Backend
+from attngen.dtypes import BYTES
+from attngen.errors import PlanError
+from attngen.plans import Choice, Option
+from attngen.spec import AttentionSpec
+from attngen.targets import Target
+
+PREFIX = "backward"
+FASTEST = 12  # of each, that are joined; and all that are smaller than any faster one
+
+T = TypeVar("T")
+
+
+@functools.lru_cache(maxsize=64)
+def forward_spec(spec: AttentionSpec) -> AttentionSpec:
+    """What the forward pass of a spec with derivatives "vjp" computes: lse, too."""
+    if spec.derivatives != "vjp":
+        return spec
+    outputs = ("out", "lse") if "out" in spec.outputs else ("lse",)
+    return dataclasses.replace(spec, derivatives=None, outputs=outputs)
+
+
+def kept_bytes(spec: AttentionSpec) -> int:
+    """What the forward pass keeps for the backward pass, beside inputs and outputs."""
+    if spec.derivatives != "vjp" or "lse" in spec.outputs:
+        return 0
+    rows = spec.batch * spec.q_heads * spec.q_len // spec.devices
+    return rows * BYTES[spec.stats_dtype]
+
+
+def forward_part(choice: Choice) -> dict[str, Option]:
+    """Of a plan's choices those of its forward pass."""
+    return {n: v for n, v in choice.items() if not n.startswith(PREFIX)}
+
+
+def backward_part(choice: Choice) -> dict[str, Option]:
+    """Those of its backward pass, under the names that a forward plan's choices have."""
+    found: dict[str, Option] = {}
+    for name, value in choice.items():
+        if name == PREFIX:
+            found["algorithm"] = value
+        elif name.startswith(f"{PREFIX}_"):
+            found[name.removeprefix(f"{PREFIX}_")] = value
+    return found
+
+
+def backward_names(choice: Mapping[str, T]) -> dict[str, T]:
+    """The choices of a backward pass under the names that they have in a plan."""
+    return {
+        PREFIX if n == "algorithm" else f"{PREFIX}_{n}": v for n, v in choice.items()
+    }
+
+
+def check_names(
+    spec: AttentionSpec, target: Target, backend: Backend, fix: Mapping[str, Option]
+) -> None:
+    """Refuse a fixed choice that neither pass has.
+
+    Raises:
+        PlanError: there is one.
+    """
+    assert backend.backward is not None
+    spaces = (backend.space(spec, target), backend.backward.space(spec, target))
+    forward, backward = (
+        ["algorithm", *dict.fromkeys(n for axes in space.values() for n in axes)]
+        for space in spaces
+    )
+    known = [*forward, *backward_names(dict.fromkeys(backward))]
+    for name in fix:
+        if name not in known:
+            raise PlanError(
+                f"There is no choice {name!r} to fix.",
+                got=name,
+                needed="one of " + ", ".join(known),
+            )
+
+
+def worth(priced: Sequence[T], bytes_of: Callable[[T], int]) -> list[T]:
+    """Of candidates that are sorted by time the fastest few, and each with fewer bytes than
+    all before it."""
+    kept: list[T] = []
+    least: int | None = None
+    for candidate in priced:
+        smaller = least is None or bytes_of(candidate) < least
+        if len(kept) < FASTEST or smaller:
+            kept.append(candidate)
+        if smaller:
+            least = bytes_of(candidate)
+    return kept
