@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attngen import backends, compilers, files, planner, targets
+from attngen import backends, compilers, files, planner, slopes, targets
 from attngen.backends import Backend
 from attngen.errors import CompileError, InternalError, PlanError, ValidationError
 from attngen.plans import Option, Plan
@@ -146,9 +146,10 @@ def _program(chosen: Plan, source: Source, by: Backend) -> Program:
     from attngen import certifier
 
     spec = chosen.spec
-    names = ("q", "k", "v", *(o.name for o in spec.operands))
+    arrays = {n: n for n in ("q", "k", "v", *(o.name for o in spec.operands))}
+    arrays |= slopes.cotangents(spec)  # each as the output that it is of
     return certifier.Program(
-        shapes=[(n, spec.shape_of(n), spec.dtype_of(n)) for n in names],
+        shapes=[(n, spec.shape_of(x), spec.dtype_of(x)) for n, x in arrays.items()],
         source=source.text,
         digest=source.digest,
         x64=needs_x64(chosen),

@@ -34,6 +34,7 @@ class ArrayPrinter:
         float_dtype: of the float arithmetic.
         int_dtype: of the integer arithmetic.
         prefix: of the names of steps.
+        often: what a long expression computes more often than that is a step.
     """
 
     namespace: str
@@ -42,6 +43,7 @@ class ArrayPrinter:
     float_dtype: str = "float32"
     int_dtype: str = "int32"
     prefix: str = "part"
+    often: int = 2
     _steps: list[str] = field(default_factory=list, init=False)
     _named: dict[Expr, str] = field(default_factory=dict, init=False)
     _count: int = field(default=0, init=False)
@@ -49,7 +51,7 @@ class ArrayPrinter:
     def lines(self, target: str, node: Expr, *, width: int) -> list[str]:
         """Statements that end with `target = …`, none longer than `width`."""
         self._steps, self._named = [], {}
-        if len(self.text(node)) > width - len(target) - 3:
+        if self.often < 2 or len(self.text(node)) > width - len(target) - 3:
             self._name_repeated(node, width)
         text = self._fit(node, width - len(target) - 3, width)
         return [*self._steps, f"{target} = {text}"]
@@ -66,7 +68,7 @@ class ArrayPrinter:
     def _name_repeated(self, root: Expr, width: int) -> None:
         """Steps for what the expression computes more than twice, smallest first."""
         counts = Counter(n for n in walk(root) if n.args and n.op not in READS)
-        repeated = [n for n, count in counts.items() if count > 2]
+        repeated = [n for n, count in counts.items() if count > self.often]
         for node in sorted(repeated, key=lambda n: len(self.text(n))):
             self._named[node] = self._step(node, width)
 

@@ -98,6 +98,10 @@ def product(x: Expr, y: Expr) -> Expr:
         return _negated(product(x.args[0], y))
     if y.op == "neg":
         return _negated(product(x, y.args[0]))
+    if y.op == "const":
+        x, y = y, x
+    if x.op == "const" and y.op == "mul" and y.args[0].op == "const":
+        return product(apply("mul", x, y.args[0]), y.args[1])
     return apply("mul", x, y)
 
 

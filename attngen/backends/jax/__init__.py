@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attngen import joint
+from attngen import joint, slopes
 from attngen.backends.jax import candidates, context, model, shards, spaces
 from attngen.backends.jax.passes import Passes
 from attngen.backends.jax.turns import turns
@@ -83,7 +83,12 @@ class JaxBackend:
         return model.time_s(plan.spec, plan.choice, plan.tiles)
 
     def facts(self, plan: Plan) -> Mapping[str, Any]:
-        return {"turns": turns(plan)} | shards.mesh(plan.spec)
+        spec = plan.spec
+        program = {}
+        if spec.derivatives is not None:
+            program["gradients"] = slopes.gradients(spec)
+            program["cotangents"] = slopes.cotangents(spec)
+        return {"turns": turns(plan)} | program | shards.mesh(spec)
 
     def array(self, values: Any, dtype: str, target: Target | None = None) -> Any:
         import jax.numpy as jnp

@@ -24,7 +24,7 @@ from attngen.backends.jax.backward_tile import (
 from attngen.backends.jax.bounds import bounds
 from attngen.backends.jax.lengths import Lengths
 from attngen.backends.jax.loops import WHOLE, level_lines, memory
-from attngen.backends.jax.statements import as_tuple
+from attngen.backends.jax.statements import as_tuple, wrapped
 from attngen.backends.jax.tile import (
     Starts,
     Tile,
@@ -104,6 +104,9 @@ def backward(plan: Plan) -> dict[str, Any]:
             used.append("sums" if p["first"] else "_")
             call.append("sums" if p["first"] else "None")
         p |= {"tile_made": ", ".join(used), "tile_call": ", ".join(call)}
+        p["loops"] = [
+            line for loop in p["bounds"]["loops"] for line in _loop(loop, both)
+        ]
         p["carried"] = [*p["gradients"], *(["sums"] if sums and p["first"] else [])]
         p["carried_here"] = [f"{n}_here" if n in p["own"] else n for n in p["carried"]]
     return {
@@ -119,6 +122,16 @@ def backward(plan: Plan) -> dict[str, Any]:
         **_arguments(plan),
         **_arrays(mine, at, starts),
     }
+
+
+def _loop(loop: tuple[str, str, str], both: bool) -> list[str]:
+    """A loop over some chunks, which are all masked, or all not."""
+    kind, first, last = loop
+    if first.isdigit() and last.isdigit() and int(last) == int(first) + 1:
+        masked = f", masked={kind == 'edge'}" if both else ""
+        return [f"carry = add({first}, carry{masked})"]
+    function = f"partial(add, masked={kind == 'edge'})" if both else "add"
+    return wrapped(f"carry = lax.fori_loop({first}, {last}, {function}, carry)", 80)
 
 
 def _arguments(plan: Plan) -> dict[str, Any]:
@@ -147,6 +160,10 @@ def _arguments(plan: Plan) -> dict[str, Any]:
         "pulled": pulled,
         "pulled_one": "cotangents" if several else pulled[0],
         "backward_names": ", ".join([*given, *made, *pulled]),
+        "call": wrapped(
+            f"{', '.join(gradients)} = _backward({', '.join([*given, *made, *pulled])})",
+            84,
+        ),
         "found": ", ".join(gradients),
         "answer": ", ".join(answer),
         "compared": [o.name for o in slopes.compared(spec)],
@@ -207,9 +224,24 @@ def _pass(
         "count": steps,
         "inner_name": "c" if inner == "k" else "i",
         "bounds": visited,
+        "loops": visited["loops"],
         "kinds": {kind for kind, _, _ in visited["loops"]},
         "ragged": outer in ragged,
+        "new": _new(plan, outer),
     }
+
+
+def _new(plan: Plan, outer: str) -> str:
+    """The statement that tells what of an overlapping chunk isn't written yet."""
+    memory_order = order(plan.spec.layout, "bqh" if outer == "q" else "bkg")
+    axes = shards.axes(plan, memory_order, ahead=True)
+    place = axes.index((outer, ""))
+    start, chunk, index = {
+        "q": ("q_start", "Q_CHUNK", "i"),
+        "k": ("k_start", "K_CHUNK", "c"),
+    }[outer]
+    after = ", None" * (len(axes) - place)
+    return f"new = ({start} + jnp.arange({chunk}) >= {index} * {chunk})[:{after}]"
 
 
 def _visited(
@@ -232,8 +264,9 @@ def _visited(
     other = dataclasses.replace(
         plan, spec=turned, q_chunk=plan.k_chunk, k_chunk=plan.q_chunk
     )
-    lengths = Lengths(other, at, starts)
-    found = bounds(other, at, starts, "q" in ragged, lengths, apart="k" in ragged)
+    theirs = Starts(starts.b, starts.g, q=renamed(starts.k), k=renamed(starts.q))
+    lengths = Lengths(other, at, theirs)
+    found = bounds(other, at, theirs, "q" in ragged, lengths, apart="k" in ragged)
     return found | {
         "lines": [renamed(line) for line in found["lines"]],
         "about": [_about(line) for line in found["about"]],

@@ -94,9 +94,8 @@ class TileWriter:
             self.lines.append((f"{as_tuple(names)} = sums", (SUMS,)))
         self.lines += made.back
         if names:
-            self.lines.append(
-                (f"sums = {', '.join(names)}" + ("," * (len(names) == 1)), (SUMS,))
-            )
+            made = ", ".join(names) if len(names) > 1 else as_tuple(names)
+            self.lines.append((f"sums = {made}", (SUMS,)))
         return self._text()
 
     def _add(self, *lines: str, masked: bool = False) -> None:
@@ -288,7 +287,6 @@ class TileWriter:
         """That a chunk which overlaps the one before it counts none twice."""
         index, chunk = {"q": ("i", "Q_CHUNK"), "k": ("c", "K_CHUNK")}[letter]
         lines = []
-        sign = "&=" if any(x.startswith("seen = ") for x in before) else "="
         name = f"{letter}_index"
         known = any(
             x.startswith(f"{name} = ") for x in (*(x for x, _ in self.lines), *before)
@@ -297,9 +295,8 @@ class TileWriter:
             begin = self.starts.q if letter == "q" else self.starts.k
             made = ranged(self.plan, self.at, begin, letter, self.at.sizes[letter])
             lines.append(f"{name} = {made}")
-        if sign == "=":
-            return [*lines, f"seen = {name} >= {index} * {chunk}"]
-        return [*lines, f"seen = seen & ({name} >= {index} * {chunk})"]
+        sign = "&=" if any(x.startswith("seen = ") for x in before) else "="
+        return [*lines, f"seen {sign} {name} >= {index} * {chunk}"]
 
     def _blank(self) -> list[str]:
         """p of what isn't seen is 0; keys that no query here sees may hold NaN."""

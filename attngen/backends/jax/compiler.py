@@ -12,6 +12,7 @@ from typing import Any
 from attngen import compilers, targets
 from attngen.backends.jax import devices
 from attngen.backends.jax.cycles import estimated_cycles
+from attngen.backends.jax.program import program
 from attngen.backends.jax.scratch import scratch_bytes
 from attngen.certifier import TOO_LARGE
 from attngen.targets import Target
@@ -29,7 +30,7 @@ def certify(job: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         job: "target", "shapes"; "source" or "exported", as a path; "x64"; "turns" of its
-            loops (see cycles.py).
+            loops (see cycles.py); "gradients", "cotangents" (see program.py).
     """
     target = targets.get(job["target"])
     if target.kind != "cpu":
@@ -185,4 +186,5 @@ def _compile_sharded(job: dict[str, Any], target: Target) -> Any:
 def _function(job: dict[str, Any]) -> Callable[..., Any]:
     from attngen.backends.jax.loader import load_function
 
-    return load_function(Path(job["source"]))
+    function = load_function(Path(job["source"]))
+    return program(function, job.get("gradients", {}), job.get("cotangents", {}))

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
+from attngen import slopes
 from attngen.errors import NotBuiltError, OperandError
 from attngen.plans import Choice, Option, Plan
 from attngen.spec import AttentionSpec
@@ -218,10 +219,11 @@ def mesh(spec: AttentionSpec) -> dict[str, Any]:
         names = (a if isinstance(a, str) else "?" for a in operand.axes)
         text = "".join(names)
         layout[operand.name] = "?" * len(text) if operand.name in everywhere else text
+    layout |= {name: layout[of] for name, of in slopes.cotangents(spec).items()}
     of = {"b": MESH[0], "h": MESH[1], "g": MESH[1]}
     arrays = {n: [of.get(a) for a in letters] for n, letters in layout.items()}
     return {
         "mesh": [spec.batch_shards, spec.head_shards],
         "arrays": arrays,
-        "outputs": list(spec.outputs),
+        "outputs": [*spec.outputs, *slopes.gradients(spec).values()],
     }

@@ -81,6 +81,7 @@ class SlopeWriter(Writer):
             return [(f"{target} = jnp.zeros_like(ds)", subject)]
         printer = self.printer(self.spec.stats_dtype, f"slope{i}")
         printer.variables = {**printer.variables, "s": f"s_{i}", "ds": "ds"}
+        printer.often = 1
         node = slopes.product(DS, by)
         made = printer.lines(target, node, width=self.width)
         lines = [(line, subject) for line in made]
