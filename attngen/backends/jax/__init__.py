@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attngen import slopes
 from attngen.backends.jax import candidates, context, model, shards, spaces
 from attngen.backends.jax.turns import turns
 from attngen.cost import Cost
@@ -67,6 +68,13 @@ class JaxBackend:
 
     def trial(self, path: Path, function: Callable[..., Any]) -> Callable[..., Any]:
         return function
+
+    def program(
+        self, spec: AttentionSpec, function: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        from attngen.backends.jax.program import program
+
+        return program(function, slopes.gradients(spec), slopes.cotangents(spec))
 
     def ran(self, target: Target) -> str:
         return "" if self.is_here(target) else "on this machine's processor"
