@@ -54,8 +54,9 @@ def gradients(
         operands: by name, in their dtypes.
         cotangents: as `slopes.cotangents` names them, each as its output lies.
         rows: indices of the queries wanted: those of all others count as 0. None: all.
-        rounding: `reference.exact(spec)` unless given. `reference.plain(spec)` rounds the
-            softmax, the scores' gradients and dout before their products.
+        rounding: `reference.exact(spec)` unless given. `reference.plain(spec)` is plain
+            attention as it is differentiated: p, dout and ds are rounded before their
+            products, and so is dp = dout · v, as the gradient of a rounded p is.
 
     Returns:
         dq [batch, q_heads, rows, qk_dim], whatever the layout (see `reference.pick`); dk,
@@ -118,11 +119,11 @@ def _of_out(
     there, total = scored.there, weights.total[:, None]
     share = np.where(there, weights.p * weights.rescale[:, None] / total, 0)
     dout = _rounded(dout, how)
-    dp = np.where(there, dout @ values.T, 0)
-    mean = np.where(there, share * dp, 0).sum(-1)
-    ds = np.where(there, share * (dp - mean[:, None]), 0)
+    dp = np.where(there, _rounded(dout @ values.T, how), 0)
+    dp_mean = np.where(there, share * dp, 0).sum(-1)
+    ds = np.where(there, share * (dp - dp_mean[:, None]), 0)
     of_v = weighted(_rounded(share, how).T, there.T, dout)
-    of_sink = np.where(weights.seen, -mean * weights.sink / weights.total, 0).sum()
+    of_sink = np.where(weights.seen, -dp_mean * weights.sink / weights.total, 0).sum()
     return ds, of_v, of_sink
 
 
