@@ -190,13 +190,13 @@ def validate(
     from attngen import validator
 
     target = targets.get(chosen.target)
-    judged = by.trial(path, function)
+    judged = by.program(chosen.spec, by.trial(path, function))
 
     def remade(spec: AttentionSpec, choice: Fix) -> Any:
         if by.any_size and spec.mask == chosen.spec.mask:
             return judged
         file = stored(emit(planner.rank(spec, target, by, choice)[0]))
-        return by.trial(file, by.load(file, target))
+        return by.program(spec, by.trial(file, by.load(file, target)))
 
     report = validator.validate(
         chosen.spec,

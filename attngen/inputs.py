@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from attngen import expr
+from attngen import expr, slopes
 from attngen.operands import Operand
-from attngen.reference import Array, numpy_dtype
+from attngen.reference import Array, by_heads, numpy_dtype
 from attngen.spec import AttentionSpec
 
 SMALL = 4  # integer operands take values below this, so that they often agree
@@ -42,6 +42,28 @@ def arrays(spec: AttentionSpec, *, seed: int = 0, nan: bool = True) -> dict[str,
                     else made[name][b].swapaxes(0, 1)
                 )
                 keys[count:] = np.nan
+    return made
+
+
+def cotangents(
+    spec: AttentionSpec, *, seed: int = 0, rows: Array | None = None
+) -> dict[str, Array]:
+    """Cotangents of the spec's outputs, as `slopes.cotangents` names them: standard normal.
+
+    Args:
+        seed: of the generator; another than that of `arrays` with the same seed.
+        rows: indices of queries; all others' are 0. None: all are random.
+    """
+    generator = np.random.default_rng([seed, 1])
+    made: dict[str, Array] = {}
+    for name, output in slopes.cotangents(spec).items():
+        values = generator.standard_normal(spec.shape_of(output), dtype=np.float32)
+        if rows is not None:
+            others = np.ones(spec.q_len, bool)
+            others[rows] = False
+            by_rows = values if output == "lse" else by_heads(spec, values)
+            by_rows[:, :, others] = 0
+        made[name] = values.astype(numpy_dtype(spec.dtype_of(output)))
     return made
 
 

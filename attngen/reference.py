@@ -29,6 +29,46 @@ class Rounding:
     product: Any
 
 
+@dataclass(frozen=True)
+class Scored:
+    """Scores of some rows of one head.
+
+    Args:
+        s: [rows, kv_len], −inf where a key isn't there.
+        there: [rows, kv_len].
+        env: the variables of expressions, but s.
+        given: the s that each of the spec's scores was given, [rows, kv_len].
+    """
+
+    s: Array
+    there: Array
+    env: Mapping[str, Any]
+    given: tuple[Array, ...]
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """The softmax of some rows of one head: weights are p · rescale / total.
+
+    Args:
+        p: exp(s − the row's maximum), 0 where a key isn't there, [rows, kv_len].
+        own: the sum of p, without the sink, [rows].
+        lse: of the scores, without the sink, [rows].
+        rescale: 1, but where a sink lies above all scores, [rows].
+        sink: the sink's part of total, [rows]; 0 without one.
+        total: [rows].
+        seen: whether any key is there, [rows].
+    """
+
+    p: Array
+    own: Array
+    lse: Array
+    rescale: Array
+    sink: Array
+    total: Array
+    seen: Array
+
+
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The NumPy dtype of one of the language's names."""
     if name == "bfloat16":
@@ -74,10 +114,7 @@ def attention(
     """
     how = rounding or exact(spec)
     rows = np.arange(spec.q_len) if rows is None else np.asarray(rows)
-    swap = spec.layout == "bthd"
-    q, k, v = (
-        np.swapaxes(np.asarray(x), 1, 2) if swap else np.asarray(x) for x in (q, k, v)
-    )
+    q, k, v = (by_heads(spec, x) for x in (q, k, v))
     out = np.zeros((spec.batch, spec.q_heads, len(rows), spec.v_dim), how.wide)
     lse = np.zeros(out.shape[:-1], how.wide)
     known = {name: np.asarray(x) for name, x in operands.items()}
@@ -88,18 +125,24 @@ def attention(
             for start in range(0, len(rows), ROWS):
                 part = slice(start, start + ROWS)
                 queries = q[b, h, rows[part]].astype(how.wide)
-                s, there = _scores(spec, how, queries, keys, b, h, rows[part], known)
+                found = scores(spec, how, queries, keys, b, h, rows[part], known)
                 sink = how.wide(known["sink"][h]) if spec.sink else None
-                out[b, h, part], lse[b, h, part] = _softmax(s, there, values, sink, how)
+                weights = softmax(found, sink, how)
+                out[b, h, part] = _mean(weights, found.there, values, how)
+                lse[b, h, part] = weights.lse
     return {"out": out, "lse": lse}
 
 
 def pick(spec: AttentionSpec, name: str, output: Array, rows: Array) -> Array:
-    """The rows of a kernel's output, in the order of `attention`'s."""
-    x = np.asarray(output)
-    if name == "out" and spec.layout == "bthd":
-        x = np.swapaxes(x, 1, 2)
+    """The rows of a kernel's out, lse or dq, in the order of `attention`'s."""
+    x = np.asarray(output) if name == "lse" else by_heads(spec, output)
     return x[:, :, rows]
+
+
+def by_heads(spec: AttentionSpec, array: Array) -> Array:
+    """[batch, heads, length, dim] of an array in the spec's layout, or the other way."""
+    x = np.asarray(array)
+    return np.swapaxes(x, 1, 2) if spec.layout == "bthd" else x
 
 
 def offsets(spec: AttentionSpec, operands: Mapping[str, Array]) -> Array:
@@ -113,7 +156,7 @@ def offsets(spec: AttentionSpec, operands: Mapping[str, Array]) -> Array:
     return np.full((spec.batch,), spec.static_q_offset, np.int64)
 
 
-def _scores(
+def scores(
     spec: AttentionSpec,
     how: Rounding,
     queries: Array,
@@ -122,8 +165,8 @@ def _scores(
     h: int,
     rows: Array,
     operands: Mapping[str, Array],
-) -> tuple[Array, Array]:
-    """Scores [rows, kv_len] of one head, and which keys are there."""
+) -> Scored:
+    """Scores of one head's queries [rows, qk_dim] and keys [kv_len, qk_dim]."""
     s: Array
     stats = np.dtype(spec.stats_dtype).type
     with np.errstate(all="ignore"):
@@ -137,7 +180,9 @@ def _scores(
         "q": rows[:, None] + offsets(spec, operands)[b],
         "k": k_index[None, :] + spec.kv_offset,
     }
+    given = []
     for score in spec.score:
+        given.append(s)
         s = evaluate(score.expr, env | {"s": s}, operands, how.wide, stats)
         s = np.broadcast_to(s, (len(rows), spec.kv_len))
     there = np.ones(s.shape, bool)
@@ -149,40 +194,48 @@ def _scores(
         there &= rows[:, None] < operands["q_lengths"][b]
     with np.errstate(all="ignore"):  # below all of float32, a score is −∞
         there &= s.astype(stats) != -np.inf
-    return np.where(there, s, how.wide(-np.inf)), there
+    return Scored(np.where(there, s, how.wide(-np.inf)), there, env, tuple(given))
 
 
-def _softmax(
-    s: Array, there: Array, values: Array, sink: Any, how: Rounding
-) -> tuple[Array, Array]:
-    """out [rows, v_dim] and lse [rows] of one head's scores."""
+def softmax(scored: Scored, sink: Any, how: Rounding) -> Softmax:
+    """The softmax of one head's scores, with its sink, or None."""
     zero = how.wide(0)
-    m: Array = s.max(-1, keepdims=True)
+    m: Array = scored.s.max(-1, keepdims=True)
     m = np.asarray(np.where(m == -np.inf, zero, m))
     with np.errstate(all="ignore"):
-        p = np.where(there, np.exp(s - m), zero)
-        total = p.sum(-1, dtype=how.wide)
-        lse = m[:, 0] + np.log(total)
+        p = np.where(scored.there, np.exp(scored.s - m), zero)
+        own = np.asarray(p.sum(-1, dtype=how.wide))
+        lse = m[:, 0] + np.log(own)
+        rescale, of_sink = np.ones_like(own), np.zeros_like(own)
         if sink is not None:  # a sink far above the scores: rescaled to it
             top = np.maximum(m[:, 0], sink)
-            p = p * np.exp(m - top[:, None])
-            total = total * np.exp(m[:, 0] - top) + np.exp(sink - top)
-        weighted = _weighted(p.astype(how.product).astype(how.wide), there, values)
-        out = np.where(total[:, None] > 0, weighted / total[:, None], zero)
-    total = np.asarray(total)
-    out = np.where(np.isnan(total)[:, None], total[:, None], out)
-    seen = np.asarray(there.any(-1))
-    return np.where(seen[:, None], out, zero), lse
+            rescale = np.exp(m[:, 0] - top)
+            of_sink = np.exp(sink - top)
+        total = own * rescale + of_sink
+    seen = np.asarray(scored.there.any(-1))
+    return Softmax(p, own, lse, rescale, of_sink, total, seen)
 
 
-def _weighted(p: Array, there: Array, values: Array) -> Array:
+def _mean(weights: Softmax, there: Array, values: Array, how: Rounding) -> Array:
+    """out [rows, v_dim]: the mean of values [kv_len, v_dim]."""
+    zero, total = how.wide(0), weights.total[:, None]
+    with np.errstate(all="ignore"):
+        p = weights.p * weights.rescale[:, None]
+        sums = weighted(p.astype(how.product).astype(how.wide), there, values)
+        out = np.where(total > 0, sums / total, zero)
+    out = np.where(np.isnan(total), total, out)
+    return np.where(weights.seen[:, None], out, zero)
+
+
+def weighted(p: Array, there: Array, values: Array) -> Array:
     """Σ p·v over the keys that are there, whatever the others hold."""
-    if np.isfinite(values).all():
+    finite = np.isfinite(values)
+    if finite.all():
         return p @ values
-    clean = p @ np.where(np.isfinite(values), values, 0)
-    for column in np.flatnonzero(~np.isfinite(values).all(-1)):
+    clean = p @ np.where(finite, values, 0)
+    for column in np.flatnonzero(~finite.all(-1) & there.any(0)):
         seen = there[:, column]
-        bad = np.where(np.isfinite(values[column]), 0, values[column])
+        bad = np.where(finite[column], 0, values[column])
         clean[seen] += p[seen, column, None] * bad
     return clean
 
@@ -258,22 +311,33 @@ def _read(
     """A read of an operand; outside its axes NaN."""
     assert isinstance(node.value, Operand)
     table = operands[node.value.name]
-    index = []
-    for i in node.args:
-        name = f"{i.value}_index" if i.op == "var" and i.value in ("q", "k") else None
-        index.append(
-            np.asarray(
-                env[name] if name else evaluate(i, env, operands, wide, compared)
-            )
-        )
-    inside = np.ones((), bool)
-    for at, size in zip(index, table.shape, strict=True):
-        inside = inside & (at >= 0) & (at < size)
-    if not inside.all():
-        index = [np.clip(i, 0, n - 1) for i, n in zip(index, table.shape, strict=True)]
+    index, inside = places(node, env, operands, wide, compared)
     values = table[tuple(np.broadcast_arrays(*index))]
     if node.kind == "bool":
         return values
     if node.kind == "int":
         return values.astype(np.int64)
     return np.where(inside, values.astype(wide), wide(np.nan))
+
+
+def places(
+    node: Expr,
+    env: Mapping[str, Any],
+    operands: Mapping[str, Array],
+    wide: Any,
+    compared: Any = np.float32,
+) -> tuple[list[Array], Array]:
+    """Where a load reads its operand: an index for each axis, and whether it is one."""
+    assert isinstance(node.value, Operand)
+    shape = operands[node.value.name].shape
+    index = []
+    for i in node.args:
+        name = f"{i.value}_index" if i.op == "var" and i.value in ("q", "k") else None
+        at = env[name] if name else evaluate(i, env, operands, wide, compared)
+        index.append(np.asarray(at))
+    inside = np.ones((), bool)
+    for at, size in zip(index, shape, strict=True):
+        inside = inside & (at >= 0) & (at < size)
+    if not inside.all():
+        index = [np.clip(i, 0, n - 1) for i, n in zip(index, shape, strict=True)]
+    return index, inside

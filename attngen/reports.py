@@ -88,10 +88,11 @@ class Report:
         said = "passed" if self.passed else "FAILED"
         where = f" {self.ran}" if self.ran else ""
         lines = [f"{said}{where}: {'; '.join(self.cases)}"]
+        wide = max((len(c.name) for c in self.checks), default=0)
         for c in self.checks:
             error = "NaN or infinity astray" if c.error is None else f"{c.error:.2e}"
             lines.append(
-                f"  {c.name:<4} {c.case:<10} error {error}, allowed {c.tolerance:.2e} "
+                f"  {c.name:<{max(wide, 4)}} {c.case:<10} error {error}, allowed {c.tolerance:.2e} "
                 f"(plain attention: {c.baseline_error:.2e})"
             )
         return "\n".join(lines)

@@ -1,9 +1,10 @@
 """Kernel against reference: the tolerance rule.
 
-A kernel passes when for each output its largest absolute error against float64 is at most
-twice that of a plain implementation in the same dtypes, plus two units in the last place
-of the output's dtype at the reference's largest magnitude. Rows that see no key must be
-exactly 0, NaNs and infinities must be where the reference has them.
+A kernel passes when for each output, and each gradient, its largest absolute error against
+float64 is at most twice that of a plain implementation in the same dtypes, plus two units in
+the last place of its dtype at the reference's largest magnitude. NaNs and infinities must be
+where the reference has them. What must be exactly 0: out and dq of rows that see no key, dk
+and dv of keys past kv_lengths, and dq of rows whose cotangents are 0.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from attngen import inputs, reference
+from attngen import inputs, reference, reference_gradients, slopes
 from attngen.errors import FAULTS, OperandError, SpecError, ValidationError
 from attngen.plans import Plan
 from attngen.reference import Array, numpy_dtype
@@ -25,6 +26,7 @@ from attngen.spec import AttentionSpec
 ELEMENTS = (
     2**22
 )  # of the reference's scores in one case: more rows than that are sampled
+PARTS = 8  # of the rows: see `_gradients`
 SECONDS = 30.0  # see `validate`
 
 Function = Callable[..., Any]
@@ -46,7 +48,10 @@ def validate(
     """Judge a function by the reference.
 
     Args:
-        function: takes q, k, v and the operands by name.
+        function: takes q, k, v and the operands by name, and returns the outputs; with
+            derivatives the program of `Backend.program`, which takes cotangents too, and
+            returns gradients behind the outputs. Where rows are sampled, the others'
+            cotangents are 0, so that each gradient is judged whole.
         to_array: makes the function's arrays of NumPy's, given a dtype's name.
         rebuild: makes the function of another spec with other choices; None where the
             function can't be made anew (a file that was edited). With it, a spec too
@@ -93,24 +98,95 @@ def _judge(
     seed: int,
 ) -> list[OutputCheck]:
     given = inputs.arrays(spec, seed=seed)
-    outputs = _call(spec, function, given, to_array)
+    pulled = inputs.cotangents(spec, seed=seed, rows=rows)
+    returned = _call(spec, function, given | pulled, to_array)
     q, k, v = (given.pop(n) for n in ("q", "k", "v"))
+    rounding = reference.plain(spec)
     want = reference.attention(spec, q, k, v, given, rows=rows)
-    plain = reference.attention(
-        spec, q, k, v, given, rows=rows, rounding=reference.plain(spec)
-    )
+    plain = reference.attention(spec, q, k, v, given, rows=rows, rounding=rounding)
+    unseen = np.isneginf(want["lse"])
+    parts: dict[str, float] = {}
+    if pulled:
+        exact, baseline, parts = _gradients(spec, (q, k, v, given, pulled), rows)
+        want, plain = want | exact, plain | baseline
     checks = []
-    for name, output in zip(spec.outputs, outputs, strict=True):
-        dtype = numpy_dtype(spec.dtype_of(name))
-        got = reference.pick(spec, name, output, rows)
-        baseline = largest_error(plain[name].astype(dtype), want[name])
-        base = 0.0 if baseline is None else baseline
+    for (name, of), array in zip(_returns(spec).items(), returned, strict=True):
+        dtype = numpy_dtype(spec.dtype_of(of))
+        by_rows = name in ("out", "lse", "dq")
+        got = reference.pick(spec, name, array, rows) if by_rows else array
+        base = largest_error(plain[name].astype(dtype), want[name]) or 0.0
+        base = max(base, parts.get(name, 0.0))
         allowed = 2 * base + 2 * ulp(dtype, want[name])
         error = largest_error(got, want[name])
-        if name == "out" and (got[np.isneginf(want["lse"])] != 0).any():
-            error = None  # a row that sees no key is exactly 0
+        if any(
+            (x != 0).any() for x in _nothing(spec, name, array, rows, unseen, given)
+        ):
+            error = None
         checks.append(OutputCheck(case, name, error, base, allowed))
     return checks
+
+
+def _gradients(
+    spec: AttentionSpec, arrays: tuple[Any, ...], rows: Array
+) -> tuple[dict[str, Array], dict[str, Array], dict[str, float]]:
+    """Gradients: the reference's, the plain baseline's, and the latter's errors in parts.
+
+    A gradient of few numbers, a sink's say, is the sum of as many terms as there are pairs:
+    by luck their errors cancel. So rows are taken in PARTS, and the largest sum of the
+    parts' absolute errors counts as the baseline's error, where it is larger.
+
+    Args:
+        arrays: q, k, v, operands and cotangents.
+    """
+    want: dict[str, Array] = {}
+    plain: dict[str, Array] = {}
+    errors: dict[str, Array] = {}
+    how = reference.plain(spec)
+    for i in range(min(PARTS, len(rows))):
+        part = rows[i::PARTS]
+        exact = reference_gradients.gradients(spec, *arrays, rows=part)
+        baseline = reference_gradients.gradients(spec, *arrays, rows=part, rounding=how)
+        for made, found in ((want, exact), (plain, baseline)):
+            dq = found.pop("dq")
+            shape = (*dq.shape[:2], len(rows), dq.shape[-1])
+            made.setdefault("dq", np.zeros(shape, dq.dtype))[:, :, i::PARTS] = dq
+            for name, x in found.items():
+                made[name] = made[name] + x if name in made else x
+        with np.errstate(invalid="ignore"):
+            for name, x in exact.items():
+                errors[name] = errors.get(name, 0) + np.abs(baseline[name] - x)
+    return want, plain, {n: float(np.nanmax(x, initial=0)) for n, x in errors.items()}
+
+
+def _returns(spec: AttentionSpec) -> dict[str, str]:
+    """What a function returns, in order: outputs and gradients, and what each is of."""
+    return {name: name for name in spec.outputs} | slopes.gradients(spec)
+
+
+def _nothing(
+    spec: AttentionSpec,
+    name: str,
+    array: Array,
+    rows: Array,
+    unseen: Array,
+    operands: Mapping[str, Array],
+) -> list[Array]:
+    """The parts of what was returned that must be exactly 0.
+
+    Args:
+        unseen: whether a row sees no key, [batch, q_heads, rows].
+    """
+    parts = []
+    if name in ("out", "dq"):
+        parts.append(reference.pick(spec, name, array, rows)[unseen])
+    if name == "dq":
+        others = np.delete(np.arange(spec.q_len), rows)
+        parts.append(reference.pick(spec, name, array, others))
+    if name in ("dk", "dv") and spec.kv_lengths:
+        by_heads = reference.by_heads(spec, array)
+        lengths = operands["kv_lengths"]
+        parts += [x[:, max(n, 0) :] for x, n in zip(by_heads, lengths, strict=True)]
+    return parts
 
 
 def _call(
@@ -119,8 +195,10 @@ def _call(
     given: Mapping[str, Array],
     to_array: Callable[[Array, str], Any],
 ) -> tuple[Array, ...]:
-    """The function's outputs, each in the form that the spec says."""
-    arrays = {n: to_array(x, spec.dtype_of(n)) for n, x in given.items()}
+    """What the function returns, each in the form that the spec says."""
+    of = slopes.cotangents(spec)
+    arrays = {n: to_array(x, spec.dtype_of(of.get(n, n))) for n, x in given.items()}
+    names = _returns(spec)
     try:
         returned = function(**arrays)
         outputs = returned if isinstance(returned, tuple | list) else (returned,)
@@ -129,19 +207,18 @@ def _call(
         raise ValidationError(
             "The function raised an error when it was called.",
             got=f"{type(error).__name__}: {error!s:.500}",
-            needed="its outputs: " + ", ".join(spec.outputs),
+            needed="its outputs: " + ", ".join(names),
         ) from error
     got = [f"{x.dtype}{list(x.shape)}" for x in made]
     needed = [
-        f"{numpy_dtype(spec.dtype_of(n))}{list(spec.shape_of(n))}" for n in spec.outputs
+        f"{numpy_dtype(spec.dtype_of(n))}{list(spec.shape_of(n))}"
+        for n in names.values()
     ]
     if got != needed:
         raise ValidationError(
             "The function doesn't return what its spec says.",
             got=", ".join(got) or "nothing",
-            needed=", ".join(
-                f"{n} {x}" for n, x in zip(spec.outputs, needed, strict=True)
-            ),
+            needed=", ".join(f"{n} {x}" for n, x in zip(names, needed, strict=True)),
         )
     return made
 
@@ -190,7 +267,9 @@ def shrink(spec: AttentionSpec, plan: Plan) -> Small | None:
     beyond the smaller size, say).
     """
     choice = plan.choice
-    least = max(200, largest_constant(spec) + 3 * min(plan.k_chunk, 48) + 7)
+    k_chunks = {n: int(c) for n, c in choice.items() if n.endswith("k_chunk")}
+    q_chunks = {n: int(c) for n, c in choice.items() if n.endswith("q_chunk")}
+    least = max(200, largest_constant(spec) + 3 * min(max(k_chunks.values()), 48) + 7)
     length = min(spec.kv_len, -(-least // 240) * 240)  # 240 has many divisors
     q_length = min(spec.q_len, 120 if spec.q_len < spec.kv_len else length)
     if spec.q_len > spec.kv_len:
@@ -210,12 +289,14 @@ def shrink(spec: AttentionSpec, plan: Plan) -> Small | None:
         )
     except (OperandError, SpecError):
         return None
-    chunks = -(-spec.kv_len // plan.k_chunk)
-    most = 48 if choice.get("loop") == "fori" else -(-length // min(chunks, 4))
     at_once = max(int(choice.get(n, 1)) for n in ("unroll", "parts"))  # key chunks
-    most = min(most, max(1, length // at_once))
-    choice["k_chunk"] = _chunk(plan.k_chunk, spec.kv_len, length, most)
-    choice["q_chunk"] = _chunk(plan.q_chunk, spec.q_len, q_length, 32)
+    for name, chunk in k_chunks.items():
+        chunks = -(-spec.kv_len // chunk)
+        most = 48 if choice.get("loop") == "fori" else -(-length // min(chunks, 4))
+        most = min(most, max(1, length // at_once))
+        choice[name] = _chunk(chunk, spec.kv_len, length, most)
+    for name, chunk in q_chunks.items():
+        choice[name] = _chunk(chunk, spec.q_len, q_length, 32)
     if "batch_chunk" in choice:
         choice |= {"batch_chunk": batches[1], "head_chunk": heads[1]}
     if diagonal := int(plan.choice.get("diagonal", 0)):

@@ -14,8 +14,9 @@ def kernel(spec, backend="jax", **fix):
 def judge(spec, backend="jax", **fix):
     """Assert that what is emitted for a spec computes it; the report."""
     function, plan = kernel(spec, backend, **fix)
+    by = backends.get(backend)
     report = validator.validate(
-        spec, plan, function, to_array=backends.get(backend).array
+        spec, plan, by.program(spec, function), to_array=by.array
     )
     assert report.passed, f"{report}\n{plan.choice}\n{spec.to_json()}"
     return report

@@ -100,6 +100,13 @@ class Backend(Protocol):
         """What validation calls: the function as it was loaded, or the file interpreted
         where it can't be called here."""
 
+    def program(
+        self, spec: AttentionSpec, function: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """What `trial` made as validation calls it: with derivatives it takes cotangents
+        too, by the names of `slopes.cotangents`, and returns the gradients of
+        `slopes.gradients` behind the outputs. Without them, the function itself."""
+
     def ran(self, target: Target) -> str:
         """Where that runs, for the report; "" where it goes without saying."""
 

@@ -75,6 +75,13 @@ class JaxBackend:
     def trial(self, path: Path, function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
+    def program(
+        self, spec: AttentionSpec, function: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        from attngen.backends.jax.program import program
+
+        return program(function, slopes.gradients(spec), slopes.cotangents(spec))
+
     def ran(self, target: Target) -> str:
         return "" if self.is_here(target) else "on this machine's processor"
 

@@ -76,6 +76,11 @@ class TritonBackend:
 
         return trial(path, function)
 
+    def program(
+        self, spec: AttentionSpec, function: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        return function  # derivatives are refused
+
     def ran(self, target: Target) -> str:
         from attngen.backends.triton.trial import ran
 
