@@ -30,6 +30,7 @@ from attngen.backends.jax.tile import (
     Tile,
     chosen,
     exponential,
+    heads,
     inverse,
     order,
     product_keywords,
@@ -87,19 +88,32 @@ def backward(plan: Plan) -> dict[str, Any]:
     passes = [
         _pass(mine, at, starts, ragged, p) | {"first": p == order_[0]} for p in order_
     ]
+    summing = None
+    if "out" in spec.outputs and mine.option("delta") == "summed":
+        summing = _pass(mine, at, starts, ragged, ("q", ()))
     kinds = {kind for p in passes for kind in p["kinds"]}
+    kinds |= summing["kinds"] if summing is not None else set()
     loops = Loops(
         tuple(looped), "edge" in kinds, "interior" in kinds, ragged, len(passes)
     )
     both = loops.masked and loops.unmasked
     sums, out = trained(mine), "out" in spec.outputs
     made = ["p", "ds", "rows", "d_rows", "kc"] if out else ["ds", "rows", "kc"]
-    named = [*looped, *(["masked"] if both else []), *(["sums"] if sums else [])]
+    summed = out and mine.option("delta") == "summed"
+    named = [*looped, *(["masked"] if both else []), *(["delta"] if summed else [])]
+    named += ["sums"] if sums else []
+    if summing is not None:
+        call = [*looped, *(["masked"] if both else []), "None"]
+        summing["tile_call"] = ", ".join([*call, *(["None"] if sums else [])])
+        summing["loops"] = [
+            line for loop in summing["bounds"]["loops"] for line in _loop(loop, both)
+        ]
     for p in passes:
         own = {"ds", *(("kc",) if "dq" in p["gradients"] else ())}
         own |= {"p", "rows", "d_rows"} if "dk" in p["gradients"] else set()
         used = [n if n in own else "_" for n in made]
         call = [*looped, *(["masked"] if both else [])]
+        call += ["delta"] if summed else []
         if sums:
             used.append("sums" if p["first"] else "_")
             call.append("sums" if p["first"] else "None")
@@ -118,6 +132,7 @@ def backward(plan: Plan) -> dict[str, Any]:
             f"d_{n}": f"jnp.zeros({n}.shape, jnp.{spec.stats_dtype})" for n in sums
         },
         "passes": passes,
+        "summing": summing,
         "starts": {a: start(loops, a) for a in "qk"},
         **_arguments(plan),
         **_arrays(mine, at, starts),
@@ -180,6 +195,7 @@ PASSES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
 
 
 ABOUT = {
+    (): "One chunk of queries: the sum of p, and delta, the mean of dp.",
     ("dq", "dk", "dv"): "One chunk of keys, and all queries that see any of it.",
     ("dq",): "One chunk of queries: dq.",
     ("dk", "dv"): "One chunk of keys: dk and dv.",
@@ -216,7 +232,7 @@ def _pass(
     steps = " * ".join(count for _, count in levels)
     return {
         "outer": outer,
-        "name": "queries" if outer == "q" else "keys",
+        "name": ("queries" if outer == "q" else "keys") if gradients else "deltas",
         "about": ABOUT[gradients],
         "gradients": gradients,
         "own": [n for n in gradients if (n == "dq") == (outer == "q")],
@@ -227,21 +243,30 @@ def _pass(
         "loops": visited["loops"],
         "kinds": {kind for kind, _, _ in visited["loops"]},
         "ragged": outer in ragged,
-        "new": _new(plan, outer),
+        "new": _new(plan, outer, rows=not gradients),
     }
 
 
-def _new(plan: Plan, outer: str) -> str:
-    """The statement that tells what of an overlapping chunk isn't written yet."""
+def _new(plan: Plan, outer: str, *, rows: bool) -> str:
+    """The statement that tells what of an overlapping chunk isn't written yet.
+
+    Args:
+        rows: of an array [b, h, t].
+    """
     memory_order = order(plan.spec.layout, "bqh" if outer == "q" else "bkg")
+    memory_order = "bhq" if rows else memory_order
     axes = shards.axes(plan, memory_order, ahead=True)
     place = axes.index((outer, ""))
     start, chunk, index = {
         "q": ("q_start", "Q_CHUNK", "i"),
         "k": ("k_start", "K_CHUNK", "c"),
     }[outer]
-    after = ", None" * (len(axes) - place)
-    return f"new = ({start} + jnp.arange({chunk}) >= {index} * {chunk})[:{after}]"
+    after = ", None" * (len(axes) - place - rows)
+    made = f"new = {start} + jnp.arange({chunk}) >= {index} * {chunk}"
+    if not after:
+        return made
+    name, _, value = made.partition(" = ")
+    return f"{name} = ({value})[:{after}]"
 
 
 def _visited(
@@ -312,6 +337,21 @@ def _arrays(plan: Plan, at: Tile, starts: Starts) -> dict[str, Any]:
     scaled = chosen(plan, "scale") == "queries"
     return {
         "views": shards.views(plan, layout),
+        "lse": {
+            "begin": known["memory"]["lse_begin"],
+            "size": as_tuple(
+                shards.sizes(
+                    plan,
+                    "bhq",
+                    {"b": at.sizes["b"], "q": "Q_CHUNK", "h": heads(at)},
+                    ahead=True,
+                )
+            ),
+            "all": known["lse_all_shape"],
+            "shape": known["lse_shape"],
+            "rows": at.shape(at.rows),
+            "moved": shards.moved(plan, "bhq"),
+        },
         "begin": {
             "q": known["memory"]["rows"]["begin"],
             "k": known["memory"]["keys"]["begin"],

@@ -86,6 +86,12 @@ class TileWriter:
         self._weights(made.code.edge)
         if self.out:
             self._add(f'dp = {self.einsum}("{s}", d_rows, vc)')
+            if self.plan.option("delta") == "summed":
+                self._add(
+                    "if delta is None:  # not known yet",
+                    "    return p.sum(-1), (p * dp).sum(-1)",
+                )
+                self._deltas()
             self._add("ds = p * (dp - delta_row[..., None])")
         else:
             self._add("ds = p * dlse_row[..., None]")
@@ -94,8 +100,8 @@ class TileWriter:
             self.lines.append((f"{as_tuple(names)} = sums", (SUMS,)))
         self.lines += made.back
         if names:
-            made = ", ".join(names) if len(names) > 1 else as_tuple(names)
-            self.lines.append((f"sums = {made}", (SUMS,)))
+            tuple_ = ", ".join(names) if len(names) > 1 else as_tuple(names)
+            self.lines.append((f"sums = {tuple_}", (SUMS,)))
         return self._text()
 
     def _add(self, *lines: str, masked: bool = False) -> None:
@@ -176,23 +182,14 @@ class TileWriter:
 
     def _row_numbers(self) -> None:
         """lse, delta and dlse of each row, and what is 0 where it sees no key."""
-        kept = self.out and self.plan.option("delta") == "kept"
+        delta = self.plan.option("delta") if self.out else ""
         self._add(f"at = {self.memory['memory']['lse_begin']}")
-        of = {"b": self.at.sizes["b"], "q": "Q_CHUNK", "h": heads(self.at)}
-        size = as_tuple(shards.sizes(self.plan, "bhq", of, ahead=True))
-        back = shards.moved(self.plan, "bhq", back=True)
-        for name in (
-            "lse",
-            *(["delta"] if kept else []),
-            *(["dlse"] if self.dlse else []),
-        ):
-            calls = [["lax.dynamic_slice", name, "at", size]]
-            if back:
-                calls.append([".transpose", *dimensions(back)])
-            calls.append([".reshape", *dimensions(self.at.shape(self.at.rows))])
-            self._add(*assign(f"{name}_row", calls, WIDTH))
-        guarded = guards(self.plan)
-        if guarded:
+        self._row("lse")
+        if delta == "kept":
+            self._row("delta")
+        if self.dlse and delta != "summed":
+            self._row("dlse")
+        if guards(self.plan):
             self._add(
                 "known = lse_row != -jnp.inf  # else the query sees no key",
                 "lse_row = jnp.where(known, lse_row, jnp.inf)",
@@ -200,31 +197,67 @@ class TileWriter:
             )
             if self.out:
                 self._add("d_rows = jnp.where(known[..., None], d_rows, 0)")
-        if self.out and not kept:
-            wide = self.spec.stats_dtype
-            product = str(self.plan.option("product_dtype"))
-            made = wide if self.spec.sink else product
-            left = "d_rows" if made == wide else f"d_rows.astype({self.stats})"
-            self._add(f"delta_row = ({left} * out_rows).sum(-1)")
-            if guarded:
-                self._add("delta_row = jnp.where(known, delta_row, 0)")
-        elif self.out and guarded:
-            self._add("delta_row = jnp.where(known, delta_row, 0)")
-        if self.dlse and guarded:
-            self._add("dlse_row = jnp.where(known, dlse_row, 0)")
+        if delta == "again":
+            cast = "" if self._wide_rows() else f".astype({self.stats})"
+            self._add(f"delta_row = (d_rows{cast} * out_rows).sum(-1)")
         if self.spec.sink and self.out:
             self._add(
                 *self._sink(),
                 "share = 1 / (1 + jnp.exp(sink_at_h - lse_row))  # of keys, beside the sink",
                 "d_rows *= share[..., None]",
-                "delta_row *= share",
             )
             if cast := self._cast(self.spec.stats_dtype):
                 self._add(f"d_rows = d_rows{cast}")
-        if self.dlse and self.out:
-            self._add("delta_row -= dlse_row")
+        if delta != "summed":
+            self._known_deltas()
         if self.how["base_2"]:
             self._add("lse_row *= LOG2E")
+
+    def _row(self, name: str) -> None:
+        """A number of each row, out of an array [b, h, t]."""
+        of = {"b": self.at.sizes["b"], "q": "Q_CHUNK", "h": heads(self.at)}
+        size = as_tuple(shards.sizes(self.plan, "bhq", of, ahead=True))
+        calls = [["lax.dynamic_slice", name, "at", size]]
+        if back := shards.moved(self.plan, "bhq", back=True):
+            calls.append([".transpose", *dimensions(back)])
+        calls.append([".reshape", *dimensions(self.at.shape(self.at.rows))])
+        self._add(*assign(f"{name}_row", calls, WIDTH))
+
+    def _wide_rows(self) -> bool:
+        """Whether rows of dout are in the statistics' dtype until they are multiplied."""
+        product = self.plan.option("product_dtype")
+        return self.spec.sink or product == self.spec.stats_dtype
+
+    def _deltas(self) -> None:
+        """delta of sums that were made before, and what changes it.
+
+        lse is rounded as scores are: where they are large, p adds up to 1 only once it is
+        divided by its own sum.
+        """
+        self._add(f"at = {self.memory['memory']['lse_begin']}")
+        self._row("total")
+        self._row("delta")
+        if self.dlse:
+            self._row("dlse")
+        self._known_deltas()
+        product = str(self.plan.option("product_dtype"))
+        self._add("delta_row /= total_row", "dp /= total_row[..., None]")
+        if product == self.spec.stats_dtype:
+            self._add("d_rows /= total_row[..., None]")
+        else:
+            self._add(f"d_rows = (d_rows / total_row[..., None]).astype(jnp.{product})")
+
+    def _known_deltas(self) -> None:
+        """What changes delta: queries that see nothing, a sink, a cotangent of lse."""
+        guarded = guards(self.plan)
+        if self.out and guarded:
+            self._add("delta_row = jnp.where(known, delta_row, 0)")
+        if self.dlse and guarded:
+            self._add("dlse_row = jnp.where(known, dlse_row, 0)")
+        if self.spec.sink and self.out:
+            self._add("delta_row *= share")
+        if self.dlse and self.out:
+            self._add("delta_row -= dlse_row")
 
     def _sink(self) -> list[str]:
         shape = dimensions(without_keys(self.at.spread("gr")))

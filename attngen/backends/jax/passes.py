@@ -12,6 +12,7 @@ from attngen.backends.jax import passes_model
 from attngen.backends.jax.candidates import exponentials, products, scalable
 from attngen.cost import Cost
 from attngen.plans import Choice, Option
+from attngen.slopes import trained
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
 from attngen.tiles import Tiles
@@ -19,7 +20,7 @@ from attngen.tiles import Tiles
 ALGORITHMS = ("one_pass", "two_passes")
 CHUNKS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 WORDS: dict[str, tuple[Option, ...]] = {
-    "delta": ("kept", "again"),
+    "delta": ("kept", "again", "summed"),
     "scale": ("queries", "scores"),
     "guard": (False, True),
 }
@@ -49,7 +50,7 @@ class Passes:
             "product_dtype": product if whole else product[:1],
             "guard": (*guard, not guard[0]) if whole and wide else guard,
             "scale": scale if whole else scale[:1],
-            "delta": WORDS["delta"],
+            "delta": _deltas(spec, whole),
         }
         return dict.fromkeys(ALGORITHMS, axes)
 
@@ -92,7 +93,7 @@ class Passes:
 
     def flop(self, spec: AttentionSpec, choice: Choice, tiles: Tiles) -> int:
         """Of the products: five for a tile, and two more for each pass after the first."""
-        again = choice["algorithm"] == "two_passes"
+        again = (choice["algorithm"] == "two_passes") + (choice["delta"] == "summed")
         dims = (3 + again) * spec.qk_dim + (2 + again) * spec.v_dim
         tile = 2 * int(choice["q_chunk"]) * int(choice["k_chunk"]) * dims
         return spec.batch * spec.q_heads * tiles.visited * tile
@@ -105,7 +106,20 @@ class Passes:
             f"{ways[str(choice['algorithm'])]} · {choice['q_chunk']} queries × "
             f"{choice['k_chunk']} keys · {heads} kv head{'s' if heads != 1 else ''} a step"
         )
-        return text + (" · delta again" if choice["delta"] == "again" else "")
+        rare = {"again": " · delta again", "summed": " · delta summed"}
+        return text + rare.get(str(choice["delta"]), "")
+
+
+def _deltas(spec: AttentionSpec, whole: bool) -> tuple[Option, ...]:
+    """Where operands' gradients are sums over rows, ds must add up to 0 in each of them.
+
+    Then delta is summed of the same p and dp, for which tiles are made once more.
+    """
+    if "out" not in spec.outputs:
+        return ("again",)
+    ours = any(o.name != "sink" for o in trained(spec))
+    found = ("summed", "kept", "again") if ours else ("kept", "again", "summed")
+    return found if whole else ("summed",) if ours else found[:2]
 
 
 def _chunks(length: int) -> tuple[int, ...]:

@@ -150,12 +150,13 @@ class Writer:
             names["q"] = "q_index"
         if spec.kv_offset == 0:
             names["k"] = "k_index"
-        dtypes = {"float_dtype": float_dtype, "int_dtype": self.plan.index_dtype}
 
         def load(node: Expr) -> str:
             return self._load(node, float_dtype)
 
-        return ArrayPrinter("jnp", names, load, prefix=prefix, **dtypes)
+        return ArrayPrinter(
+            "jnp", names, load, float_dtype, self.plan.index_dtype, prefix=prefix
+        )
 
     # What an expression needs defined first.
 
