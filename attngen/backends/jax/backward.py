@@ -13,10 +13,11 @@ from typing import Any
 from attngen import slopes
 from attngen.backends.jax import shards
 from attngen.backends.jax.backward_tile import (
+    Lies,
     Loops,
     TileWriter,
+    forms_twice,
     head_dims,
-    keys_shape,
     start,
     subscripts,
     trained,
@@ -31,7 +32,6 @@ from attngen.backends.jax.tile import (
     chosen,
     exponential,
     heads,
-    inverse,
     order,
     product_keywords,
     tile,
@@ -99,6 +99,8 @@ def backward(plan: Plan) -> dict[str, Any]:
     both = loops.masked and loops.unmasked
     sums, out = trained(mine), "out" in spec.outputs
     made = ["p", "ds", "rows", "d_rows", "kc"] if out else ["ds", "rows", "kc"]
+    twice = out and forms_twice(mine)
+    made += ["again"] if twice else []
     summed = out and mine.option("delta") == "summed"
     named = [*looped, *(["masked"] if both else []), *(["delta"] if summed else [])]
     named += ["sums"] if sums else []
@@ -109,7 +111,7 @@ def backward(plan: Plan) -> dict[str, Any]:
             line for loop in summing["bounds"]["loops"] for line in _loop(loop, both)
         ]
     for p in passes:
-        own = {"ds", *(("kc",) if "dq" in p["gradients"] else ())}
+        own = {"ds", "again", *(("kc",) if "dq" in p["gradients"] else ())}
         own |= {"p", "rows", "d_rows"} if "dk" in p["gradients"] else set()
         used = [n if n in own else "_" for n in made]
         call = [*looped, *(["masked"] if both else [])]
@@ -128,6 +130,7 @@ def backward(plan: Plan) -> dict[str, Any]:
         "tile_arguments": ", ".join(named),
         "tile_returns": ", ".join([*made, *(["sums"] if sums else [])]),
         "both": both,
+        "twice": twice,
         "sums": {
             f"d_{n}": f"jnp.zeros({n}.shape, jnp.{spec.stats_dtype})" for n in sums
         },
@@ -261,7 +264,8 @@ def _new(plan: Plan, outer: str, *, rows: bool) -> str:
         "q": ("q_start", "Q_CHUNK", "i"),
         "k": ("k_start", "K_CHUNK", "c"),
     }[outer]
-    after = ", None" * (len(axes) - place - rows)
+    dn = chosen(plan, "slices") == "dn"
+    after = "" if dn else ", None" * (len(axes) - place - rows)
     made = f"new = {start} + jnp.arange({chunk}) >= {index} * {chunk}"
     if not after:
         return made
@@ -319,59 +323,43 @@ def _arrays(plan: Plan, at: Tile, starts: Starts) -> dict[str, Any]:
     product = str(plan.option("product_dtype"))
     known = memory(plan, at, at, starts)
     qk, v = head_dims(plan)
-    rows, keys = order(spec.layout, "bqh"), order(spec.layout, "bkg")
-    whole = {
-        "dq": as_tuple([*shards.shape(plan, rows, WHOLE, ahead=True), qk]),
-        "dk": as_tuple([*shards.shape(plan, keys, WHOLE, ahead=True), qk]),
-        "dv": as_tuple([*shards.shape(plan, keys, WHOLE, ahead=True), v]),
+    lies = {
+        "dq": Lies(plan, at, starts, "q", qk),
+        "dk": Lies(plan, at, starts, "k", qk),
+        "dv": Lies(plan, at, starts, "k", v),
     }
     _, dq, dkv = subscripts(plan, at)
-    layout = {
-        "q": rows + "d",
-        "k": keys + "d",
-        "dout": rows + ("d" if qk == v else "v"),
-    }
+    rows, keys = order(spec.layout, "bqh"), order(spec.layout, "bkg")
+    layout = {"q": rows + "d", "k": keys + "d"}
+    layout["dout"] = rows + ("d" if qk == v else "v")
     layout |= {"out": layout["dout"], "v": keys + ("d" if qk == v else "v")}
     layout |= dict.fromkeys(("lse", "dlse", "delta"), "bhq")
     base_2 = exponential(plan)["base_2"]
     scaled = chosen(plan, "scale") == "queries"
+    batch = {"b": at.sizes["b"], "q": "Q_CHUNK", "h": heads(at)}
+    arrays = ["q", "k", *(("v", "dout") if "out" in spec.outputs else ())]
+    arrays += (
+        ["out"] if plan.option("delta") == "again" and "out" in spec.outputs else []
+    )
     return {
         "views": shards.views(plan, layout),
+        "across": arrays if chosen(plan, "slices") == "dn" else [],
+        "lies": lies,
         "lse": {
             "begin": known["memory"]["lse_begin"],
-            "size": as_tuple(
-                shards.sizes(
-                    plan,
-                    "bhq",
-                    {"b": at.sizes["b"], "q": "Q_CHUNK", "h": heads(at)},
-                    ahead=True,
-                )
-            ),
+            "size": as_tuple(shards.sizes(plan, "bhq", batch, ahead=True)),
             "all": known["lse_all_shape"],
             "shape": known["lse_shape"],
             "rows": at.shape(at.rows),
             "moved": shards.moved(plan, "bhq"),
         },
-        "begin": {
-            "q": known["memory"]["rows"]["begin"],
-            "k": known["memory"]["keys"]["begin"],
-        },
-        "all": whole,
-        "size": {
-            "dq": f"({known['memory']['rows']['size']}, {qk})",
-            "dk": f"({known['k_size']})",
-            "dv": f"({known['v_size']})",
-        },
-        "back": {
-            "dq": inverse(order(spec.layout, "bqgr"), at.letters),
-        },
-        "shape": {
-            "dq": at.shape(at.rows, qk),
-            "dk": as_tuple([*keys_shape(plan, at), qk]),
-            "dv": as_tuple([*keys_shape(plan, at), v]),
-        },
         "subscripts": {"dq": dq, "dk": dkv},
-        "cast_p": f".astype(jnp.{product})" if product != spec.stats_dtype else "",
+        "cast_p": f".astype(jnp.{product})"
+        if product != spec.stats_dtype and chosen(plan, "store") in ("free", "p")
+        else "",
+        "cast_ds": f".astype(jnp.{product})"
+        if product != spec.stats_dtype and chosen(plan, "store") != "both"
+        else "",
         "stats": f"jnp.{spec.stats_dtype}",
         "dtype": f"jnp.{spec.dtype}",
         "narrow": spec.dtype != spec.stats_dtype,
@@ -383,13 +371,13 @@ def _arrays(plan: Plan, at: Tile, starts: Starts) -> dict[str, Any]:
         if spec.out_dtype_name != spec.stats_dtype
         else "",
         "delta_order": ".transpose(0, 2, 1)" if spec.layout == "bthd" else "",
-        "answers": _answers(plan),
+        "answers": _answers(plan, lies),
         "einsum": "_product" if product_keywords(plan) else "jnp.einsum",
         "keywords": product_keywords(plan),
     }
 
 
-def _answers(plan: Plan) -> list[str]:
+def _answers(plan: Plan, lies: dict[str, Lies]) -> list[str]:
     """The gradients as they are returned: in their dtypes, with shards beside the rest."""
     spec, dtypes = plan.spec, {o.name: o.dtype for o in plan.spec.operands}
     qk, v = head_dims(plan)
@@ -399,7 +387,9 @@ def _answers(plan: Plan) -> list[str]:
         text = name
         if of in ("q", "k", "v"):
             letters = order(spec.layout, "bqh" if of == "q" else "bkg")
-            if any(shards.is_split(plan, a) for a in letters):
+            if lies[name].dn:
+                text += f".transpose{lies[name].along}"
+            elif any(shards.is_split(plan, a) for a in letters):
                 if moved := shards.moved(plan, letters + "d", back=True):
                     text += f".transpose{moved}"
                 shape = [*(WHOLE[a] for a in letters), v if of == "v" else qk]

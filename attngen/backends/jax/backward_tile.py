@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from attngen import slopes
 from attngen.backends.jax import shards
-from attngen.backends.jax.loops import memory
+from attngen.backends.jax.loops import WHOLE, memory
 from attngen.backends.jax.slope_code import MASKED, SUMS, Line, SlopeWriter
 from attngen.backends.jax.statements import as_tuple, assign
 from attngen.backends.jax.tile import (
@@ -25,6 +25,7 @@ from attngen.backends.jax.tile import (
     exponential,
     guards,
     heads,
+    inverse,
     inverse_keys,
     order,
     permutation,
@@ -62,11 +63,16 @@ class TileWriter:
         self.plan, self.spec, self.at, self.starts = plan, plan.spec, at, starts
         self.loops = loops
         self.lines: list[Line] = []
+        self.p = "p"
+        self.twice = forms_twice(plan)
         self.seen = "scored" if plan.drops_keys else "seen"
         self.out, self.dlse = "out" in self.spec.outputs, "lse" in self.spec.outputs
         self.stats = f"jnp.{self.spec.stats_dtype}"
         self.qk, self.v = head_dims(plan)
         self.how = exponential(plan)
+        self.dn = chosen(plan, "slices") == "dn"
+        # a number of each row, or of each key, beside the elements of its vector
+        self.spread = "[..., None, :]" if self.dn else "[..., None]"
         self.memory = memory(plan, at, at, starts)
         self.einsum = "_product" if product_keywords(plan) else "jnp.einsum"
 
@@ -84,6 +90,10 @@ class TileWriter:
             self._add(f"s *= {scale_name(self.plan)}")
         self._add(*made.code.score)
         self._weights(made.code.edge)
+        self._store()
+        if self.out and self.twice:
+            self._ds_twice(s, made.back)
+            return self._text()
         if self.out:
             self._add(f'dp = {self.einsum}("{s}", d_rows, vc)')
             if self.plan.option("delta") == "summed":
@@ -92,9 +102,9 @@ class TileWriter:
                     "    return p.sum(-1), (p * dp).sum(-1)",
                 )
                 self._deltas()
-            self._add("ds = p * (dp - delta_row[..., None])")
+            self._add(f"ds = {self.p} * (dp - delta_row[..., None])")
         else:
-            self._add("ds = p * dlse_row[..., None]")
+            self._add(f"ds = {self.p} * dlse_row[..., None]")
         names = [f"d_{name}" for name in trained(self.plan)]
         if names:
             self.lines.append((f"{as_tuple(names)} = sums", (SUMS,)))
@@ -102,7 +112,41 @@ class TileWriter:
         if names:
             tuple_ = ", ".join(names) if len(names) > 1 else as_tuple(names)
             self.lines.append((f"sums = {tuple_}", (SUMS,)))
+        if chosen(self.plan, "store") == "both":
+            self._add(
+                f"ds = lax.optimization_barrier(ds{self._cast(self.spec.stats_dtype)})"
+            )
         return self._text()
+
+    def _store(self) -> None:
+        """p where it is made once, and kept for its products."""
+        store = chosen(self.plan, "store")
+        if store == "free":
+            return
+        cast = self._cast(self.spec.stats_dtype) if store != "p" else ""
+        self._add(f"p = lax.optimization_barrier(p{cast})  # made once")
+        if cast:
+            self.p = f"p.astype({self.stats})"
+
+    def _ds_twice(self, s: str, back: list[Line]) -> None:
+        """ds for dk, and again for dq: each product is fused with its own."""
+        made = [
+            f'dp = {self.einsum}("{s}", d_rows, vc)',
+            f"ds = {self.p} * (dp - delta_row[..., None])",
+        ]
+        self._add("", "def ds_of(d_rows, vc, delta_row):")
+        self._add(*(f"    {line}" for line in made))
+        outer, self.lines = self.lines, [*back]
+        lines = self._text()
+        self.lines = outer
+        self._add(*(f"    {line}" for line in lines), "    return ds", "")
+        self._add("ds = ds_of(d_rows, vc, delta_row)")
+        self._add(
+            "d_rows_2, vc, delta_row = lax.optimization_barrier((d_rows, vc, delta_row))"
+        )
+        self._add(
+            "again = ds_of(d_rows_2, vc, delta_row)  # fused with a product of its own"
+        )
 
     def _add(self, *lines: str, masked: bool = False) -> None:
         self.lines += [(line, (MASKED,) if masked else ()) for line in lines]
@@ -147,7 +191,7 @@ class TileWriter:
     def _rows(self) -> None:
         """A chunk of queries, of dout, and of out where delta is made of it again."""
         again = self.out and self.plan.option("delta") == "again"
-        self._add(f"at = {self.memory['memory']['rows']['begin']}")
+        self._add(f"at = {Lies(self.plan, self.at, self.starts, 'q', self.qk).begin}")
         names = ["q", *(["dout"] if self.out else []), *(["out"] if again else [])]
         read = self._barrier(names)
         own = self._cast(self.spec.dtype)
@@ -155,28 +199,18 @@ class TileWriter:
             own += f" * {scale_name(self.plan)}"
         self._slice("rows", read["q"], self.qk, own)
         if self.out:
-            wide = self.spec.stats_dtype if self.spec.sink else None
-            cast = (
-                f".astype(jnp.{wide})" if wide else self._cast(self.spec.out_dtype_name)
-            )
+            cast = self._cast(self.spec.out_dtype_name)
+            if self.spec.sink or again:  # it is multiplied first
+                narrow = self.spec.out_dtype_name != self.spec.stats_dtype
+                cast = f".astype({self.stats})" if narrow else ""
             self._slice("d_rows", read["dout"], self.v, cast)
         if again:
             self._slice("out_rows", read["out"], self.v, "")
 
     def _slice(self, name: str, source: str, dim: str, more: str) -> None:
         """A chunk of rows of an array, as a tile has them."""
-        rows, memory_order = (
-            self.memory["memory"]["rows"],
-            order(self.spec.layout, "bqgr"),
-        )
-        calls = [["lax.dynamic_slice", source, "at", f"({rows['size']}, {dim})"]]
-        if rows["back"]:
-            calls.append([".transpose", *dimensions(rows["back"])])
-        shape = dimensions(self.at.shape(memory_order))
-        calls.append([".reshape", *shape, dim])
-        if moved := permutation(memory_order, self.at.letters):
-            calls.append([".transpose", *dimensions(moved)])
-        self._add(*assign(name, calls, WIDTH))
+        own = Lies(self.plan, self.at, self.starts, "q", dim)
+        self._add(*assign(name, own.sliced(source), WIDTH))
         if more:
             self._add(f"{name} = {name}{more}")
 
@@ -193,21 +227,22 @@ class TileWriter:
             self._add(
                 "known = lse_row != -jnp.inf  # else the query sees no key",
                 "lse_row = jnp.where(known, lse_row, jnp.inf)",
-                "rows = jnp.where(known[..., None], rows, 0)",
+                f"rows = jnp.where(known{self.spread}, rows, 0)",
             )
             if self.out:
-                self._add("d_rows = jnp.where(known[..., None], d_rows, 0)")
+                self._add(f"d_rows = jnp.where(known{self.spread}, d_rows, 0)")
         if delta == "again":
-            cast = "" if self._wide_rows() else f".astype({self.stats})"
-            self._add(f"delta_row = (d_rows{cast} * out_rows).sum(-1)")
+            axis = -2 if self.dn else -1
+            self._add(f"delta_row = (d_rows * out_rows).sum({axis})")
         if self.spec.sink and self.out:
             self._add(
                 *self._sink(),
                 "share = 1 / (1 + jnp.exp(sink_at_h - lse_row))  # of keys, beside the sink",
-                "d_rows *= share[..., None]",
+                f"d_rows *= share{self.spread}",
             )
-            if cast := self._cast(self.spec.stats_dtype):
-                self._add(f"d_rows = d_rows{cast}")
+        cast = self._cast(self.spec.stats_dtype)
+        if cast and self.out and (delta == "again" or self.spec.sink):
+            self._add(f"d_rows = d_rows{cast}")
         if delta != "summed":
             self._known_deltas()
         if self.how["base_2"]:
@@ -222,11 +257,6 @@ class TileWriter:
             calls.append([".transpose", *dimensions(back)])
         calls.append([".reshape", *dimensions(self.at.shape(self.at.rows))])
         self._add(*assign(f"{name}_row", calls, WIDTH))
-
-    def _wide_rows(self) -> bool:
-        """Whether rows of dout are in the statistics' dtype until they are multiplied."""
-        product = self.plan.option("product_dtype")
-        return self.spec.sink or product == self.spec.stats_dtype
 
     def _deltas(self) -> None:
         """delta of sums that were made before, and what changes it.
@@ -243,9 +273,11 @@ class TileWriter:
         product = str(self.plan.option("product_dtype"))
         self._add("delta_row /= total_row", "dp /= total_row[..., None]")
         if product == self.spec.stats_dtype:
-            self._add("d_rows /= total_row[..., None]")
+            self._add(f"d_rows /= total_row{self.spread}")
         else:
-            self._add(f"d_rows = (d_rows / total_row[..., None]).astype(jnp.{product})")
+            self._add(
+                f"d_rows = (d_rows / total_row{self.spread}).astype(jnp.{product})"
+            )
 
     def _known_deltas(self) -> None:
         """What changes delta: queries that see nothing, a sink, a cotangent of lse."""
@@ -279,24 +311,18 @@ class TileWriter:
         ]
 
     def _keys(self) -> None:
-        known = self.memory["memory"]["keys"]
-        self._add(f"at = {known['begin']}")
-        names = ["k", "v"] if self.out else ["k"]
-        read = self._barrier(names)
-        shape = keys_shape(self.plan, self.at)
-        for name, source, dim, size in (
-            ("kc", "k", self.qk, self.memory["k_size"]),
-            ("vc", "v", self.v, self.memory["v_size"]),
-        ):
-            if source not in names:
-                continue
-            calls = [["lax.dynamic_slice", read[source], "at", f"({size})"]]
-            if known["back"]:
-                calls.append([".transpose", *dimensions(known["back"])])
-            calls.append([".reshape", *shape, dim])
-            self._add(*assign(name, calls, WIDTH))
+        own = {
+            n: Lies(self.plan, self.at, self.starts, "k", d) for n, d in self._dims()
+        }
+        self._add(f"at = {own['k'].begin}")
+        read = self._barrier(list(own))
+        for source, lies in own.items():
+            self._add(*assign(f"{source}c", lies.sliced(read[source]), WIDTH))
             if cast := self._cast(self.spec.dtype):
-                self._add(f"{name} = {name}{cast}")
+                self._add(f"{source}c = {source}c{cast}")
+
+    def _dims(self) -> list[tuple[str, str]]:
+        return [("k", self.qk), ("v", self.v)] if self.out else [("k", self.qk)]
 
     def _weights(self, mask: list[str]) -> None:
         """p, which is 0 where the key isn't seen; what those hold doesn't matter."""
@@ -336,13 +362,11 @@ class TileWriter:
         letters, keys = self.at.letters, key_letters(self.plan, self.at)
         rows = [letters.index(a) for a in letters if a not in keys]
         moved = inverse_keys(keys, letters)
-        made = f"there = jnp.broadcast_to({self.seen}, s.shape).any({axes_text(rows)}){moved}[..., None]"
-        lines = [made, "kc = jnp.where(there, kc, 0)  # else NaN, perhaps"]
-        if len(made) > WIDTH:
-            lines[0] = (
-                f"there = jnp.broadcast_to({self.seen}, s.shape).any({axes_text(rows)})"
-            )
-            lines.insert(1, f"there = there{moved}[..., None]")
+        any_ = f"there = jnp.broadcast_to({self.seen}, s.shape).any({axes_text(rows)})"
+        lines = [f"{any_}{moved}{self.spread}"]
+        if len(lines[0]) > WIDTH:
+            lines = [any_, f"there = there{moved}{self.spread}"]
+        lines.append("kc = jnp.where(there, kc, 0)  # else NaN, perhaps")
         if self.out:
             lines.append("vc = jnp.where(there, vc, 0)")
         return [*lines, f"p = jnp.where({self.seen}, p, 0)"]
@@ -369,18 +393,144 @@ def head_dims(plan: Plan) -> tuple[str, str]:
 
 
 def key_letters(plan: Plan, at: Tile) -> str:
-    return "".join(a for a in order(plan.spec.layout, "bkg") if a in at.letters)
+    """The axes of a chunk of keys, as it lies, but for its vectors' own."""
+    dn = chosen(plan, "slices") == "dn"
+    memory_order = "bgk" if dn else order(plan.spec.layout, "bkg")
+    return "".join(a for a in memory_order if a in at.letters)
 
 
-def keys_shape(plan: Plan, at: Tile) -> list[str]:
-    return [at.sizes[a] for a in key_letters(plan, at)]
+@dataclass(frozen=True)
+class Lies:
+    """How a chunk of queries (axis q) or of keys (k) of an array lies in memory, and in a tile.
+
+    dim: of its vectors, as text. With slices = dn these lie across, the tokens last.
+    """
+
+    plan: Plan
+    at: Tile
+    starts: Starts
+    axis: str
+    dim: str
+
+    @property
+    def dn(self) -> bool:
+        return chosen(self.plan, "slices") == "dn"
+
+    @property
+    def letters(self) -> str:
+        """The array's axes: of queries h, of keys g."""
+        heads_ = "h" if self.axis == "q" else "g"
+        if self.dn:
+            return f"b{heads_}{self.axis}"
+        return order(self.plan.spec.layout, f"b{self.axis}{heads_}")
+
+    def _with_dim(self, items: list[str], dim: str) -> list[str]:
+        return [*items[:-1], dim, items[-1]] if self.dn else [*items, dim]
+
+    @property
+    def begin(self) -> str:
+        starts = self.starts
+        one = starts.g == "0" or self.plan.spec.repeats == 1
+        head = starts.g if one else f"{starts.g} * R"
+        of = {"b": starts.b, "q": starts.q, "k": starts.k, "h": head, "g": starts.g}
+        begins = shards.begins(self.plan, self.letters, of, ahead=True)
+        return as_tuple(self._with_dim(begins, "0"))
+
+    @property
+    def size(self) -> str:
+        of = self.at.sizes | {"h": heads(self.at)}
+        sizes = shards.sizes(self.plan, self.letters, of, ahead=True)
+        return as_tuple(self._with_dim(sizes, self.dim))
+
+    @property
+    def whole(self) -> str:
+        """The shape of the array."""
+        shape = shards.shape(self.plan, self.letters, WHOLE, ahead=True)
+        return as_tuple(self._with_dim(shape, self.dim))
+
+    @property
+    def _back(self) -> str:
+        return "" if self.dn else shards.moved(self.plan, f"{self.letters}d", back=True)
+
+    @property
+    def _ahead(self) -> str:
+        return "" if self.dn else shards.moved(self.plan, f"{self.letters}d")
+
+    @property
+    def _memory_order(self) -> str:
+        return self.letters.replace("h", "gr")
+
+    @property
+    def _tile_order(self) -> str:
+        """Of queries as a tile has them; of keys as they lie."""
+        if self.axis == "k":
+            return key_letters(self.plan, self.at)
+        return self.at.rows
+
+    @property
+    def subscripts(self) -> str:
+        letters = self._tile_order
+        return f"{letters[:-1]}d{letters[-1]}" if self.dn else f"{letters}d"
+
+    @property
+    def shape(self) -> str:
+        """Of a chunk in a tile."""
+        sizes = [self.at.sizes[a] for a in self._tile_order]
+        return as_tuple(self._with_dim(sizes, self.dim))
+
+    def sliced(self, source: str) -> list[list[str]]:
+        """The calls that take a chunk, at `at`, as a tile has it."""
+        calls = [["lax.dynamic_slice", source, "at", self.size]]
+        if self._back:
+            calls.append([".transpose", *dimensions(self._back)])
+        present = [a for a in self._memory_order if a in self.at.letters]
+        sizes = [self.at.sizes[a] for a in present]
+        calls.append([".reshape", *self._with_dim(sizes, self.dim)])
+        if self.axis == "q" and not self.dn:
+            moved = permutation(self._memory_order, self.at.letters)
+            calls += [[".transpose", *dimensions(moved)]] if moved else []
+        return calls
+
+    def put(self) -> list[str]:
+        """How a chunk of a tile becomes one of the array: methods, as text."""
+        calls = []
+        if self.axis == "q" and not self.dn:
+            moved = inverse(self._memory_order, self.at.letters)
+            calls += [f".transpose{moved}"] if moved else []
+        sizes = shards.sizes(
+            self.plan, self.letters, self.at.sizes | {"h": heads(self.at)}
+        )
+        calls.append(f".reshape{as_tuple(self._with_dim(sizes, self.dim))}")
+        return [*calls, *([f".transpose{self._ahead}"] if self._ahead else [])]
+
+    @property
+    def across(self) -> str:
+        """How the whole array is transposed ahead, with slices = dn."""
+        return "(0, 2, 3, 1)" if self.plan.spec.layout == "bthd" else "(0, 1, 3, 2)"
+
+    @property
+    def along(self) -> str:
+        """And back."""
+        return "(0, 3, 1, 2)" if self.plan.spec.layout == "bthd" else "(0, 1, 3, 2)"
 
 
 def subscripts(plan: Plan, at: Tile) -> tuple[str, str, str]:
     """Of s and dp, of dq, of dk and dv."""
-    rows, keys = f"{at.rows}d", f"{key_letters(plan, at)}d"
-    s, dq = f"{rows},{keys}->{at.letters}", f"{at.letters},{keys}->{rows}"
-    return s, dq, f"{at.letters},{rows}->{keys}"
+    rows, keys = (
+        Lies(plan, at, Starts("0", "0", "0", "0"), axis, "D").subscripts
+        for axis in "qk"
+    )
+    letters = at.letters
+    return (
+        f"{rows},{keys}->{letters}",
+        f"{letters},{keys}->{rows}",
+        f"{letters},{rows}->{keys}",
+    )
+
+
+def forms_twice(plan: Plan) -> bool:
+    """Whether ds is formed once for dk, and once more for dq."""
+    return chosen(plan, "store") in ("p", "narrow") and plan.algorithm == "one_pass"
 
 
 def scale_name(plan: Plan) -> str:

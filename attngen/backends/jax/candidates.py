@@ -30,6 +30,7 @@ DEFAULTS: dict[str, Option] = {
     "blank": "scores",
     "mask": "positions",
     "skip": "bounds",
+    "store": "free",
 }
 UNROLLED = 16  # key chunks, at most: each is compiled on its own
 

@@ -23,6 +23,8 @@ WORDS: dict[str, tuple[Option, ...]] = {
     "delta": ("kept", "again", "summed"),
     "scale": ("queries", "scores"),
     "guard": (False, True),
+    "store": ("free", "p", "narrow", "both"),
+    "slices": ("nd", "dn"),
 }
 
 
@@ -35,9 +37,10 @@ class Passes:
         """For each way of passing over the tiles, the choices worth considering."""
         wide = target.kind == "cpu"
         product = products(spec) if wide else products(spec)[::-1]
-        exps = exponentials(spec) if wide else ("exp", "exp2")
+        exps = exponentials(spec) if wide else ("exp2", "exp")
         narrow = product[0] != spec.stats_dtype
-        exact = not narrow or math.frexp(spec.scale_value)[0] == 0.5
+        plain = exps[0] == "exp" or bool(spec.score)
+        exact = not narrow or (plain and math.frexp(spec.scale_value)[0] == 0.5)
         scale = ("queries", "scores") if exact else ("scores", "queries")
         guard = (wide and product[0] != spec.dtype,)
         heads = _divisors(spec.kv_heads // spec.head_shards)
@@ -51,8 +54,24 @@ class Passes:
             "guard": (*guard, not guard[0]) if whole and wide else guard,
             "scale": scale if whole else scale[:1],
             "delta": _deltas(spec, whole),
+            **self._forms(spec, target, whole),
         }
         return dict.fromkeys(ALGORITHMS, axes)
+
+    def _forms(
+        self, spec: AttentionSpec, target: Target, whole: bool
+    ) -> dict[str, Sequence[Option]]:
+        """What of a tile is stored, and how slices lie."""
+        store, slices = WORDS["store"], WORDS["slices"]
+        if whole:
+            return {"store": store, "slices": slices}
+        if target.tpu is None:
+            return {"store": ("free",), "slices": ("nd",)}
+        ours = any(o.name != "sink" for o in trained(spec))
+        return {
+            "store": ("free", "both") if ours else ("p", "narrow", "both"),
+            "slices": ("nd",) if spec.devices > 1 else ("dn", "nd"),
+        }
 
     def illegal(
         self, spec: AttentionSpec, target: Target, choice: Choice
@@ -78,6 +97,15 @@ class Passes:
         for name, values in words.items():
             if not any(choice[name] is v or choice[name] == v for v in values):
                 return f"{name} must be " + " or ".join(str(v) for v in values)
+        if choice["store"] in ("p", "narrow") and any(
+            o.name != "sink" for o in trained(spec)
+        ):
+            return (
+                "store = p and store = narrow form ds twice, and an operand's gradient "
+                "takes it once: store = free or both"
+            )
+        if choice["slices"] == "dn" and spec.devices > 1:
+            return "slices = dn is for arrays on one device"
         if choice["scale"] == "queries" and not scalable(spec, choice):
             return (
                 f"only products in {spec.stats_dtype} take queries that are scaled, or a "
