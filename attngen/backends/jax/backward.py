@@ -20,6 +20,7 @@ from attngen.backends.jax.backward_tile import (
     head_dims,
     start,
     subscripts,
+    sums_of,
     trained,
 )
 from attngen.backends.jax.bounds import bounds
@@ -84,61 +85,77 @@ def backward(plan: Plan) -> dict[str, Any]:
         )
         if length % chunk
     )
-    order_ = PASSES[mine.algorithm]
-    passes = [
-        _pass(mine, at, starts, ragged, p) | {"first": p == order_[0]} for p in order_
-    ]
-    summing = None
-    if "out" in spec.outputs and mine.option("delta") == "summed":
-        summing = _pass(mine, at, starts, ragged, ("q", ()))
-    kinds = {kind for p in passes for kind in p["kinds"]}
-    kinds |= summing["kinds"] if summing is not None else set()
+    passes = [_pass(mine, at, starts, ragged, p) for p in PASSES[mine.algorithm]]
+    summed = "out" in spec.outputs and mine.option("delta") == "summed"
+    made = [*passes, _pass(mine, at, starts, ragged, ("q", ()))] if summed else passes
+    kinds = {kind for p in made for kind in p["kinds"]}
     loops = Loops(
-        tuple(looped), "edge" in kinds, "interior" in kinds, ragged, len(passes)
+        tuple(looped), "edge" in kinds, "interior" in kinds, ragged, len(made)
     )
     both = loops.masked and loops.unmasked
-    sums, out = trained(mine), "out" in spec.outputs
-    made = ["p", "ds", "rows", "d_rows", "kc"] if out else ["ds", "rows", "kc"]
-    twice = out and forms_twice(mine)
-    made += ["again"] if twice else []
-    summed = out and mine.option("delta") == "summed"
-    named = [*looped, *(["masked"] if both else []), *(["delta"] if summed else [])]
-    named += ["sums"] if sums else []
-    if summing is not None:
-        call = [*looped, *(["masked"] if both else []), "None"]
-        summing["tile_call"] = ", ".join([*call, *(["None"] if sums else [])])
-        summing["loops"] = [
-            line for loop in summing["bounds"]["loops"] for line in _loop(loop, both)
-        ]
-    for p in passes:
-        own = {"ds", "again", *(("kc",) if "dq" in p["gradients"] else ())}
-        own |= {"p", "rows", "d_rows"} if "dk" in p["gradients"] else set()
-        used = [n if n in own else "_" for n in made]
-        call = [*looped, *(["masked"] if both else [])]
-        call += ["delta"] if summed else []
-        if sums:
-            used.append("sums" if p["first"] else "_")
-            call.append("sums" if p["first"] else "None")
-        p |= {"tile_made": ", ".join(used), "tile_call": ", ".join(call)}
-        p["loops"] = [
-            line for loop in p["bounds"]["loops"] for line in _loop(loop, both)
-        ]
-        p["carried"] = [*p["gradients"], *(["sums"] if sums and p["first"] else [])]
-        p["carried_here"] = [f"{n}_here" if n in p["own"] else n for n in p["carried"]]
+    sums = trained(mine)
+    for number, p in enumerate(made):
+        first = number == 0
+        p |= _calls(p, looped, both, sums, first)
+        p["twice"] = forms_twice(mine)
+        p["loops"] = [x for loop in p["bounds"]["loops"] for x in _loop(loop, both)]
+
+    def writer() -> TileWriter:
+        return TileWriter(mine, at, starts, loops)
+
+    heads_ = [n for n in looped if n in "bg"]
+    arguments = [*looped, "of_queries", "of_keys"]
+    arguments += ["masked"] * both + (
+        ["sums=None" if len(made) > 1 else "sums"] if sums else []
+    )
     return {
-        "tile": TileWriter(mine, at, starts, loops).write(),
-        "tile_arguments": ", ".join(named),
-        "tile_returns": ", ".join([*made, *(["sums"] if sums else [])]),
+        "queries": writer().queries(),
+        "keys": writer().keys(),
+        "tile": writer().tile(),
+        "queries_arguments": ", ".join(
+            [*(n for n in looped if n != "c"), *(["summing=False"] * summed)]
+        ),
+        "keys_arguments": ", ".join(n for n in looped if n != "i"),
+        "tile_arguments": ", ".join(arguments),
+        "of_queries": writer().of_queries,
         "both": both,
-        "twice": twice,
         "sums": {
             f"d_{n}": f"jnp.zeros({n}.shape, jnp.{spec.stats_dtype})" for n in sums
         },
         "passes": passes,
-        "summing": summing,
+        "summing": made[-1] if summed else None,
         "starts": {a: start(loops, a) for a in "qk"},
+        "looped_heads": heads_,
         **_arguments(plan),
         **_arrays(mine, at, starts),
+    }
+
+
+def _calls(
+    p: dict[str, Any], looped: list[str], both: bool, sums: list[str], first: bool
+) -> dict[str, Any]:
+    """How a pass calls the functions of chunks and of tiles, and what it carries."""
+    tile_call = [*looped, "of_queries", "of_keys", *(["masked"] * both)]
+    own_sums = ["sums"] if sums and first else []
+    carried = [*p["gradients"], *own_sums]
+    here = p["own"] if p["algorithm"] != "by_queries" else p["gradients"]
+    return {
+        "queries_call": ", ".join(
+            [
+                *(n for n in looped if n != "c"),
+                *(["summing=True"] * (not p["gradients"])),
+            ]
+        ),
+        "keys_call": ", ".join(n for n in looped if n != "i"),
+        "tile_call": ", ".join([*tile_call, *own_sums]),
+        "tile_made": (
+            "p" if "dv" in p["gradients"] else "_",
+            "kc" if "dq" in p["gradients"] else "_",
+            *((["sums"] if first else ["_"]) if sums else []),
+        ),
+        "carried": carried,
+        "carried_here": [f"{n}_here" if n in here else n for n in carried],
+        "sums": bool(own_sums),
     }
 
 
@@ -190,9 +207,10 @@ def _arguments(plan: Plan) -> dict[str, Any]:
     }
 
 
-# pass → (what its outer loop goes over, the gradients that it adds up)
+# algorithm → its passes: what the outer loop goes over, the gradients that it adds up
 PASSES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
-    "one_pass": (("k", ("dq", "dk", "dv")),),
+    "by_queries": (("q", ("dq", "dk", "dv")),),
+    "by_keys": (("k", ("dq", "dk", "dv")),),
     "two_passes": (("q", ("dq",)), ("k", ("dk", "dv"))),
 }
 
@@ -230,11 +248,18 @@ def _pass(
     """One loop over chunks of queries, or of keys, and the loop over the others in it."""
     outer, gradients = of
     inner = "k" if outer == "q" else "q"
+    algorithm = plan.algorithm if gradients else ""
     levels = _levels(plan, at, outer)
+    inside = levels if algorithm != "by_queries" else [x for x in levels if x[0] == "i"]
+    levels = (
+        [x for x in levels if x not in inside] if algorithm == "by_queries" else levels
+    )
     visited = _visited(plan, at, starts, ragged, outer)
     steps = " * ".join(count for _, count in levels)
     return {
         "outer": outer,
+        "algorithm": algorithm,
+        "inside": inside[0][1] if inside else "",
         "name": ("queries" if outer == "q" else "keys") if gradients else "deltas",
         "about": ABOUT[gradients],
         "gradients": gradients,
@@ -353,7 +378,7 @@ def _arrays(plan: Plan, at: Tile, starts: Starts) -> dict[str, Any]:
             "rows": at.shape(at.rows),
             "moved": shards.moved(plan, "bhq"),
         },
-        "subscripts": {"dq": dq, "dk": dkv},
+        "subscripts": {"dq": dq, "dk": dkv, **_of_heads(plan, at, starts, lies)},
         "cast_p": f".astype(jnp.{product})"
         if product != spec.stats_dtype and chosen(plan, "store") in ("free", "p")
         else "",
@@ -377,11 +402,32 @@ def _arrays(plan: Plan, at: Tile, starts: Starts) -> dict[str, Any]:
     }
 
 
+def _of_heads(
+    plan: Plan, at: Tile, starts: Starts, lies: dict[str, Lies]
+) -> dict[str, Any]:
+    """With queries outermost: dk and dv of all keys of a tile's heads, tokens last."""
+    every = Tile(at.letters, at.sizes | {"k": "S"})
+    first = dataclasses.replace(starts, k="0")
+    whole = {n: Lies(plan, every, first, "k", lies[n].dim) for n in ("dk", "dv")}
+    summed, rows = sums_of(plan, at), lies["dq"].subscripts
+    across = "".join(a for a in rows if a in "bg") + "d"
+    across += "".join(a for a in rows if a in "rq")
+    place = ["0"] * (len(summed) - 1) + [starts.k]
+    return {
+        "whole": whole,
+        "rows_across": f"({', '.join(str(rows.index(a)) for a in across)})"
+        if rows != across
+        else "",
+        "dk_across": f"{across},{at.letters}->{summed}",
+        "place": as_tuple(place),
+    }
+
+
 def _answers(plan: Plan, lies: dict[str, Lies]) -> list[str]:
     """The gradients as they are returned: in their dtypes, with shards beside the rest."""
     spec, dtypes = plan.spec, {o.name: o.dtype for o in plan.spec.operands}
     qk, v = head_dims(plan)
-    summed = ["dq"] if plan.algorithm == "one_pass" else []
+    summed = ["dq"] if plan.algorithm == "by_keys" else []
     answers = []
     for name, of in slopes.gradients(spec).items():
         text = name

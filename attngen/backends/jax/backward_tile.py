@@ -76,11 +76,37 @@ class TileWriter:
         self.memory = memory(plan, at, at, starts)
         self.einsum = "_product" if product_keywords(plan) else "jnp.einsum"
 
-    def write(self) -> list[str]:
-        self._starts()
+    def queries(self) -> list[str]:
+        """A chunk of queries: scaled, with their dout, lse and delta."""
+        self._add(*start(self.loops, "q"))
         self._rows()
         self._row_numbers()
+        self._add(f"return {', '.join(self.of_queries)}")
+        return self._text()
+
+    @property
+    def of_queries(self) -> list[str]:
+        """What a tile is told of its queries."""
+        if self.out:
+            return ["rows", "d_rows", "lse_row", "delta_row"]
+        return ["rows", "lse_row", "dlse_row"]
+
+    def keys(self) -> list[str]:
+        """A chunk of keys and values."""
+        self._add(*start(self.loops, "k"))
         self._keys()
+        self._add(f"return {', '.join(self.of_keys)}")
+        return self._text()
+
+    @property
+    def of_keys(self) -> list[str]:
+        return ["kc", "vc"] if self.out else ["kc"]
+
+    def tile(self) -> list[str]:
+        """p and ds, and what gradients of operands are made of."""
+        self._add(*start(self.loops, "q"), *start(self.loops, "k"))
+        self._add(f"{', '.join(self.of_queries)} = of_queries")
+        self._add(f"{', '.join(self.of_keys)} = of_keys")
         writer = SlopeWriter(self.plan, self.at, self.starts, WIDTH, False, None)
         made = writer.slopes(masked=self.loops.masked, seen=self.seen)
         self._add(*made.code.rows, *made.code.keys)
@@ -93,15 +119,15 @@ class TileWriter:
         self._store()
         if self.out and self.twice:
             self._ds_twice(s, made.back)
+            self._add("return p, ds, again, kc")
             return self._text()
         if self.out:
             self._add(f'dp = {self.einsum}("{s}", d_rows, vc)')
             if self.plan.option("delta") == "summed":
                 self._add(
-                    "if delta is None:  # not known yet",
+                    "if delta_row is None:  # it is what is summed here",
                     "    return p.sum(-1), (p * dp).sum(-1)",
                 )
-                self._deltas()
             self._add(f"ds = {self.p} * (dp - delta_row[..., None])")
         else:
             self._add(f"ds = {self.p} * dlse_row[..., None]")
@@ -113,9 +139,9 @@ class TileWriter:
             tuple_ = ", ".join(names) if len(names) > 1 else as_tuple(names)
             self.lines.append((f"sums = {tuple_}", (SUMS,)))
         if chosen(self.plan, "store") == "both":
-            self._add(
-                f"ds = lax.optimization_barrier(ds{self._cast(self.spec.stats_dtype)})"
-            )
+            cast = self._cast(self.spec.stats_dtype)
+            self._add(f"ds = lax.optimization_barrier(ds{cast})")
+        self._add("return p, ds, kc" + (", sums" if names else ""))
         return self._text()
 
     def _store(self) -> None:
@@ -140,12 +166,10 @@ class TileWriter:
         lines = self._text()
         self.lines = outer
         self._add(*(f"    {line}" for line in lines), "    return ds", "")
-        self._add("ds = ds_of(d_rows, vc, delta_row)")
         self._add(
-            "d_rows_2, vc, delta_row = lax.optimization_barrier((d_rows, vc, delta_row))"
-        )
-        self._add(
-            "again = ds_of(d_rows_2, vc, delta_row)  # fused with a product of its own"
+            "ds = ds_of(d_rows, vc, delta_row)",
+            "same = lax.optimization_barrier((d_rows, vc, delta_row))",
+            "again = ds_of(*same)  # each is fused with a product of its own",
         )
 
     def _add(self, *lines: str, masked: bool = False) -> None:
@@ -190,9 +214,10 @@ class TileWriter:
 
     def _rows(self) -> None:
         """A chunk of queries, of dout, and of out where delta is made of it again."""
-        again = self.out and self.plan.option("delta") == "again"
+        delta = self.plan.option("delta") if self.out else ""
         self._add(f"at = {Lies(self.plan, self.at, self.starts, 'q', self.qk).begin}")
-        names = ["q", *(["dout"] if self.out else []), *(["out"] if again else [])]
+        names = ["q", *(["dout"] if self.out else [])]
+        names += ["out"] if delta == "again" else []
         read = self._barrier(names)
         own = self._cast(self.spec.dtype)
         if chosen(self.plan, "scale") == "queries":
@@ -200,12 +225,16 @@ class TileWriter:
         self._slice("rows", read["q"], self.qk, own)
         if self.out:
             cast = self._cast(self.spec.out_dtype_name)
-            if self.spec.sink or again:  # it is multiplied first
+            if self._multiplied():
                 narrow = self.spec.out_dtype_name != self.spec.stats_dtype
                 cast = f".astype({self.stats})" if narrow else ""
             self._slice("d_rows", read["dout"], self.v, cast)
-        if again:
+        if delta == "again":
             self._slice("out_rows", read["out"], self.v, "")
+
+    def _multiplied(self) -> bool:
+        """Whether dout is multiplied in the statistics' dtype before its products."""
+        return self.spec.sink or self.plan.option("delta") in ("again", "summed")
 
     def _slice(self, name: str, source: str, dim: str, more: str) -> None:
         """A chunk of rows of an array, as a tile has them."""
@@ -217,13 +246,10 @@ class TileWriter:
     def _row_numbers(self) -> None:
         """lse, delta and dlse of each row, and what is 0 where it sees no key."""
         delta = self.plan.option("delta") if self.out else ""
+        guarded, cast = guards(self.plan), self._cast(self.spec.stats_dtype)
         self._add(f"at = {self.memory['memory']['lse_begin']}")
         self._row("lse")
-        if delta == "kept":
-            self._row("delta")
-        if self.dlse and delta != "summed":
-            self._row("dlse")
-        if guards(self.plan):
+        if guarded:
             self._add(
                 "known = lse_row != -jnp.inf  # else the query sees no key",
                 "lse_row = jnp.where(known, lse_row, jnp.inf)",
@@ -240,13 +266,32 @@ class TileWriter:
                 "share = 1 / (1 + jnp.exp(sink_at_h - lse_row))  # of keys, beside the sink",
                 f"d_rows *= share{self.spread}",
             )
-        cast = self._cast(self.spec.stats_dtype)
-        if cast and self.out and (delta == "again" or self.spec.sink):
-            self._add(f"d_rows = d_rows{cast}")
-        if delta != "summed":
-            self._known_deltas()
         if self.how["base_2"]:
             self._add("lse_row *= LOG2E")
+        if delta == "summed":
+            self._add(
+                "if summing:  # delta, and the sum of p, are still to be made",
+                f"    return rows, d_rows{cast}, lse_row, None",
+            )
+            self._row("total")
+        if delta in ("kept", "summed"):
+            self._row("delta")
+        if self.dlse:
+            self._row("dlse")
+        if guarded:
+            names = ["delta_row"] * self.out + ["dlse_row"] * self.dlse
+            self._add(*(f"{n} = jnp.where(known, {n}, 0)" for n in names))
+        if self.spec.sink and self.out:
+            self._add("delta_row *= share")
+        if self.dlse and self.out:
+            self._add("delta_row -= dlse_row")
+        if delta == "summed":
+            self._add(
+                "delta_row /= total_row  # of p, which rounds as lse does",
+                f"d_rows /= total_row{self.spread}",
+            )
+        if cast and self.out and self._multiplied():
+            self._add(f"d_rows = d_rows{cast}")
 
     def _row(self, name: str) -> None:
         """A number of each row, out of an array [b, h, t]."""
@@ -257,39 +302,6 @@ class TileWriter:
             calls.append([".transpose", *dimensions(back)])
         calls.append([".reshape", *dimensions(self.at.shape(self.at.rows))])
         self._add(*assign(f"{name}_row", calls, WIDTH))
-
-    def _deltas(self) -> None:
-        """delta of sums that were made before, and what changes it.
-
-        lse is rounded as scores are: where they are large, p adds up to 1 only once it is
-        divided by its own sum.
-        """
-        self._add(f"at = {self.memory['memory']['lse_begin']}")
-        self._row("total")
-        self._row("delta")
-        if self.dlse:
-            self._row("dlse")
-        self._known_deltas()
-        product = str(self.plan.option("product_dtype"))
-        self._add("delta_row /= total_row", "dp /= total_row[..., None]")
-        if product == self.spec.stats_dtype:
-            self._add(f"d_rows /= total_row{self.spread}")
-        else:
-            self._add(
-                f"d_rows = (d_rows / total_row{self.spread}).astype(jnp.{product})"
-            )
-
-    def _known_deltas(self) -> None:
-        """What changes delta: queries that see nothing, a sink, a cotangent of lse."""
-        guarded = guards(self.plan)
-        if self.out and guarded:
-            self._add("delta_row = jnp.where(known, delta_row, 0)")
-        if self.dlse and guarded:
-            self._add("dlse_row = jnp.where(known, dlse_row, 0)")
-        if self.spec.sink and self.out:
-            self._add("delta_row *= share")
-        if self.dlse and self.out:
-            self._add("delta_row -= dlse_row")
 
     def _sink(self) -> list[str]:
         shape = dimensions(without_keys(self.at.spread("gr")))
@@ -474,9 +486,12 @@ class Lies:
 
     @property
     def shape(self) -> str:
-        """Of a chunk in a tile."""
-        sizes = [self.at.sizes[a] for a in self._tile_order]
-        return as_tuple(self._with_dim(sizes, self.dim))
+        """Of the sums of a chunk: dq as rows of a tile, dk and dv tokens last."""
+        if self.axis == "q":
+            sizes = [self.at.sizes[a] for a in self._tile_order]
+            return as_tuple(self._with_dim(sizes, self.dim))
+        every = self.at.sizes | {"d": self.dim}
+        return as_tuple([every[a] for a in sums_of(self.plan, self.at)])
 
     def sliced(self, source: str) -> list[list[str]]:
         """The calls that take a chunk, at `at`, as a tile has it."""
@@ -492,11 +507,15 @@ class Lies:
         return calls
 
     def put(self) -> list[str]:
-        """How a chunk of a tile becomes one of the array: methods, as text."""
-        calls = []
+        """How the sums of a chunk become one of the array: methods, as text."""
+        calls: list[str] = []
         if self.axis == "q" and not self.dn:
             moved = inverse(self._memory_order, self.at.letters)
             calls += [f".transpose{moved}"] if moved else []
+        elif not self.dn:
+            summed = sums_of(self.plan, self.at)
+            order_ = [summed.index(a) for a in f"{key_letters(self.plan, self.at)}d"]
+            calls += [f".transpose{as_tuple(list(map(str, order_)))}"]
         sizes = shards.sizes(
             self.plan, self.letters, self.at.sizes | {"h": heads(self.at)}
         )
@@ -514,23 +533,29 @@ class Lies:
         return "(0, 3, 1, 2)" if self.plan.spec.layout == "bthd" else "(0, 1, 3, 2)"
 
 
+def sums_of(plan: Plan, at: Tile) -> str:
+    """The axes of dk and dv as they are summed up: tokens last."""
+    return "".join(a for a in "bg" if a in at.letters) + "dk"
+
+
 def subscripts(plan: Plan, at: Tile) -> tuple[str, str, str]:
-    """Of s and dp, of dq, of dk and dv."""
-    rows, keys = (
-        Lies(plan, at, Starts("0", "0", "0", "0"), axis, "D").subscripts
-        for axis in "qk"
-    )
+    """Of s and dp; of dq; of dk and dv, whose vectors lie across.
+
+    Processors multiply a tile from the right, where its rows are summed over.
+    """
+    none = Starts("0", "0", "0", "0")
+    rows, keys = (Lies(plan, at, none, axis, "D").subscripts for axis in "qk")
     letters = at.letters
     return (
         f"{rows},{keys}->{letters}",
         f"{letters},{keys}->{rows}",
-        f"{letters},{rows}->{keys}",
+        f"{rows},{letters}->{sums_of(plan, at)}",
     )
 
 
 def forms_twice(plan: Plan) -> bool:
     """Whether ds is formed once for dk, and once more for dq."""
-    return chosen(plan, "store") in ("p", "narrow") and plan.algorithm == "one_pass"
+    return chosen(plan, "ds") == "twice"
 
 
 def scale_name(plan: Plan) -> str:

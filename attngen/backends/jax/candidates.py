@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Option] = {
     "mask": "positions",
     "skip": "bounds",
     "store": "free",
+    "ds": "once",
 }
 UNROLLED = 16  # key chunks, at most: each is compiled on its own
 

@@ -17,7 +17,7 @@ from attngen.spec import AttentionSpec
 from attngen.targets import Target
 from attngen.tiles import Tiles
 
-ALGORITHMS = ("one_pass", "two_passes")
+ALGORITHMS = ("by_queries", "by_keys", "two_passes")
 CHUNKS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 WORDS: dict[str, tuple[Option, ...]] = {
     "delta": ("kept", "again", "summed"),
@@ -25,7 +25,11 @@ WORDS: dict[str, tuple[Option, ...]] = {
     "guard": (False, True),
     "store": ("free", "p", "narrow", "both"),
     "slices": ("nd", "dn"),
+    "ds": ("once", "twice"),
 }
+
+
+STORED = ("p", "narrow")
 
 
 class Passes:
@@ -37,7 +41,8 @@ class Passes:
         """For each way of passing over the tiles, the choices worth considering."""
         wide = target.kind == "cpu"
         product = products(spec) if wide else products(spec)[::-1]
-        exps = exponentials(spec) if wide else ("exp2", "exp")
+        exps = ("exp", *(e for e in exponentials(spec) if e != "exp"))
+        exps = exps if wide else ("exp2", "exp")
         narrow = product[0] != spec.stats_dtype
         plain = exps[0] == "exp" or bool(spec.score)
         exact = not narrow or (plain and math.frexp(spec.scale_value)[0] == 0.5)
@@ -62,14 +67,13 @@ class Passes:
         self, spec: AttentionSpec, target: Target, whole: bool
     ) -> dict[str, Sequence[Option]]:
         """What of a tile is stored, and how slices lie."""
-        store, slices = WORDS["store"], WORDS["slices"]
         if whole:
-            return {"store": store, "slices": slices}
+            return {n: WORDS[n] for n in ("store", "ds", "slices")}
         if target.tpu is None:
-            return {"store": ("free",), "slices": ("nd",)}
-        ours = any(o.name != "sink" for o in trained(spec))
+            return {"store": ("p",), "ds": ("once",), "slices": ("nd",)}
         return {
-            "store": ("free", "both") if ours else ("p", "narrow", "both"),
+            "store": ("p", "narrow", "both"),
+            "ds": ("once", "twice"),
             "slices": ("nd",) if spec.devices > 1 else ("dn", "nd"),
         }
 
@@ -97,13 +101,13 @@ class Passes:
         for name, values in words.items():
             if not any(choice[name] is v or choice[name] == v for v in values):
                 return f"{name} must be " + " or ".join(str(v) for v in values)
-        if choice["store"] in ("p", "narrow") and any(
-            o.name != "sink" for o in trained(spec)
-        ):
-            return (
-                "store = p and store = narrow form ds twice, and an operand's gradient "
-                "takes it once: store = free or both"
-            )
+        if choice["ds"] == "twice":
+            if choice["algorithm"] == "two_passes" or choice["store"] not in STORED:
+                return "ds = twice is for one pass that stores p: store = p or narrow"
+            if any(o.name != "sink" for o in trained(spec)):
+                return "ds = twice isn't for gradients of operands, which take it once"
+            if "out" not in spec.outputs:
+                return "ds = twice needs out among the outputs"
         if choice["slices"] == "dn" and spec.devices > 1:
             return "slices = dn is for arrays on one device"
         if choice["scale"] == "queries" and not scalable(spec, choice):
@@ -128,7 +132,11 @@ class Passes:
 
     def describe(self, choice: Choice) -> str:
         """A candidate in a few words."""
-        ways = {"one_pass": "one pass", "two_passes": "two passes"}
+        ways = {
+            "by_queries": "by queries",
+            "by_keys": "by keys",
+            "two_passes": "two passes",
+        }
         heads = int(choice["head_chunk"])
         text = (
             f"{ways[str(choice['algorithm'])]} · {choice['q_chunk']} queries × "

@@ -21,7 +21,7 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
     temp = 3 * scores + 3 * size * (rows + many * k) * dims
     all_rows = spec.batch * spec.q_heads * spec.q_len
     temp += size * all_rows * (1 + (choice["delta"] == "kept"))
-    if choice["algorithm"] == "one_pass" and spec.dtype != spec.stats_dtype:
+    if choice["algorithm"] == "by_keys" and spec.dtype != spec.stats_dtype:
         temp += size * all_rows * spec.qk_dim
     groups = spec.batch * spec.kv_heads / many
     again = choice["algorithm"] == "two_passes"
