@@ -8,6 +8,7 @@ gradients at once, two passes each their own: dq over queries, then dk and dv ov
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from attngen import slopes
@@ -37,7 +38,9 @@ from attngen.backends.jax.tile import (
     product_keywords,
     tile,
 )
+from attngen.backends.jax.tile_code import tile_code
 from attngen.joint import backward_part, forward_part, forward_spec
+from attngen.lists import unlistable
 from attngen.plans import Plan
 from attngen.spec import AttentionSpec
 from attngen.spec_checks import position_variables
@@ -98,6 +101,7 @@ def backward(plan: Plan) -> dict[str, Any]:
         first = number == 0
         p |= _calls(p, looped, both, sums, first)
         p["twice"] = forms_twice(mine)
+        p["listed"] = p["bounds"]["listed"]
         p["loops"] = [x for loop in p["bounds"]["loops"] for x in _loop(loop, both)]
 
     def writer() -> TileWriter:
@@ -122,6 +126,8 @@ def backward(plan: Plan) -> dict[str, Any]:
         "sums": {
             f"d_{n}": f"jnp.zeros({n}.shape, jnp.{spec.stats_dtype})" for n in sums
         },
+        "ahead": list(dict.fromkeys(x for p in made for x in p["bounds"]["ahead"])),
+        "list_functions": {x for p in made for x in p["bounds"]["functions"]},
         "passes": passes,
         "summing": made[-1] if summed else None,
         "starts": {a: start(loops, a) for a in "qk"},
@@ -304,7 +310,8 @@ def _visited(
     """The chunks that a pass visits, as the forward pass would."""
     if outer == "q":
         lengths = Lengths(plan, at, starts)
-        return bounds(plan, at, starts, "k" in ragged, lengths, apart="q" in ragged)
+        found = bounds(plan, at, starts, "k" in ragged, lengths, apart="q" in ragged)
+        return found | {"lines": _with_reads(plan, at, starts, found)}
     turned = transposed(plan.spec)
     if turned is None:
         count = -(-plan.spec.q_len // plan.q_chunk)
@@ -314,22 +321,62 @@ def _visited(
             "about": about,
             "loops": [("edge", "0", str(count))],
             "ahead": [],
+            "functions": set(),
+            "listed": False,
         }
+    options = dict(plan.options)
+    if options.get("skip") == "list" and unlistable(turned) is not None:
+        options["skip"] = "bounds"
     other = dataclasses.replace(
-        plan, spec=turned, q_chunk=plan.k_chunk, k_chunk=plan.q_chunk
+        plan,
+        spec=turned,
+        q_chunk=plan.k_chunk,
+        k_chunk=plan.q_chunk,
+        options=tuple(options.items()),
     )
     theirs = Starts(starts.b, starts.g, q=renamed(starts.k), k=renamed(starts.q))
     lengths = Lengths(other, at, theirs)
     found = bounds(other, at, theirs, "q" in ragged, lengths, apart="k" in ragged)
+    lines = _with_reads(other, at, theirs, found)
     return found | {
-        "lines": [renamed(line) for line in found["lines"]],
+        "lines": [renamed(line) for line in lines],
+        "ahead": [renamed(line) for line in found["ahead"]],
         "about": [_about(line) for line in found["about"]],
         "loops": [(kind, renamed(a), renamed(b)) for kind, a, b in found["loops"]],
     }
 
 
+def _with_reads(
+    plan: Plan, at: Tile, starts: Starts, found: dict[str, Any]
+) -> list[str]:
+    """The statements of bounds, after those that define what of operands a list is told by."""
+    lines: list[str] = found["lines"]
+    if not found["listed"]:
+        return lines
+    spec = dataclasses.replace(plan.spec, score=())
+    code = tile_code(
+        dataclasses.replace(plan, spec=spec), at, starts, indent=8, ragged=False
+    )
+    statements: list[list[str]] = []
+    for line in code.rows:
+        if line.startswith((" ", ")")):
+            statements[-1].append(line)
+        else:
+            statements.append([line])
+    needed = set(_NAME.findall(" ".join(lines)))
+    kept: list[list[str]] = []
+    for statement in reversed(statements):
+        name, _, value = "\n".join(statement).partition(" = ")
+        if name in needed:
+            needed |= set(_NAME.findall(value))
+            kept.insert(0, statement)
+    return [*(line for statement in kept for line in statement), *lines]
+
+
+_NAME = re.compile(r"\w+")
 _PHRASES = {
     "Key chunks": "Query chunks",
+    "What each key chunk holds": "What each query chunk holds",
     "hold what any query here sees": "hold what sees any key here",
     "only what every one of them sees": "only what sees every one of them",
     "No query sees any key": "No key is seen by any query",

@@ -39,7 +39,7 @@ def bounds(
     lines: list[str] = []
     limits = Limits(plan, lines, lengths)
     if chosen(plan, "skip") == "list":
-        made = listing(plan, at, starts, ragged, lengths)
+        made = listing(plan, at, starts, ragged, lengths, apart=apart)
         about = ["What each key chunk holds, told by its ends"]
         about[0] += " and by what is read there." if made.ahead else "."
         return {

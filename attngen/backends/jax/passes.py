@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from attngen.backends.jax import passes_model
 from attngen.backends.jax.candidates import exponentials, products, scalable
 from attngen.cost import Cost
+from attngen.lists import skips, unlistable
 from attngen.plans import Choice, Option
 from attngen.slopes import trained
 from attngen.spec import AttentionSpec
@@ -26,6 +27,7 @@ WORDS: dict[str, tuple[Option, ...]] = {
     "store": ("free", "p", "narrow", "both"),
     "slices": ("nd", "dn"),
     "ds": ("once", "twice"),
+    "skip": ("bounds", "list"),
 }
 
 
@@ -60,6 +62,7 @@ class Passes:
             "scale": scale if whole else scale[:1],
             "delta": _deltas(spec, whole),
             **self._forms(spec, target, whole),
+            **skips(spec),
         }
         return dict.fromkeys(ALGORITHMS, axes)
 
@@ -99,8 +102,17 @@ class Passes:
                 return f"{name} must be as much of each of {shards[name]} shards"
         words = WORDS | {"exp": exponentials(spec), "product_dtype": products(spec)}
         for name, values in words.items():
-            if not any(choice[name] is v or choice[name] == v for v in values):
+            value = choice.get(name, values[0])
+            if not any(
+                value is v or (value == v and value is not True) for v in values
+            ):
                 return f"{name} must be " + " or ".join(str(v) for v in values)
+        if choice.get("skip") == "list":
+            chunks = (spec.q_len, choice["q_chunk"]), (spec.kv_len, choice["k_chunk"])
+            if any(int(chunk) == length for length, chunk in chunks):
+                return "skip = list is for more than one chunk of queries, and of keys"
+            if (reason := unlistable(spec)) is not None:
+                return reason
         if choice["ds"] == "twice":
             if choice["algorithm"] == "two_passes" or choice["store"] not in STORED:
                 return "ds = twice is for one pass that stores p: store = p or narrow"
