@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attngen import backends, compilers, files, planner, targets
+from attngen import backends, compilers, files, planner, slopes, targets
 from attngen.backends import Backend
 from attngen.errors import CompileError, InternalError, PlanError, ValidationError
 from attngen.plans import Option, Plan
@@ -147,8 +147,11 @@ def _program(chosen: Plan, source: Source, by: Backend) -> Program:
 
     spec = chosen.spec
     names = ("q", "k", "v", *(o.name for o in spec.operands))
+    shapes = [(n, spec.shape_of(n), spec.dtype_of(n)) for n in names]
+    pulled = slopes.cotangents(spec)
+    shapes += [(d, spec.shape_of(n), spec.dtype_of(n)) for d, n in pulled.items()]
     return certifier.Program(
-        shapes=[(n, spec.shape_of(n), spec.dtype_of(n)) for n in names],
+        shapes=shapes,
         source=source.text,
         digest=source.digest,
         x64=needs_x64(chosen),

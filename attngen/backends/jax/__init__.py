@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attngen import slopes
 from attngen.backends.jax import candidates, context, model, shards, spaces
 from attngen.backends.jax.turns import turns
 from attngen.cost import Cost
@@ -76,7 +77,11 @@ class JaxBackend:
         return model.time_s(plan.spec, plan.choice, plan.tiles)
 
     def facts(self, plan: Plan) -> Mapping[str, Any]:
-        return {"turns": turns(plan)} | shards.mesh(plan.spec)
+        differentiated = {
+            "gradients": slopes.gradients(plan.spec),
+            "cotangents": slopes.cotangents(plan.spec),
+        }
+        return {"turns": turns(plan)} | differentiated | shards.mesh(plan.spec)
 
     def array(self, values: Any, dtype: str, target: Target | None = None) -> Any:
         import jax.numpy as jnp

@@ -20,7 +20,12 @@ WIDTH = 80  # columns that are left beside the indent
 
 
 def bounds(
-    plan: Plan, at: Tile, starts: Starts, ragged: bool, lengths: Lengths
+    plan: Plan,
+    at: Tile,
+    starts: Starts,
+    ragged: bool,
+    lengths: Lengths,
+    width: int = WIDTH,
 ) -> dict[str, Any]:
     """The key chunks to visit: statements, and the loops with their ends as text.
 
@@ -33,7 +38,7 @@ def bounds(
         about = ["What each key chunk holds, told by its ends"]
         about[0] += " and by what is read there." if made.ahead else "."
         return {
-            "lines": [x for line in made.lines for x in wrapped(line, WIDTH)],
+            "lines": [x for line in made.lines for x in wrapped(line, width)],
             "limits": limits,
             "loops": made.loops,
             "about": about,
@@ -42,7 +47,7 @@ def bounds(
             "listed": True,
         }
     found = _bounds(plan, starts, ragged, lengths, lines, limits)
-    lines[:] = [x for line in lines for x in wrapped(line, WIDTH)]
+    lines[:] = [x for line in lines for x in wrapped(line, width)]
     return {
         "lines": lines,
         "limits": limits,

@@ -12,6 +12,7 @@ from typing import Any
 from attngen import compilers, targets
 from attngen.backends.jax import devices
 from attngen.backends.jax.cycles import estimated_cycles
+from attngen.backends.jax.program import program
 from attngen.backends.jax.scratch import scratch_bytes
 from attngen.certifier import TOO_LARGE
 from attngen.targets import Target
@@ -29,7 +30,7 @@ def certify(job: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         job: "target", "shapes"; "source" or "exported", as a path; "x64"; "turns" of its
-            loops (see cycles.py).
+            loops (see cycles.py); "gradients" and "cotangents" (see program.py).
     """
     target = targets.get(job["target"])
     if target.kind != "cpu":
@@ -171,12 +172,14 @@ def _compile_sharded(job: dict[str, Any], target: Target) -> Any:
     def where(name: str) -> Any:
         return NamedSharding(mesh, PartitionSpec(*arrays[name]))
 
+    pulled = job.get("cotangents", {})
     shapes = {
-        n: jax.ShapeDtypeStruct(tuple(s), d, sharding=where(n))
+        n: jax.ShapeDtypeStruct(tuple(s), d, sharding=where(pulled.get(n, n)))
         for n, s, d in job["shapes"]
     }
     given = [shapes.pop(n) for n in "qkv"]
-    outputs = [where(name) for name in job["outputs"]]
+    names = [*job["outputs"], *job.get("gradients", {}).values()]
+    outputs = [where(name) for name in names]
     given_out = tuple(outputs) if len(outputs) > 1 else outputs[0]
     jitted = jax.jit(_function(job), out_shardings=given_out)
     return jitted.lower(*given, **shapes).compile()
@@ -185,4 +188,5 @@ def _compile_sharded(job: dict[str, Any], target: Target) -> Any:
 def _function(job: dict[str, Any]) -> Callable[..., Any]:
     from attngen.backends.jax.loader import load_function
 
-    return load_function(Path(job["source"]))
+    function = load_function(Path(job["source"]))
+    return program(function, job.get("gradients", {}), job.get("cotangents", {}))
