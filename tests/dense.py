@@ -38,11 +38,15 @@ def attention(spec, q, k, v, operands):
     p = jnp.where(there, jnp.exp(jnp.where(there, s, 0) - m), 0)
     total = p.sum(-1)
     any_key = there.any(-1)
-    lse = jnp.where(any_key, m[..., 0] + jnp.log(jnp.where(any_key, total, 1)), -jnp.inf)
+    lse = jnp.where(
+        any_key, m[..., 0] + jnp.log(jnp.where(any_key, total, 1)), -jnp.inf
+    )
     if spec.sink:
         total = total + jnp.exp(sink - m)[..., 0]
     out = jnp.einsum("bhqk,bhkd->bhqd", p, v)
-    out = jnp.where(any_key[..., None], out / jnp.where(any_key, total, 1)[..., None], 0)
+    out = jnp.where(
+        any_key[..., None], out / jnp.where(any_key, total, 1)[..., None], 0
+    )
     if spec.layout == "bthd":
         out = out.swapaxes(1, 2)
     found = {"out": out, "lse": lse}

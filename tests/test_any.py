@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import dense
 import jax
 import jax.numpy as jnp
 import library
@@ -10,7 +11,6 @@ import pytest
 from jax.test_util import check_grads
 
 import attngen
-import dense
 from attngen import AttentionSpec, inputs, masks, scores, slopes
 from attngen.backends.jax.loader import load_function
 
@@ -120,7 +120,9 @@ def test_gradients_are_those_of_whole_squares(name, tmp_path):
 @pytest.mark.parametrize("fix", TILES, ids=("small", "several heads"))
 @pytest.mark.parametrize("name", library.EXAMPLES)
 def test_derivatives_of_the_library(name, fix, tmp_path):
-    case = Case(spec_of(name, sink=True), tmp_path, library.EXAMPLES[name].operands, fix)
+    case = Case(
+        spec_of(name, sink=True), tmp_path, library.EXAMPLES[name].operands, fix
+    )
     for of in (case.first, case.forward_over_reverse, case.reverse_over_reverse):
         case.agree(of)
 

@@ -20,10 +20,15 @@ from attngen.plans import Choice, Plan
 from attngen.slopes import trained
 from attngen.spec import AttentionSpec
 from attngen.spec_checks import position_variables
-from attngen.tiles import chunk_limits, key_chunks
+from attngen.tiles import Limits, chunk_limits, key_chunks
 
 CHUNKS = 4096  # of queries, at most, whose key chunks are all looked at
 SINGULAR = ("div", "log")  # whose slopes may be infinite where a key isn't seen
+
+
+@functools.lru_cache(maxsize=64)
+def _limits(spec: AttentionSpec, q_chunk: int) -> frozenset[tuple[Limits, ...]]:
+    return frozenset(chunk_limits(spec, q_chunk))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -33,7 +38,7 @@ def visits(spec: AttentionSpec, q_chunk: int, k_chunk: int) -> int:
     if spec.static_q_offset is None or -(-spec.q_len // q_chunk) > CHUNKS:
         return every
     most = 1
-    for limits in set(chunk_limits(spec, q_chunk)):
+    for limits in _limits(spec, q_chunk):
         visited = key_chunks(limits, k_chunk)
         most = max(most, visited[-1][-1] - min(first for first, *_ in visited))
     return min(most, every)
@@ -73,9 +78,7 @@ def scanned(plan: Plan, at: Tile) -> dict[str, Any]:
         "levels": _levels(plan, at, levels),
         "given": given,
         "known": known,
-        "widened": [
-            o.name for o in trained(spec) if o.dtype != spec.stats_dtype
-        ],
+        "widened": [o.name for o in trained(spec) if o.dtype != spec.stats_dtype],
         "widen": "" if spec.dtype == spec.stats_dtype else f".astype({wide})",
         "narrow": "" if product == spec.stats_dtype else f".astype(jnp.{product})",
         "guard": bool(plan.option("guard")),

@@ -187,8 +187,17 @@ def _accelerator(spec: AttentionSpec, target: Target, *, whole: bool) -> Space:
     }
 
 
-SCANNED = ("q_chunk", "k_chunk", "head_chunk", "batch_chunk", "scale")
-SCANNED += ("exp", "product_dtype", "guard")
+# the choices of scans: those of other loops over keys, but for what scans have no form of
+SCANNED = (
+    "q_chunk",
+    "k_chunk",
+    "head_chunk",
+    "batch_chunk",
+    "scale",
+    "exp",
+    "product_dtype",
+    "guard",
+)
 
 
 def _scanned(spec: AttentionSpec, target: Target, *, whole: bool) -> Space:
