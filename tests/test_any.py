@@ -1,6 +1,7 @@
 """derivatives="any": against JAX's own derivatives of whole squares, in float64."""
 
 import dataclasses
+import functools
 
 import dense
 import jax
@@ -11,8 +12,9 @@ import pytest
 from jax.test_util import check_grads
 
 import attngen
-from attngen import AttentionSpec, inputs, masks, scores, slopes
+from attngen import AttentionSpec, building, inputs, masks, scores, slopes
 from attngen.backends.jax.loader import load_function
+from attngen.errors import PlanError
 
 SMALL = {"q_chunk": 16, "k_chunk": 16, "head_chunk": 1, "batch_chunk": 1}
 TILES = (SMALL, {"q_chunk": 24, "k_chunk": 16, "head_chunk": 2, "batch_chunk": 2})
@@ -239,6 +241,48 @@ def test_a_vmap_is_a_loop_over_examples(tmp_path):
             np.testing.assert_allclose(together[name][i], found, atol=1e-12)
 
 
+def test_a_shard_map_over_the_batch(tmp_path):
+    spec = AttentionSpec(
+        q_heads=2, q_len=12, qk_dim=4, dtype="float64",
+        mask=masks.causal(), score=(scores.alibi(),), derivatives="any",
+    )  # fmt: skip
+    function = function_of(
+        spec, tmp_path, {"q_chunk": 4, "k_chunk": 4, "head_chunk": 1}
+    )
+    *qkv, slopes_of_heads = (jnp.asarray(x) for x in inputs.arrays(spec).values())
+    mesh = jax.make_mesh((1,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))
+    where = jax.sharding.PartitionSpec
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(where("b"),) * 3 + (where(),),
+        out_specs=where("b"),
+    )
+    def sharded(q, k, v, slopes):
+        return function(q, k, v, slopes=slopes)
+
+    def plain(q, k, v, slopes):
+        return function(q, k, v, slopes=slopes)
+
+    def along(of):
+        def gradient(*given):
+            return jax.grad(lambda *x: jnp.sin(of(*x)).sum(), (0, 1, 2, 3))(*given)
+
+        given = (*qkv, slopes_of_heads)
+        return jax.jit(lambda *x: jax.jvp(gradient, x, x)[1])(*given)
+
+    for x, y in zip(along(sharded), along(plain), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-12)
+
+
+@pytest.mark.parametrize("exp", ["exp", "exp2", "polynomial"])
+def test_each_exponential_in_float32(exp, tmp_path):
+    spec = dataclasses.replace(EVERYTHING, dtype="float32", score=())
+    case = Case(spec, tmp_path, fix=FIX | {"exp": exp})
+    case.agree(case.forward_over_reverse, 1e-4)
+
+
 # Memory.
 
 LONG = AttentionSpec(
@@ -277,6 +321,41 @@ def test_no_policy_saves_scores(policy, tmp_path):
         return jax.checkpoint(function, policy=getattr(jax.checkpoint_policies, policy))
 
     assert temporaries(LONG, tmp_path, kept) <= 1.02 * temporaries(LONG, tmp_path)
+
+
+HEADS = AttentionSpec(
+    batch=2, q_heads=4, kv_heads=2, q_len=500, qk_dim=32, derivatives="any"
+)
+MODELLED = {
+    "plain": ({}, {}),
+    "bfloat16": ({"dtype": "bfloat16"}, {}),
+    "float16": ({"dtype": "float16", "out_dtype": "float32"}, {"q_chunk": 16}),
+    "causal": ({"mask": masks.causal()}, {"k_chunk": 512 - 12}),
+    "window": ({"mask": masks.causal() & masks.sliding_window(50)}, {"k_chunk": 16}),
+    "together": ({"layout": "bhtd"}, {"head_chunk": 2, "batch_chunk": 2}),
+    "scores": ({"score": (scores.softcap(9.0), scores.bias(axes="hqk"))}, {}),
+    "lengths": ({"kv_lengths": True, "sink": True, "outputs": ("out", "lse")}, {}),
+}
+
+
+@pytest.mark.parametrize("name", MODELLED)
+def test_the_model_is_an_upper_bound(name):
+    """Of XLA:CPU's bytes for forward and backward in one program."""
+    changes, fix = MODELLED[name]
+    fix = {"q_chunk": 64, "k_chunk": 64, "head_chunk": 1, "batch_chunk": 1} | fix
+    plan = attngen.plan(dataclasses.replace(HEADS, **changes), fix=fix)
+    certified = building.certify(plan, attngen.emit(plan), "cpu").temp_bytes
+    assert certified <= plan.temp_bytes <= 2.5 * certified
+
+
+def test_no_heads_are_gathered():
+    spec = dataclasses.replace(HEADS, batch_shards=2, head_shards=2)
+    plan = attngen.plan(spec, fix={"q_chunk": 50, "k_chunk": 50})
+    certificate = building.certify(plan, attngen.emit(plan), "cpu")
+    assert "all-gather" not in certificate.collectives
+    assert certificate.temp_bytes <= plan.temp_bytes
+    with pytest.raises(PlanError, match=r"a step: (batch_chunk|head_chunk) = "):
+        attngen.plan(spec, fix={"head_chunk": 2, "batch_chunk": 2, "q_chunk": 50})
 
 
 def test_gradients_are_summed_in_float32(tmp_path):

@@ -81,7 +81,7 @@ def scanned(plan: Plan, at: Tile) -> dict[str, Any]:
         "widened": [o.name for o in trained(spec) if o.dtype != spec.stats_dtype],
         "widen": "" if spec.dtype == spec.stats_dtype else f".astype({wide})",
         "narrow": "" if product == spec.stats_dtype else f".astype(jnp.{product})",
-        "guard": bool(plan.option("guard")),
+        "guard": bool(plan.option("guard") and levels),
         "ragged": ragged,
         "q_ragged": spec.q_len % plan.q_chunk != 0,
         "scores_start": any("k_start" in line for line in uses),
