@@ -48,7 +48,10 @@ def attention(q, k, v):
     _check("q", q, (B, T, H, D), "bfloat16")
     _check("k", k, (B, S, G, D), "bfloat16")
     _check("v", v, (B, S, G, D), "bfloat16")
-    return _attention((q, k, v))
+    given = q, k, v
+    # adds nothing; in a shard_map all arguments vary over the same devices by it
+    given = _coupled(given, _nought(given))
+    return _attention(given)
 
 
 def _check(name, x, shape, dtype):
@@ -118,8 +121,7 @@ def _scanned(given):
     """The outputs, by scans that JAX differentiates."""
     q, k, v = given
 
-    # what scans carry must vary over devices, in a shard_map, as the arguments do
-    nought = lax.stop_gradient(_nought(given))
+    nought = lax.stop_gradient(_nought(given))  # scans carry what varies as these do
 
     def heads(q, k, v):
         """All queries of the heads that are computed together."""

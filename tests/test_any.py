@@ -320,7 +320,9 @@ def test_no_policy_saves_scores(policy, tmp_path):
     def kept(function):
         return jax.checkpoint(function, policy=getattr(jax.checkpoint_policies, policy))
 
-    assert temporaries(LONG, tmp_path, kept) <= 1.02 * temporaries(LONG, tmp_path)
+    scores = LONG.q_len * LONG.kv_len * 4
+    more = temporaries(LONG, tmp_path, kept) - temporaries(LONG, tmp_path)
+    assert more <= LONG.bytes_of("q", "k", "v") < scores / 16
 
 
 HEADS = AttentionSpec(
@@ -349,13 +351,13 @@ def test_the_model_is_an_upper_bound(name):
 
 
 def test_no_heads_are_gathered():
-    spec = dataclasses.replace(HEADS, batch_shards=2, head_shards=2)
+    spec = dataclasses.replace(HEADS, batch=4, batch_shards=2, head_shards=2)
     plan = attngen.plan(spec, fix={"q_chunk": 50, "k_chunk": 50})
     certificate = building.certify(plan, attngen.emit(plan), "cpu")
     assert "all-gather" not in certificate.collectives
     assert certificate.temp_bytes <= plan.temp_bytes
-    with pytest.raises(PlanError, match=r"a step: (batch_chunk|head_chunk) = "):
-        attngen.plan(spec, fix={"head_chunk": 2, "batch_chunk": 2, "q_chunk": 50})
+    with pytest.raises(PlanError, match="a step: batch_chunk = batch"):
+        attngen.plan(spec, fix={"batch_chunk": 2})
 
 
 def test_gradients_are_summed_in_float32(tmp_path):
