@@ -137,7 +137,6 @@ FILES = {
     "storage.toml": ("NotBuiltError", TOML + "storage = 'paged'"),
     "dropout.toml": ("NotBuiltError", TOML + "dropout = 0.1"),
     "kv_dtype.toml": ("NotBuiltError", TOML + "kv_dtype = 'int8'"),
-    "any.toml": ("NotBuiltError", TOML + "derivatives = 'any'"),
     "budget.toml": ("BudgetError", TOML.replace("1MiB", "a lot")),
     "tight.toml": ("BudgetError", TOML.replace("1MiB", "16B")),
     "spec.yaml": ("FileError", TOML),

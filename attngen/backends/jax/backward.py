@@ -27,6 +27,7 @@ from attngen.backends.jax.backward_tile import (
 from attngen.backends.jax.bounds import bounds
 from attngen.backends.jax.lengths import Lengths
 from attngen.backends.jax.loops import WHOLE, level_lines, memory
+from attngen.backends.jax.scans import offset_from_lengths
 from attngen.backends.jax.statements import as_tuple, wrapped
 from attngen.backends.jax.tile import (
     Starts,
@@ -42,8 +43,6 @@ from attngen.backends.jax.tile_code import tile_code
 from attngen.joint import backward_part, forward_part, forward_spec
 from attngen.lists import unlistable
 from attngen.plans import Plan
-from attngen.spec import AttentionSpec
-from attngen.spec_checks import position_variables
 from attngen.transposed import renamed, transposed
 
 Level = tuple[str, str]  # the name of a loop's variable, and how many steps it has
@@ -179,7 +178,7 @@ def _arguments(plan: Plan) -> dict[str, Any]:
     """The names of what goes in and out of the rule, and the dtypes of what comes."""
     spec = plan.spec
     given = ["q", "k", "v", *(o.name for o in spec.operands)]
-    if run_time_offset(spec) and "q_offset" not in given:
+    if offset_from_lengths(spec) and "q_offset" not in given:
         given.append("q_offset")
     outputs = list(spec.outputs)
     made = ["out", "lse"] if "out" in outputs else ["lse"]
@@ -493,12 +492,3 @@ def _answers(plan: Plan, lies: dict[str, Lies]) -> list[str]:
             text += f".astype(jnp.{dtypes[of]})"
         answers.append(text)
     return answers
-
-
-def run_time_offset(spec: AttentionSpec) -> bool:
-    """Whether `attention` makes q_offset of lengths, before it calls anything."""
-    return (
-        spec.q_offset == "bottom_right"
-        and spec.kv_lengths
-        and any("q" in position_variables(e) for e in spec.expressions)
-    )

@@ -38,7 +38,7 @@ UNROLLED = 16  # key chunks, at most: each is compiled on its own
 # field → (the values that are built, what to do instead)
 _BUILT: dict[str, tuple[tuple[object, ...], str]] = {
     "derivatives": (
-        (None, "vjp"),
+        (None, "vjp", "any"),
         "dataclasses.replace(spec, derivatives=None) computes forward",
     ),
     "dropout": ((0.0,), "dataclasses.replace(spec, dropout=0.0)"),
@@ -95,6 +95,8 @@ def illegal(spec: AttentionSpec, choice: Choice) -> str | None:
         or (
             _bad_dense(choice)
             if choice["algorithm"] == "dense"
+            else _bad_scan(spec, choice)
+            if choice["algorithm"] == "scanned"
             else _bad_loop(spec, choice) or _bad_tile(spec, choice)
         )
     )
@@ -171,6 +173,20 @@ def _bad_dense(choice: Choice) -> str | None:
     return (
         None if choice["loop"] == "unrolled" else "dense has no loop: loop = unrolled"
     )
+
+
+def _bad_scan(spec: AttentionSpec, choice: Choice) -> str | None:
+    """Of scans that are differentiable to any order."""
+    if choice["loop"] != "scan":
+        return "scanned has loop = scan"
+    whole = (
+        ("batch_chunk", "batch", spec.batch),
+        ("head_chunk", "kv_heads", spec.kv_heads),
+    )
+    for name, field, length in whole:
+        if spec.devices > 1 and choice[name] != length:
+            return f"scanned takes all that is sharded in a step: {name} = {field}"
+    return None
 
 
 def _bad_loop(spec: AttentionSpec, choice: Choice) -> str | None:
