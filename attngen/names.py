@@ -32,7 +32,7 @@ _BACKWARD = """
     kept cotangents dout dlse dq dk dv delta deltas weighted beside
     queries_of keys_of of_queries of_keys summing sums heads add
     known share scored dropped ds dp again same ds_of dq_part
-    new here whole made outs
+    new here whole made outs given
 """
 # of the Triton templates
 _TRITON = """

@@ -63,8 +63,8 @@ def _check(name, x, shape, dtype):
 def _attention(given):
     """The outputs, which have derivatives of all orders in what is given.
 
-    They are those of `_scanned`, computed anew from what is given: nothing else is kept,
-    whatever the policy of a jax.checkpoint around this function says.
+    They are those of `_scanned`, computed anew from what is given: nothing else is
+    kept, whatever the policy of a jax.checkpoint around this function says.
     """
     return _scanned(given)
 
@@ -234,7 +234,7 @@ def _joined(x, axis, n):
 
 
 def _add(carry, s, vc):
-    """The running maximum, sum, and weighted sum of values, with one more chunk of keys."""
+    """The running maximum, sum, and weighted sum of values, with more keys."""
     m, total, acc = carry
     # the maximum cancels out: it needs no derivative
     m_new = jnp.maximum(m, lax.stop_gradient(s).max(-1))

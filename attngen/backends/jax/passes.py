@@ -43,8 +43,9 @@ class Passes:
         """For each way of passing over the tiles, the choices worth considering."""
         wide = target.kind == "cpu"
         product = products(spec) if wide else products(spec)[::-1]
-        exps = ("exp", *(e for e in exponentials(spec) if e != "exp"))
-        exps = exps if wide else ("exp2", "exp")
+        # scores as the forward pass rounds them, where there are none of a user's
+        exps: tuple[str, ...] = ("exp", "exp2") if spec.score else ("exp2", "exp")
+        exps += tuple(e for e in exponentials(spec) if e not in exps)
         narrow = product[0] != spec.stats_dtype
         plain = exps[0] == "exp" or bool(spec.score)
         exact = not narrow or (plain and math.frexp(spec.scale_value)[0] == 0.5)
