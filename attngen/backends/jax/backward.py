@@ -123,7 +123,8 @@ def backward(plan: Plan) -> dict[str, Any]:
         "of_queries": writer().of_queries,
         "both": both,
         "sums": {
-            f"d_{n}": f"jnp.zeros({n}.shape, jnp.{spec.stats_dtype})" for n in sums
+            f"d_{n}": f"jnp.zeros({_sum_shape(mine, n)}, jnp.{spec.stats_dtype})"
+            for n in sums
         },
         "ahead": list(dict.fromkeys(x for p in made for x in p["bounds"]["ahead"])),
         "list_functions": {x for p in made for x in p["bounds"]["functions"]},
@@ -401,17 +402,18 @@ def _arrays(plan: Plan, at: Tile, starts: Starts) -> dict[str, Any]:
     }
     _, dq, dkv = subscripts(plan, at)
     rows, keys = order(spec.layout, "bqh"), order(spec.layout, "bkg")
-    layout = {"q": rows + "d", "k": keys + "d"}
-    layout["dout"] = rows + ("d" if qk == v else "v")
-    layout |= {"out": layout["dout"], "v": keys + ("d" if qk == v else "v")}
-    layout |= dict.fromkeys(("lse", "dlse", "delta"), "bhq")
+    out, delta = "out" in spec.outputs, str(plan.option("delta"))
+    layout = {"q": rows + "d", "k": keys + "d", "lse": "bhq"}
+    value = "d" if qk == v else "v"
+    layout |= {"v": keys + value, "dout": rows + value} if out else {}
+    layout |= {"out": rows + value} if out and delta == "again" else {}
+    layout |= {"delta": "bhq"} if out and delta == "kept" else {}
+    layout |= {"dlse": "bhq"} if "lse" in spec.outputs else {}
+    layout |= {o.name: "".join(map(str, o.axes)) for o in spec.own_operands}
     base_2 = exponential(plan)["base_2"]
     scaled = chosen(plan, "scale") == "queries"
     batch = {"b": at.sizes["b"], "q": "Q_CHUNK", "h": heads(at)}
-    arrays = ["q", "k", *(("v", "dout") if "out" in spec.outputs else ())]
-    arrays += (
-        ["out"] if plan.option("delta") == "again" and "out" in spec.outputs else []
-    )
+    arrays = [n for n in ("q", "k", "v", "dout", "out") if n in layout]
     return {
         "views": shards.views(plan, layout),
         "across": arrays if chosen(plan, "slices") == "dn" else [],
@@ -423,6 +425,7 @@ def _arrays(plan: Plan, at: Tile, starts: Starts) -> dict[str, Any]:
             "shape": known["lse_shape"],
             "rows": at.shape(at.rows),
             "moved": shards.moved(plan, "bhq"),
+            "beside": shards.moved(plan, "bhq", back=True),
         },
         "subscripts": {"dq": dq, "dk": dkv, **_of_heads(plan, at, starts, lies)},
         "cast_p": f".astype(jnp.{product})"
@@ -469,6 +472,19 @@ def _of_heads(
     }
 
 
+def _sum_shape(plan: Plan, name: str) -> str:
+    """The shape of an operand's gradient as it is summed up: its shards apart."""
+    operand = next(o for o in plan.spec.operands if o.name == name)
+    letters = [a for a in operand.axes if isinstance(a, str)]
+    if not any(shards.is_split(plan, a) for a in letters):
+        return f"{name}.shape"
+    shape: list[str] = []
+    for a in operand.axes:
+        letter = str(a)
+        shape += shards.shape(plan, letter, WHOLE) if letter in letters else [letter]
+    return as_tuple(shape)
+
+
 def _answers(plan: Plan, lies: dict[str, Lies]) -> list[str]:
     """The gradients as they are returned: in their dtypes, with shards beside the rest."""
     spec, dtypes = plan.spec, {o.name: o.dtype for o in plan.spec.operands}
@@ -488,7 +504,10 @@ def _answers(plan: Plan, lies: dict[str, Lies]) -> list[str]:
                 text += f".reshape({', '.join(shape)})"
             narrow = name in summed and spec.dtype != spec.stats_dtype
             text += f".astype(jnp.{spec.dtype})" if narrow else ""
-        elif dtypes[of] != spec.stats_dtype:
-            text += f".astype(jnp.{dtypes[of]})"
+        else:
+            if _sum_shape(plan, of) != f"{of}.shape" and of != "sink":
+                text += f".reshape({of}.shape)"
+            if dtypes[of] != spec.stats_dtype:
+                text += f".astype(jnp.{dtypes[of]})"
         answers.append(text)
     return answers

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from attngen import slopes
 from attngen.backends.jax.distance import has_distance, overflows
 from attngen.backends.jax.shards import local
 from attngen.diagonals import hull_is_seen, rises
 from attngen.errors import NotBuiltError
 from attngen.intervals import examine
 from attngen.lists import unlistable
+from attngen.operands import Operand
 from attngen.plans import Choice, Option
 from attngen.regions import analyse
 from attngen.spec import AttentionSpec
@@ -59,6 +61,23 @@ def refuse(spec: AttentionSpec) -> None:
                 hint=hint,
             )
     local(spec)
+    _refuse_tables(spec)
+
+
+def _refuse_tables(spec: AttentionSpec) -> None:
+    """A table's gradient is scattered at computed indices, which would gather its shards."""
+    if spec.derivatives != "vjp" or spec.devices == 1:
+        return
+    for node in (n for score in spec.score for n in slopes.reads(score)):
+        assert isinstance(node.value, Operand)
+        computed = any(i.op not in ("var", "const") for i in node.args)
+        if computed and {"b", "h"} & set(map(str, node.value.axes)):
+            name = node.value.name
+            raise NotBuiltError(
+                f"The gradient of {name!r} isn't built for shards.",
+                got=f"{name}, read at computed indices, {spec.devices} devices",
+                needed="batch_shards=1 and head_shards=1, or derivatives='any'",
+            )
 
 
 def products(spec: AttentionSpec) -> tuple[str, ...]:
