@@ -88,7 +88,8 @@ class TileWriter:
     def of_queries(self) -> list[str]:
         """What a tile is told of its queries."""
         if self.out:
-            return ["rows", "d_rows", "lse_row", "delta_row"]
+            summed = ["total_row"] * (self.plan.option("delta") == "summed")
+            return ["rows", "d_rows", "lse_row", "delta_row", *summed]
         return ["rows", "lse_row", "dlse_row"]
 
     def keys(self) -> list[str]:
@@ -271,7 +272,7 @@ class TileWriter:
         if delta == "summed":
             self._add(
                 "if summing:  # delta, and the sum of p, are still to be made",
-                f"    return rows, d_rows{cast}, lse_row, None",
+                f"    return rows, d_rows{cast}, lse_row, None, None",
             )
             self._row("total")
         if delta in ("kept", "summed"):
@@ -285,11 +286,6 @@ class TileWriter:
             self._add("delta_row *= share")
         if self.dlse and self.out:
             self._add("delta_row -= dlse_row")
-        if delta == "summed":
-            self._add(
-                "delta_row /= total_row  # of p, which rounds as lse does",
-                f"d_rows /= total_row{self.spread}",
-            )
         if cast and self.out and self._multiplied():
             self._add(f"d_rows = d_rows{cast}")
 
@@ -342,6 +338,11 @@ class TileWriter:
         if self.how["exp_scaled"]:
             inner = f"({inner}) * LOG2E"
         self._add(f"p = {self.how['exp']}({inner})")
+        if self.out and self.plan.option("delta") == "summed":
+            self._add(
+                "if total_row is not None:",
+                "    p /= total_row[..., None]  # lse is rounded, as scores are",
+            )
         if self.plan.drops_keys:
             self._add("scored = s != -jnp.inf")
         lines = list(mask)
