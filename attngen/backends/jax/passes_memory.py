@@ -52,7 +52,9 @@ MASKED = {
 BATCHED_RAGGED = Moment(1.1, 0, 0)  # of one pass: scores, as they are blanked
 # by queries: sums of queries, and what is written before
 RAGGED = (Moment(0, 2, 0), Moment(0, 0, 2))
-POLYNOMIAL = Moment(1, 0, 0)  # p isn't made in place
+POLYNOMIAL = Moment(1, 0, 0)  # of one query head: p isn't made in place
+SUMMED = Moment(0, -1.5, 0)  # by keys: delta isn't made in each tile
+NARROW = Moment(-1.8, -3, 0)  # of several query heads, products in a narrow dtype
 LENGTHS = Moment(0, 0, 1.5)
 # of several heads or batches: their keys are transposed
 BATCHED = {
@@ -141,10 +143,15 @@ def _moment(spec: AttentionSpec, at: At, choice: Choice) -> Moment:
     found += [MASKED[at.algorithm]] if masked else []
     if any(at.ragged) and at.matrices > 1 and one and not at.grouped:
         found += [BATCHED_RAGGED]
-    found += [POLYNOMIAL] if choice["exp"] == "polynomial" else []
+    found += [POLYNOMIAL] if choice["exp"] == "polynomial" and not at.grouped else []
+    if choice["delta"] == "summed" and at.algorithm == "by_keys" and not at.grouped:
+        found += [SUMMED]
+    if choice["product_dtype"] != spec.stats_dtype and at.grouped and one:
+        found += [NARROW]
     if at.algorithm == "by_queries":
         found += [m for m, ragged in zip(RAGGED, at.ragged, strict=True) if ragged]
-    found += [LENGTHS] if spec.kv_lengths or spec.q_lengths else []
+    if (spec.kv_lengths or spec.q_lengths) and (one or at.matrices == 1):
+        found += [LENGTHS]
     found += [BATCHED[at.algorithm]] if at.matrices > 1 else []
     found += [INLINE[at.algorithm]] if _inline(at) else []
     tiles = sum(m.tiles for m in found)
