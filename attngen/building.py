@@ -253,7 +253,7 @@ def kernel(
         source,
         report,
         certificate,
-        function,
+        by.entry(chosen.spec, function),
         any_size=by.any_size,
         absent="" if here else target.name,
     )

@@ -115,6 +115,7 @@ _HOW = {
     "running": "with a running softmax",
     "split_kv": "keys in parts",
     "summaries": "each summarised",
+    "scanned": "differentiable to any order",
 }
 
 

@@ -115,6 +115,10 @@ class ValidationError(AttngenError, ArithmeticError):
     """A kernel's numbers are further from the reference than the rule allows."""
 
 
+class DerivativeError(AttngenError, TypeError):
+    """A kernel was differentiated in a way that it wasn't built for."""
+
+
 class FileError(AttngenError, OSError):
     """A file can't be read, written, or isn't what it should be."""
 

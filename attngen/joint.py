@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from attngen.backends import Backend
@@ -82,6 +83,24 @@ def check_names(
                 got=name,
                 needed="one of " + ", ".join(known),
             )
+
+
+def renamed(error: PlanError, names: Iterable[str]) -> PlanError:
+    """An error about a backward pass, with the names that its choices have in a plan."""
+    own = "|".join(sorted({"algorithm", *names}, key=len, reverse=True))
+
+    def told(text: object) -> str | None:
+        if text is None:
+            return None
+        return re.sub(rf"\b({own})\b", _named, str(text))
+
+    what = error.what.removesuffix(".") + ", of the backward pass."
+    needed, hint = told(error.needed), told(error.hint)
+    return PlanError(what, got=told(error.got), needed=needed, hint=hint)
+
+
+def _named(found: re.Match[str]) -> str:
+    return PREFIX if found[0] == "algorithm" else f"{PREFIX}_{found[0]}"
 
 
 def worth(priced: Sequence[T], bytes_of: Callable[[T], int]) -> list[T]:

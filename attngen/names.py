@@ -26,6 +26,14 @@ _JAX = """
     seen there m m_safe m_sink p acc total rescale
     out lse out_all lse_all
 """
+# of their backward passes
+_BACKWARD = """
+    partial SCALE_2 Q_BLOCK K_BLOCK Q_BLOCKS K_BLOCKS B_BLOCK G_BLOCK
+    kept cotangents dout dlse dq dk dv delta deltas weighted beside
+    queries_of keys_of of_queries of_keys summing sums heads add
+    known share scored dropped ds dp again same ds_of dq_part
+    new here whole made outs given
+"""
 # of the Triton templates
 _TRITON = """
     torch triton tl math os forward strides
@@ -34,11 +42,13 @@ _TRITON = """
     tiles query counts shape kv_end q_end
     BLOCK_SHAPES TensorDescriptor OUT_DTYPE OPERATION zlib operator Path tame
 """
-_TAKEN = (*_OWN.split(), *_JAX.split(), *_TRITON.split())
+_TAKEN = (*_OWN.split(), *_JAX.split(), *_BACKWARD.split(), *_TRITON.split())
 RESERVED = frozenset((*_TAKEN, *dir(builtins)))
-# steps of long expressions, slices of operands
+# steps of long expressions, slices of operands, rows and gradients of them
 _PATTERN = re.compile(
-    r"(part|some_part|every_part|index|indices|limit|score\d*)(_\d+)+|(full_)?(first|last)_\d|.*_at_.*|_.*"
+    r"(part|some_part|every_part|index|indices|limit|score\d*)(_\d+)+|(full_)?(first|last)_\d"
+    r"|s_\d+|slope\d+_\d+|(lse|dlse|delta|total|d|out)_rows?|d[qkv]_(here|before)"
+    r"|(dout|out)_here|d_.*|.*_part|.*_at_.*|_.*"
 )
 
 

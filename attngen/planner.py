@@ -80,11 +80,18 @@ def _pairs(
         (backend, joint.forward_part(fix), of.price),
         (passes, joint.backward_part(fix), of.price_backward),
     ):
-        legal, reasons = split(spec, target, chooser, own)
+        try:
+            legal, reasons = split(spec, target, chooser, own)
+        except PlanError as error:
+            if chooser is backend:
+                raise
+            names = next(iter(passes.space(spec, target).values()))
+            raise joint.renamed(error, names) from None
         priced = sorted((price(choice) for choice in legal), key=_by_time)
         fitting = [p for p in priced if of.fits(p)]
         sides.append(joint.worth(fitting or priced, lambda p: p[2].temp_bytes))
-        refused += reasons
+        if chooser is backend:
+            refused += reasons
     pairs = [of.join(f, b) for f in sides[0] for b in sides[1]]
     return sorted(pairs, key=_by_time), refused
 

@@ -48,18 +48,23 @@ class Pricing:
         cost = self.backend.cost(self.forward, self.target, choice, tiles)
         if self.kept:
             cost = replace(cost, temp_bytes=cost.temp_bytes + self.kept)
-        if choice.get("skip") == "list" and decided(self.spec):
-            seen = SPAN + int(choice["q_chunk"]) + int(choice["k_chunk"])
-            left = min(1.0, seen / self.spec.kv_len)
-            cost = replace(cost, time_s=cost.time_s * left)
-        return (choice, tiles, cost)
+        return (choice, tiles, self._skipped(choice, cost))
+
+    def _skipped(self, choice: Choice, cost: Cost) -> Cost:
+        """Of what operands decide at run time a list visits some: a guess."""
+        if choice.get("skip") != "list" or not decided(self.spec):
+            return cost
+        seen = SPAN + int(choice["q_chunk"]) + int(choice["k_chunk"])
+        left = min(1.0, seen / self.spec.kv_len)
+        return replace(cost, time_s=cost.time_s * left)
 
     def price_backward(self, choice: dict[str, Option]) -> Priced:
         """Of the backward pass alone."""
         passes = self.backend.backward
         assert passes is not None
         tiles = self.count(choice)
-        return (choice, tiles, passes.cost(self.spec, self.target, choice, tiles))
+        cost = passes.cost(self.spec, self.target, choice, tiles)
+        return (choice, tiles, self._skipped(choice, cost))
 
     def join(self, forward: Priced, backward: Priced) -> Priced:
         """One after the other: their time adds up, their memory is the larger.

@@ -10,9 +10,9 @@ import functools
 from collections.abc import Callable
 
 from attngen.cost import square_flop
-from attngen.expr import variables
+from attngen.expr import Expr, variables
 from attngen.intervals import INT_LIMITS, Interval, domain, interval
-from attngen.lists import Blocks, listed
+from attngen.lists import Blocks, decided, listed
 from attngen.operands import Operand
 from attngen.plans import Plan
 from attngen.spec import AttentionSpec
@@ -37,7 +37,12 @@ def decided_by(plan: Plan) -> tuple[str, ...]:
     """The operands whose values say at run time which more tiles are empty, or full."""
     if not _by_list(plan) or plan.spec.mask is None:
         return ()
-    read = (x.node.value for x in listed(plan.spec.mask.expr).told)
+    return _operands_of(plan.spec.mask.expr)
+
+
+def _operands_of(mask: Expr) -> tuple[str, ...]:
+    """Those that tell of whole tiles of a mask."""
+    read = (x.node.value for x in listed(mask).told)
     return tuple(sorted({o.name for o in read if isinstance(o, Operand)}))
 
 
@@ -86,7 +91,23 @@ def sees_nothing(spec: AttentionSpec) -> bool:
 
 
 def warnings(spec: AttentionSpec) -> tuple[str, ...]:
-    """What is legal, and hardly meant: queries that are proven to see no key."""
+    """What is legal, and hardly meant: queries that see no key, tiles that aren't skipped."""
+    return (*_blind(spec), *_unskipped(spec))
+
+
+def _unskipped(spec: AttentionSpec) -> tuple[str, ...]:
+    """Masks whose tiles operands decide on, where all are visited nevertheless."""
+    if spec.mask is None or spec.derivatives != "any" or not decided(spec):
+        return ()
+    names = _operands_of(spec.mask.expr)
+    return (
+        f"what {' and '.join(names)} {'rules' if len(names) == 1 else 'rule'} out isn't "
+        'skipped: derivatives="any" goes over a list of tiles that is known beforehand',
+    )
+
+
+def _blind(spec: AttentionSpec) -> tuple[str, ...]:
+    """Queries that are proven to see no key."""
     if spec.mask is None:
         return ()
     lse = " and their lse -inf" if "lse" in spec.outputs else ""

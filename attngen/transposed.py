@@ -68,9 +68,13 @@ _PAIRS = (
     ("q_length", "kv_length"), ("q_index", "k_index"), ("q_pos", "k_pos"),
 )  # fmt: skip
 _NAMES = {x: y for pair in _PAIRS for x, y in (pair, pair[::-1])}
+_READ = re.compile(r"_at_[bhqk]+\b")  # what is read of an operand
+_SWAPPED = str.maketrans("qk", "kq")
 _WORD = re.compile(r"\b(" + "|".join(_NAMES) + r")\b")
 
 
 def renamed(line: str) -> str:
     """A statement about queries that visit keys as one about keys that visit queries."""
+    line = line.replace("_at_chunks", "_at_query_chunks")
+    line = _READ.sub(lambda found: found[0].translate(_SWAPPED), line)
     return _WORD.sub(lambda found: _NAMES[found[0]], line)

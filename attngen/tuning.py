@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from attngen import planner
+from attngen import planner, slopes
 from attngen.backends import Backend
 from attngen.building import certify_many, emit, passed, stored, tell
 from attngen.descent import TRIES
@@ -157,10 +157,14 @@ class _Preparer:
         spec = self.spec
         try:
             given = inputs.arrays(spec)
-            return {
+            made = {
                 n: self.by.array(x, spec.dtype_of(n), self.target)
                 for n, x in given.items()
             }
+            of = slopes.cotangents(spec)
+            for name, x in inputs.cotangents(spec).items():
+                made[name] = self.by.array(x, spec.dtype_of(of[name]), self.target)
+            return made
         except (MemoryError, RuntimeError) as error:
             raise _no_room(f"{type(error).__name__}: {error!s:.200}") from error
 
@@ -245,9 +249,10 @@ class _Preparer:
         if not known.samples_s:  # what was timed once was validated
             passed(plan, self.by, source, function, LONG_S)
         arrays, block = self.arrays, self.by.block
+        program = self.by.program(self.spec, function)
 
         def call() -> Any:
-            return block(function(**arrays))
+            return block(program(**arrays))
 
         try:
             call()

@@ -53,7 +53,7 @@ def attention(q, k, v, *, document_ids):
     _check("v", v, (B, S, G, D), "bfloat16")
     _check("document_ids", document_ids, (B, S), "int32")
 
-    document_ids_at_chunks = _extremes(document_ids)
+    document_ids_at_chunks = _extremes(document_ids, K_CHUNK)
 
     def queries(step, out_all):
         """One chunk of queries of the heads that are computed together."""
@@ -152,11 +152,10 @@ def _check(name, x, shape, dtype):
         raise TypeError(f"{name} is {x.dtype}{x.shape}, not {dtype}{shape}")
 
 
-def _extremes(x):
-    """The least and the greatest value in each key chunk, along the last axis."""
-    tail = -x.shape[-1] % K_CHUNK
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, tail)], mode="edge")
-    x = x.reshape(*x.shape[:-1], K_CHUNKS, K_CHUNK)
+def _extremes(x, chunk):
+    """The least and the greatest value in each chunk, along the last axis."""
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % chunk)], mode="edge")
+    x = x.reshape(*x.shape[:-1], -1, chunk)
     return x.min(-1), x.max(-1)
 
 

@@ -87,6 +87,21 @@ def sharded() -> AttentionSpec:
     )
 
 
+def any_order() -> AttentionSpec:
+    """Differentiable to any order, forward and in reverse: grouped heads, a window."""
+    return AttentionSpec(
+        q_heads=4,
+        kv_heads=2,
+        q_len=1000,
+        qk_dim=64,
+        dtype="bfloat16",
+        mask=masks.causal() & masks.sliding_window(200),
+        score=(scores.softcap(30.0),),
+        outputs=("out", "lse"),
+        derivatives="any",
+    )
+
+
 def of_preset(name: str, **changes: object):
     return lambda: dataclasses.replace(presets.get(name), **changes)
 
@@ -111,6 +126,7 @@ ENTRIES = {
     "prefix_lm": (prefix_lm, "8MiB", {}),
     "decode_step": (decode_step, "8MiB", {}),
     "checkerboard": (checkerboard, None, {"algorithm": "dense"}),
+    "any_order": (any_order, "16MiB", {"q_chunk": 128, "k_chunk": 128}),
     "sharded": (sharded, "4MiB", {"q_chunk": 256, "head_chunk": 4}),
 }
 

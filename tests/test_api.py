@@ -101,8 +101,6 @@ def test_where_there_is_nothing_is_refused(kind, where, ask):
 @pytest.mark.parametrize(
     "change",
     [
-        {"derivatives": "vjp"},
-        {"derivatives": "any"},
         {"dropout": 0.1},
         {"storage": "packed"},
         {"storage": "paged"},

@@ -11,6 +11,7 @@ from commands import FAILED, LLAMA, SMALL, TOML, WRONG, edit, misused, refused, 
 
 from attngen import drawing
 
+ON_TRITON = ("--backend", "triton", "--target", "h100")
 REQUESTS = {
     "no spec": ("SpecError",),
     "preset": ("PresetError", "--preset", "llama4"),
@@ -60,8 +61,14 @@ REQUESTS = {
     "scale": ("SpecError", *LLAMA, "--scale", "nan"),
     "outputs": ("SpecError", *LLAMA, "--outputs", "out,grad"),
     "precision": ("SpecError", *LLAMA, "--precision", "low"),
-    "derivatives": ("NotBuiltError", *LLAMA, "--derivatives", "vjp"),
-    "a preset's derivatives": ("NotBuiltError", "--preset", "alphafold-pair"),
+    "derivatives": ("NotBuiltError", *LLAMA, "--derivatives", "vjp", *ON_TRITON),
+    "no derivatives": ("SpecError", *LLAMA, "--derivatives", "some"),
+    "backward": ("PlanError", *LLAMA, "--derivatives", "vjp", "--fix", "backward=once"),
+    "backward of none": ("PlanError", *LLAMA, "--fix", "backward_q_chunk=64"),
+    "backward chunk": (
+        "PlanError",
+        *(*LLAMA, "--derivatives", "vjp", "--fix", "backward_q_chunk=0"),
+    ),
     "file and preset": ("SpecError", "spec.toml", *LLAMA),
     "no file": ("FileError", "missing.toml"),
     "no emitted file": ("FileError", "missing.py"),
@@ -137,7 +144,6 @@ FILES = {
     "storage.toml": ("NotBuiltError", TOML + "storage = 'paged'"),
     "dropout.toml": ("NotBuiltError", TOML + "dropout = 0.1"),
     "kv_dtype.toml": ("NotBuiltError", TOML + "kv_dtype = 'int8'"),
-    "any.toml": ("NotBuiltError", TOML + "derivatives = 'any'"),
     "budget.toml": ("BudgetError", TOML.replace("1MiB", "a lot")),
     "tight.toml": ("BudgetError", TOML.replace("1MiB", "16B")),
     "spec.yaml": ("FileError", TOML),

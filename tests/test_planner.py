@@ -104,8 +104,6 @@ def test_loops_that_cannot_skip_are_not_legal_where_there_is_something_to_skip()
 @pytest.mark.parametrize(
     "change",
     [
-        {"derivatives": "vjp"},
-        {"derivatives": "any"},
         {"dropout": 0.1},
         {"storage": "packed"},
         {"storage": "paged"},

@@ -99,6 +99,12 @@ class Backend(Protocol):
                 so when it is called. None: the device here.
         """
 
+    def entry(
+        self, spec: AttentionSpec, function: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """The function of a kernel as its user calls it: what is differentiated otherwise
+        than the spec says is an error."""
+
     def trial(self, path: Path, function: Callable[..., Any]) -> Callable[..., Any]:
         """What validation calls: the function as it was loaded, or the file interpreted
         where it can't be called here."""

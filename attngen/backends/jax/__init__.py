@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attngen import joint, slopes
+from attngen import joint, slopes, targets
 from attngen.backends.jax import candidates, context, model, shards, spaces
 from attngen.backends.jax.passes import Passes
 from attngen.backends.jax.turns import turns
@@ -72,6 +72,13 @@ class JaxBackend:
 
         return load(path)
 
+    def entry(
+        self, spec: AttentionSpec, function: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        from attngen.backends.jax.entry import entry
+
+        return entry(spec, function)
+
     def trial(self, path: Path, function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
@@ -80,14 +87,23 @@ class JaxBackend:
     ) -> Callable[..., Any]:
         from attngen.backends.jax.program import program
 
-        return program(function, slopes.gradients(spec), slopes.cotangents(spec))
+        if spec.derivatives is None:
+            return function
+        import jax
+
+        made = program(function, slopes.gradients(spec), slopes.cotangents(spec))
+        return jax.jit(made)  # type: ignore[no-any-return]
 
     def ran(self, target: Target) -> str:
         return "" if self.is_here(target) else "on this machine's processor"
 
     def trial_s(self, plan: Plan) -> float:
         """On this machine's processor, where the target isn't here."""
-        return model.time_s(plan.spec, plan.choice, plan.tiles)
+        seconds = model.time_s(joint.forward_spec(plan.spec), plan.choice, plan.tiles)
+        if joint.PREFIX in plan.choice:
+            own, here = joint.backward_part(plan.choice), targets.get("cpu")
+            seconds += self.backward.cost(plan.spec, here, own, plan.tiles).time_s
+        return seconds
 
     def facts(self, plan: Plan) -> Mapping[str, Any]:
         spec = plan.spec

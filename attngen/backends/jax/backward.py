@@ -8,6 +8,7 @@ gradients at once, two passes each their own: dq over queries, then dk and dv ov
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from attngen import slopes
@@ -26,6 +27,7 @@ from attngen.backends.jax.backward_tile import (
 from attngen.backends.jax.bounds import bounds
 from attngen.backends.jax.lengths import Lengths
 from attngen.backends.jax.loops import WHOLE, level_lines, memory
+from attngen.backends.jax.scans import offset_from_lengths
 from attngen.backends.jax.statements import as_tuple, wrapped
 from attngen.backends.jax.tile import (
     Starts,
@@ -37,10 +39,10 @@ from attngen.backends.jax.tile import (
     product_keywords,
     tile,
 )
+from attngen.backends.jax.tile_code import tile_code
 from attngen.joint import backward_part, forward_part, forward_spec
+from attngen.lists import unlistable
 from attngen.plans import Plan
-from attngen.spec import AttentionSpec
-from attngen.spec_checks import position_variables
 from attngen.transposed import renamed, transposed
 
 Level = tuple[str, str]  # the name of a loop's variable, and how many steps it has
@@ -98,6 +100,7 @@ def backward(plan: Plan) -> dict[str, Any]:
         first = number == 0
         p |= _calls(p, looped, both, sums, first)
         p["twice"] = forms_twice(mine)
+        p["listed"] = p["bounds"]["listed"]
         p["loops"] = [x for loop in p["bounds"]["loops"] for x in _loop(loop, both)]
 
     def writer() -> TileWriter:
@@ -120,8 +123,11 @@ def backward(plan: Plan) -> dict[str, Any]:
         "of_queries": writer().of_queries,
         "both": both,
         "sums": {
-            f"d_{n}": f"jnp.zeros({n}.shape, jnp.{spec.stats_dtype})" for n in sums
+            f"d_{n}": f"jnp.zeros({_sum_shape(mine, n)}, jnp.{spec.stats_dtype})"
+            for n in sums
         },
+        "ahead": list(dict.fromkeys(x for p in made for x in p["bounds"]["ahead"])),
+        "list_functions": {x for p in made for x in p["bounds"]["functions"]},
         "passes": passes,
         "summing": made[-1] if summed else None,
         "starts": {a: start(loops, a) for a in "qk"},
@@ -173,7 +179,7 @@ def _arguments(plan: Plan) -> dict[str, Any]:
     """The names of what goes in and out of the rule, and the dtypes of what comes."""
     spec = plan.spec
     given = ["q", "k", "v", *(o.name for o in spec.operands)]
-    if run_time_offset(spec) and "q_offset" not in given:
+    if offset_from_lengths(spec) and "q_offset" not in given:
         given.append("q_offset")
     outputs = list(spec.outputs)
     made = ["out", "lse"] if "out" in outputs else ["lse"]
@@ -304,7 +310,8 @@ def _visited(
     """The chunks that a pass visits, as the forward pass would."""
     if outer == "q":
         lengths = Lengths(plan, at, starts)
-        return bounds(plan, at, starts, "k" in ragged, lengths, apart="q" in ragged)
+        found = bounds(plan, at, starts, "k" in ragged, lengths, apart="q" in ragged)
+        return found | {"lines": _with_reads(plan, at, starts, found)}
     turned = transposed(plan.spec)
     if turned is None:
         count = -(-plan.spec.q_len // plan.q_chunk)
@@ -314,22 +321,62 @@ def _visited(
             "about": about,
             "loops": [("edge", "0", str(count))],
             "ahead": [],
+            "functions": set(),
+            "listed": False,
         }
+    options = dict(plan.options)
+    if options.get("skip") == "list" and unlistable(turned) is not None:
+        options["skip"] = "bounds"
     other = dataclasses.replace(
-        plan, spec=turned, q_chunk=plan.k_chunk, k_chunk=plan.q_chunk
+        plan,
+        spec=turned,
+        q_chunk=plan.k_chunk,
+        k_chunk=plan.q_chunk,
+        options=tuple(options.items()),
     )
     theirs = Starts(starts.b, starts.g, q=renamed(starts.k), k=renamed(starts.q))
     lengths = Lengths(other, at, theirs)
     found = bounds(other, at, theirs, "q" in ragged, lengths, apart="k" in ragged)
+    lines = _with_reads(other, at, theirs, found)
     return found | {
-        "lines": [renamed(line) for line in found["lines"]],
+        "lines": [renamed(line) for line in lines],
+        "ahead": [renamed(line) for line in found["ahead"]],
         "about": [_about(line) for line in found["about"]],
         "loops": [(kind, renamed(a), renamed(b)) for kind, a, b in found["loops"]],
     }
 
 
+def _with_reads(
+    plan: Plan, at: Tile, starts: Starts, found: dict[str, Any]
+) -> list[str]:
+    """The statements of bounds, after those that define what of operands a list is told by."""
+    lines: list[str] = found["lines"]
+    if not found["listed"]:
+        return lines
+    spec = dataclasses.replace(plan.spec, score=())
+    code = tile_code(
+        dataclasses.replace(plan, spec=spec), at, starts, indent=8, ragged=False
+    )
+    statements: list[list[str]] = []
+    for line in code.rows:
+        if line.startswith((" ", ")")):
+            statements[-1].append(line)
+        else:
+            statements.append([line])
+    needed = set(_NAME.findall(" ".join(lines)))
+    kept: list[list[str]] = []
+    for statement in reversed(statements):
+        name, _, value = "\n".join(statement).partition(" = ")
+        if name in needed:
+            needed |= set(_NAME.findall(value))
+            kept.insert(0, statement)
+    return [*(line for statement in kept for line in statement), *lines]
+
+
+_NAME = re.compile(r"\w+")
 _PHRASES = {
     "Key chunks": "Query chunks",
+    "What each key chunk holds": "What each query chunk holds",
     "hold what any query here sees": "hold what sees any key here",
     "only what every one of them sees": "only what sees every one of them",
     "No query sees any key": "No key is seen by any query",
@@ -355,17 +402,18 @@ def _arrays(plan: Plan, at: Tile, starts: Starts) -> dict[str, Any]:
     }
     _, dq, dkv = subscripts(plan, at)
     rows, keys = order(spec.layout, "bqh"), order(spec.layout, "bkg")
-    layout = {"q": rows + "d", "k": keys + "d"}
-    layout["dout"] = rows + ("d" if qk == v else "v")
-    layout |= {"out": layout["dout"], "v": keys + ("d" if qk == v else "v")}
-    layout |= dict.fromkeys(("lse", "dlse", "delta"), "bhq")
+    out, delta = "out" in spec.outputs, str(plan.option("delta"))
+    layout = {"q": rows + "d", "k": keys + "d", "lse": "bhq"}
+    value = "d" if qk == v else "v"
+    layout |= {"v": keys + value, "dout": rows + value} if out else {}
+    layout |= {"out": rows + value} if out and delta == "again" else {}
+    layout |= {"delta": "bhq"} if out and delta == "kept" else {}
+    layout |= {"dlse": "bhq"} if "lse" in spec.outputs else {}
+    layout |= {o.name: "".join(map(str, o.axes)) for o in spec.own_operands}
     base_2 = exponential(plan)["base_2"]
     scaled = chosen(plan, "scale") == "queries"
     batch = {"b": at.sizes["b"], "q": "Q_CHUNK", "h": heads(at)}
-    arrays = ["q", "k", *(("v", "dout") if "out" in spec.outputs else ())]
-    arrays += (
-        ["out"] if plan.option("delta") == "again" and "out" in spec.outputs else []
-    )
+    arrays = [n for n in ("q", "k", "v", "dout", "out") if n in layout]
     return {
         "views": shards.views(plan, layout),
         "across": arrays if chosen(plan, "slices") == "dn" else [],
@@ -377,6 +425,7 @@ def _arrays(plan: Plan, at: Tile, starts: Starts) -> dict[str, Any]:
             "shape": known["lse_shape"],
             "rows": at.shape(at.rows),
             "moved": shards.moved(plan, "bhq"),
+            "beside": shards.moved(plan, "bhq", back=True),
         },
         "subscripts": {"dq": dq, "dk": dkv, **_of_heads(plan, at, starts, lies)},
         "cast_p": f".astype(jnp.{product})"
@@ -423,6 +472,19 @@ def _of_heads(
     }
 
 
+def _sum_shape(plan: Plan, name: str) -> str:
+    """The shape of an operand's gradient as it is summed up: its shards apart."""
+    operand = next(o for o in plan.spec.operands if o.name == name)
+    letters = [a for a in operand.axes if isinstance(a, str)]
+    if not any(shards.is_split(plan, a) for a in letters):
+        return f"{name}.shape"
+    shape: list[str] = []
+    for a in operand.axes:
+        letter = str(a)
+        shape += shards.shape(plan, letter, WHOLE) if letter in letters else [letter]
+    return as_tuple(shape)
+
+
 def _answers(plan: Plan, lies: dict[str, Lies]) -> list[str]:
     """The gradients as they are returned: in their dtypes, with shards beside the rest."""
     spec, dtypes = plan.spec, {o.name: o.dtype for o in plan.spec.operands}
@@ -442,16 +504,10 @@ def _answers(plan: Plan, lies: dict[str, Lies]) -> list[str]:
                 text += f".reshape({', '.join(shape)})"
             narrow = name in summed and spec.dtype != spec.stats_dtype
             text += f".astype(jnp.{spec.dtype})" if narrow else ""
-        elif dtypes[of] != spec.stats_dtype:
-            text += f".astype(jnp.{dtypes[of]})"
+        else:
+            if _sum_shape(plan, of) != f"{of}.shape" and of != "sink":
+                text += f".reshape({of}.shape)"
+            if dtypes[of] != spec.stats_dtype:
+                text += f".astype(jnp.{dtypes[of]})"
         answers.append(text)
     return answers
-
-
-def run_time_offset(spec: AttentionSpec) -> bool:
-    """Whether `attention` makes q_offset of lengths, before it calls anything."""
-    return (
-        spec.q_offset == "bottom_right"
-        and spec.kv_lengths
-        and any("q" in position_variables(e) for e in spec.expressions)
-    )

@@ -25,6 +25,7 @@ def bounds(
     starts: Starts,
     ragged: bool,
     lengths: Lengths,
+    width: int = WIDTH,
     *,
     apart: bool = False,
 ) -> dict[str, Any]:
@@ -39,11 +40,11 @@ def bounds(
     lines: list[str] = []
     limits = Limits(plan, lines, lengths)
     if chosen(plan, "skip") == "list":
-        made = listing(plan, at, starts, ragged, lengths)
+        made = listing(plan, at, starts, ragged, lengths, apart=apart)
         about = ["What each key chunk holds, told by its ends"]
         about[0] += " and by what is read there." if made.ahead else "."
         return {
-            "lines": [x for line in made.lines for x in wrapped(line, WIDTH)],
+            "lines": [x for line in made.lines for x in wrapped(line, width)],
             "limits": limits,
             "loops": made.loops,
             "about": about,
@@ -52,7 +53,7 @@ def bounds(
             "listed": True,
         }
     found = _bounds(plan, starts, ragged, apart, lengths, lines, limits)
-    lines[:] = [x for line in lines for x in wrapped(line, WIDTH)]
+    lines[:] = [x for line in lines for x in wrapped(line, width)]
     return {
         "lines": lines,
         "limits": limits,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from attngen import slopes
 from attngen.backends.jax.distance import has_distance, overflows
 from attngen.backends.jax.shards import local
 from attngen.diagonals import hull_is_seen, rises
 from attngen.errors import NotBuiltError
 from attngen.intervals import examine
 from attngen.lists import unlistable
+from attngen.operands import Operand
 from attngen.plans import Choice, Option
 from attngen.regions import analyse
 from attngen.spec import AttentionSpec
@@ -38,7 +40,7 @@ UNROLLED = 16  # key chunks, at most: each is compiled on its own
 # field → (the values that are built, what to do instead)
 _BUILT: dict[str, tuple[tuple[object, ...], str]] = {
     "derivatives": (
-        (None, "vjp"),
+        (None, "vjp", "any"),
         "dataclasses.replace(spec, derivatives=None) computes forward",
     ),
     "dropout": ((0.0,), "dataclasses.replace(spec, dropout=0.0)"),
@@ -59,6 +61,23 @@ def refuse(spec: AttentionSpec) -> None:
                 hint=hint,
             )
     local(spec)
+    _refuse_tables(spec)
+
+
+def _refuse_tables(spec: AttentionSpec) -> None:
+    """A table's gradient is scattered at computed indices, which would gather its shards."""
+    if spec.derivatives != "vjp" or spec.devices == 1:
+        return
+    for node in (n for score in spec.score for n in slopes.reads(score)):
+        assert isinstance(node.value, Operand)
+        computed = any(i.op not in ("var", "const") for i in node.args)
+        if computed and {"b", "h"} & set(map(str, node.value.axes)):
+            name = node.value.name
+            raise NotBuiltError(
+                f"The gradient of {name!r} isn't built for shards.",
+                got=f"{name}, read at computed indices, {spec.devices} devices",
+                needed="batch_shards=1 and head_shards=1, or derivatives='any'",
+            )
 
 
 def products(spec: AttentionSpec) -> tuple[str, ...]:
@@ -95,6 +114,8 @@ def illegal(spec: AttentionSpec, choice: Choice) -> str | None:
         or (
             _bad_dense(choice)
             if choice["algorithm"] == "dense"
+            else _bad_scan(spec, choice)
+            if choice["algorithm"] == "scanned"
             else _bad_loop(spec, choice) or _bad_tile(spec, choice)
         )
     )
@@ -171,6 +192,20 @@ def _bad_dense(choice: Choice) -> str | None:
     return (
         None if choice["loop"] == "unrolled" else "dense has no loop: loop = unrolled"
     )
+
+
+def _bad_scan(spec: AttentionSpec, choice: Choice) -> str | None:
+    """Of scans that are differentiable to any order."""
+    if choice["loop"] != "scan":
+        return "scanned has loop = scan"
+    whole = (
+        ("batch_chunk", "batch", spec.batch),
+        ("head_chunk", "kv_heads", spec.kv_heads),
+    )
+    for name, field, length in whole:
+        if spec.devices > 1 and choice[name] != length:
+            return f"scanned takes all that is sharded in a step: {name} = {field}"
+    return None
 
 
 def _bad_loop(spec: AttentionSpec, choice: Choice) -> str | None:

@@ -172,12 +172,14 @@ def _compile_sharded(job: dict[str, Any], target: Target) -> Any:
     def where(name: str) -> Any:
         return NamedSharding(mesh, PartitionSpec(*arrays[name]))
 
+    pulled = job.get("cotangents", {})
     shapes = {
-        n: jax.ShapeDtypeStruct(tuple(s), d, sharding=where(n))
+        n: jax.ShapeDtypeStruct(tuple(s), d, sharding=where(pulled.get(n, n)))
         for n, s, d in job["shapes"]
     }
     given = [shapes.pop(n) for n in "qkv"]
-    outputs = [where(name) for name in job["outputs"]]
+    names = [*job["outputs"], *job.get("gradients", {}).values()]
+    outputs = [where(name) for name in names]
     given_out = tuple(outputs) if len(outputs) > 1 else outputs[0]
     jitted = jax.jit(_function(job), out_shardings=given_out)
     return jitted.lower(*given, **shapes).compile()

@@ -6,6 +6,7 @@ from typing import Any
 
 from attngen.backends.jax import backward, shards
 from attngen.backends.jax.loops import chunked, unrolls
+from attngen.backends.jax.scans import offset_from_lengths, scanned
 from attngen.backends.jax.tile import (
     Starts,
     Tile,
@@ -23,12 +24,11 @@ from attngen.backends.jax.tile import (
 )
 from attngen.backends.jax.tile_code import TileCode, tile_code
 from attngen.plans import Plan
-from attngen.spec_checks import position_variables
 
 
 def context(plan: Plan) -> dict[str, Any]:
     """Everything a template names, by section. See templates/README.md."""
-    if plan.spec.derivatives is None:
+    if plan.spec.derivatives != "vjp":
         return _forward(plan) | {
             "scale": "SCALE",
             "returned": plan.spec.outputs,
@@ -88,7 +88,7 @@ def _forward(plan: Plan) -> dict[str, Any]:
         _constants(plan, at)
         | _arrays(plan, at)
         | _products(plan, at)
-        | (_dense(plan, at) if plan.algorithm == "dense" else chunked(plan, at))
+        | _ALGORITHMS.get(plan.algorithm, chunked)(plan, at)
         | {"operands": [o.name for o in spec.operands]}
     )
 
@@ -193,9 +193,7 @@ def _arrays(plan: Plan, at: Tile) -> dict[str, Any]:
         "x64": "float64" in (spec.dtype, spec.out_dtype_name)
         or plan.index_dtype == "int64",
         "q_offset": spec.q_offset if spec.static_q_offset is None else None,
-        "offset_from_lengths": spec.q_offset == "bottom_right"
-        and spec.kv_lengths
-        and any("q" in position_variables(e) for e in spec.expressions),
+        "offset_from_lengths": offset_from_lengths(spec),
     }
 
 
@@ -274,6 +272,9 @@ def _dense(plan: Plan, at: Tile) -> dict[str, Any]:
         "looped_heads": False,
         "uses_lax": _uses_lax(plan, code),
     }
+
+
+_ALGORITHMS = {"dense": _dense, "scanned": scanned}
 
 
 def _uses_lax(plan: Plan, code: TileCode) -> bool:

@@ -36,19 +36,36 @@ class Listing:
 
 
 def listing(
-    plan: Plan, at: Tile, starts: Starts, ragged: bool, lengths: Lengths
+    plan: Plan,
+    at: Tile,
+    starts: Starts,
+    ragged: bool,
+    lengths: Lengths,
+    *,
+    apart: bool = False,
 ) -> Listing:
     """Statements for `order`: key chunks, of which the first `full` are full, and those up
-    to `visited` on an edge."""
-    return _Writer(plan, at, starts, ragged, lengths).write()
+    to `visited` on an edge.
+
+    Args:
+        apart: as for `bounds`.
+    """
+    return _Writer(plan, at, starts, ragged, lengths, apart).write()
 
 
 class _Writer:
     def __init__(
-        self, plan: Plan, at: Tile, starts: Starts, ragged: bool, lengths: Lengths
+        self,
+        plan: Plan,
+        at: Tile,
+        starts: Starts,
+        ragged: bool,
+        lengths: Lengths,
+        apart: bool,
     ) -> None:
         self.plan, self.spec, self.at = plan, plan.spec, at
         self.starts, self.ragged, self.lengths = starts, ragged, lengths
+        self.apart = apart
         assert plan.spec.mask is not None
         found = listed(plan.spec.mask.expr)
         self.verdict, self.told = found.verdict, found.told
@@ -102,6 +119,8 @@ class _Writer:
         some, every = [], []
         if self.ragged:
             every.append("key + K_CHUNK <= S")  # the last overlaps
+        if self.apart:
+            every.append(f"{q} == i * Q_CHUNK")
         if spec.kv_lengths:
             self.made.lines.insert(0, f"kv_count = {self.lengths.part('kv_lengths')}")
             some.append(f"key < {self.lengths.extreme('kv_count', 'max')}")
@@ -163,9 +182,9 @@ class _Writer:
         every = f"{name}_at_chunks"
         if any(line.startswith(f"{every} = ") for line in self.made.ahead):
             every += f"_{axis}"
-        line = f"{every} = _extremes({source})"
+        line = f"{every} = _extremes({source}, K_CHUNK)"
         for known in self.made.ahead:  # the same numbers, read elsewhere
-            if known.endswith(f" = _extremes({source})"):
+            if known.endswith(f" = _extremes({source}, K_CHUNK)"):
                 every, line = known.partition(" = ")[0], known
         self.made.functions.add("_extremes")
         if line not in self.made.ahead:

@@ -9,10 +9,11 @@ TPUs and GPUs is in tpu_model.py and gpu_model.py.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
-from attngen.backends.jax import gpu_model, tpu_memory, tpu_model
+from attngen.backends.jax import gpu_model, scan_model, tpu_memory, tpu_model
 from attngen.backends.jax.candidates import edge_share, option
 from attngen.backends.jax.memory import temp_bytes as temp_bytes
 from attngen.cost import Cost, tile_flop
@@ -45,6 +46,8 @@ def shape(spec: AttentionSpec, choice: Choice) -> Shape:
 
 def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> Cost:
     """Modelled bytes and seconds of a candidate."""
+    if choice["algorithm"] == "scanned":
+        return _scanned(spec, target, choice, tiles)
     share = edge_share(choice)
     if target.tpu is not None:
         temporaries = tpu_memory.temp_bytes(spec, choice, tiles, target.tpu)
@@ -56,6 +59,15 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
     else:
         seconds = _time_s(spec, choice, tiles, temporaries)
     return Cost(temporaries, seconds, share)
+
+
+def _scanned(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> Cost:
+    """Of forward and backward in one program, from the time of a forward pass alone."""
+    lanes = 1 if target.tpu is None else scan_model.LANES
+    temporaries = scan_model.temp_bytes(spec, choice, lanes)
+    alone = dataclasses.replace(spec, derivatives=None)
+    once = cost(alone, target, scan_model.forward(choice), tiles)
+    return Cost(temporaries, scan_model.time_s(spec, choice, once.time_s))
 
 
 # Seconds of a CPU of two cores, fitted with benchmarks/model_cpu.py.
@@ -86,6 +98,8 @@ SMALL = 90_000  # elements of a tile: of many fewer, one core does all of it
 
 def time_s(spec: AttentionSpec, choice: Choice, tiles: Tiles) -> float:
     """Modelled seconds: what a tile costs, times the tiles that are visited."""
+    if choice["algorithm"] == "scanned":
+        choice = scan_model.forward(choice)
     return _time_s(spec, choice, tiles, temp_bytes(spec, choice, tiles))
 
 

@@ -12,6 +12,7 @@ from attngen import joint
 from attngen.backends.jax import passes_model, passes_tpu
 from attngen.backends.jax.candidates import exponentials, products, scalable
 from attngen.cost import Cost
+from attngen.lists import skips, unlistable
 from attngen.plans import Choice, Option
 from attngen.slopes import trained
 from attngen.spec import AttentionSpec
@@ -30,6 +31,7 @@ WORDS: dict[str, tuple[Option, ...]] = {
     "store": ("free", "p", "narrow", "both"),
     "slices": ("nd", "dn"),
     "ds": ("once", "twice"),
+    "skip": ("bounds", "list"),
 }
 
 
@@ -45,8 +47,9 @@ class Passes:
         """For each way of passing over the tiles, the choices worth considering."""
         wide = target.kind == "cpu"
         product = products(spec) if wide else products(spec)[::-1]
-        exps = ("exp", *(e for e in exponentials(spec) if e != "exp"))
-        exps = exps if wide else ("exp2", "exp")
+        # scores as the forward pass rounds them, where there are none of a user's
+        exps: tuple[str, ...] = ("exp", "exp2") if spec.score else ("exp2", "exp")
+        exps += tuple(e for e in exponentials(spec) if e not in exps)
         narrow = product[0] != spec.stats_dtype
         plain = exps[0] == "exp" or bool(spec.score)
         exact = not narrow or (plain and math.frexp(spec.scale_value)[0] == 0.5)
@@ -63,6 +66,7 @@ class Passes:
             "product_dtype": product if whole else product[:1],
             "guard": (*guard, not guard[0]) if whole and wide else guard,
             "scale": scale if whole else scale[:1],
+            **skips(spec),
         }
         return {
             kind: axes
@@ -109,8 +113,17 @@ class Passes:
                 return f"{name} must be as much of each of {shards[name]} shards"
         words = WORDS | {"exp": exponentials(spec), "product_dtype": products(spec)}
         for name, values in words.items():
-            if not any(choice[name] is v or choice[name] == v for v in values):
+            value = choice.get(name, values[0])
+            if not any(
+                value is v or (value == v and value is not True) for v in values
+            ):
                 return f"{name} must be " + " or ".join(str(v) for v in values)
+        if choice.get("skip") == "list":
+            chunks = (spec.q_len, choice["q_chunk"]), (spec.kv_len, choice["k_chunk"])
+            if any(int(chunk) == length for length, chunk in chunks):
+                return "skip = list is for more than one chunk of queries, and of keys"
+            if (reason := unlistable(spec)) is not None:
+                return reason
         if choice["ds"] == "twice":
             if choice["algorithm"] == "two_passes" or choice["store"] not in STORED:
                 return "ds = twice is for one pass that stores p: store = p or narrow"

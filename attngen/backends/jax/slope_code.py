@@ -140,6 +140,8 @@ class SlopeWriter(Writer):
         assert isinstance(operand, Operand)
         name = f"d_{operand.name}"
         at, letters = self.places[node], expr.variables(node)
+        if self.spec.static_q_offset is None and "q" in letters:
+            letters |= {"b"}  # queries stand elsewhere in each batch
         kept = {a for letter in letters for a in {"h": "gr"}.get(letter, letter)}
         sums = [str(n) for n, a in enumerate(self.at.letters) if a not in kept]
         lines = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -36,6 +37,8 @@ def space(spec: AttentionSpec, target: Target, *, whole: bool = False) -> Space:
         whole: all that can be emitted, also what seldom pays: for a search that goes from
             a plan to its neighbours, since the product is too large.
     """
+    if spec.derivatives == "any":
+        return _scanned(spec, target, whole=whole)
     if target.kind == "cpu":
         return _processor(spec, whole=whole)
     return _accelerator(spec, target, whole=whole)
@@ -182,6 +185,29 @@ def _accelerator(spec: AttentionSpec, target: Target, *, whole: bool) -> Space:
         | ({} if whole else few)
         | {"loop": ("fori", "map") if whole else ("fori",)},
     }
+
+
+# the choices of scans: those of other loops over keys, but for what scans have no form of
+SCANNED = (
+    "q_chunk",
+    "k_chunk",
+    "head_chunk",
+    "batch_chunk",
+    "scale",
+    "exp",
+    "product_dtype",
+    "guard",
+)
+
+
+def _scanned(spec: AttentionSpec, target: Target, *, whole: bool) -> Space:
+    """What is differentiable to any order: one form, with fewer choices."""
+    forward = dataclasses.replace(spec, derivatives=None)
+    axes = space(forward, target, whole=whole)["summaries" if whole else "running"]
+    found = {name: axes[name] for name in SCANNED} | {"loop": ("scan",)}
+    if spec.batch_shards > 1 or spec.head_shards > 1:
+        found |= {"head_chunk": (spec.kv_heads,), "batch_chunk": (spec.batch,)}
+    return {"scanned": found}
 
 
 def _dense(

@@ -22,7 +22,7 @@ def turns(plan: Plan) -> Turns:
     spec = plan.spec
     run_time = spec.kv_lengths or spec.q_lengths or spec.static_q_offset is None
     listed = chosen(plan, "skip") == "list"
-    if plan.algorithm == "dense" or (run_time and bounded(spec)) or listed:
+    if plan.algorithm in ("dense", "scanned") or (run_time and bounded(spec)) or listed:
         return {}
     at = tile(plan)
     ragged = spec.kv_len % plan.k_chunk != 0 and not chosen(plan, "diagonal")
