@@ -14,13 +14,20 @@ class Cost:
     """What a backend's model says of a candidate.
 
     temp_bytes is meant as an upper bound of what the compiler will allocate beyond inputs
-    and outputs; time_s is a guide for ranking; edge_share is the part of an edge tile that
-    is computed.
+    and outputs; library_bytes is what of it is inside the largest call of a library, which
+    compilers count beside the worst moment of all other buffers; time_s is a guide for
+    ranking; edge_share is the part of an edge tile that is computed.
     """
 
     temp_bytes: int
     time_s: float
     edge_share: float = 1.0
+    library_bytes: int = 0
+
+    @property
+    def own_bytes(self) -> int:
+        """Of temp_bytes all but the library's."""
+        return self.temp_bytes - self.library_bytes
 
 
 def tile_flop(spec: AttentionSpec, q_chunk: int, k_chunk: int) -> int:

@@ -34,7 +34,9 @@ class Pricing:
     ) -> None:
         self.spec, self.target, self.backend = spec, target, backend
         self.fixed = tuple(fix)
-        self.forward, self.kept = joint.forward_spec(spec), joint.kept_bytes(spec)
+        self.forward, self.kept = joint.forward_spec(spec), 0
+        if spec.derivatives == "vjp" and backend.backward is not None:
+            self.kept = backend.backward.kept_bytes(spec, target)
         limits = tuple(limit for span in spans(spec) for limit in span.limits)
         self.ranges = examine(spec, limits)
         self.count = Counter(spec)
@@ -65,11 +67,16 @@ class Pricing:
         return (choice, tiles, self._skipped(choice, cost))
 
     def join(self, forward: Priced, backward: Priced) -> Priced:
-        """One after the other: their time adds up, their memory is the larger."""
+        """One after the other: their time adds up, their memory is the larger.
+
+        And beside it the larger of what libraries need, whichever pass has it.
+        """
         cost, other = forward[2], backward[2]
+        library = max(cost.library_bytes, other.library_bytes)
         both = replace(
             cost,
-            temp_bytes=max(cost.temp_bytes, other.temp_bytes),
+            temp_bytes=max(cost.own_bytes, other.own_bytes) + library,
+            library_bytes=library,
             time_s=cost.time_s + other.time_s,
         )
         return (forward[0] | joint.backward_names(backward[0]), forward[1], both)

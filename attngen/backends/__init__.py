@@ -35,6 +35,9 @@ class Backward(Protocol):
     ) -> str | None:
         """As `Backend.illegal`."""
 
+    def kept_bytes(self, spec: AttentionSpec, target: Target) -> int:
+        """What the forward pass keeps for this one beside outputs, as it lies."""
+
     def cost(
         self, spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles
     ) -> Cost:

@@ -138,7 +138,7 @@ def _lengths(spec: AttentionSpec, tile: Shape, batches: int) -> tuple[float, flo
 
 def _tile_s(spec: AttentionSpec, choice: Choice, tile: Shape) -> float:
     """Seconds of a tile without a mask."""
-    element = SCORE_S[str(choice["exp"])] + sum(_score_s(s.expr) for s in spec.score)
+    element = SCORE_S[str(choice["exp"])] + sum(score_s(s.expr) for s in spec.score)
     element += SCALE_S if option(choice, "scale") == "scores" else 0
     at_once = tile.scores * int(option(choice, "parts"))
     large = at_once * BYTES[spec.stats_dtype] / CACHE_BYTES
@@ -173,7 +173,7 @@ def _moved_s(spec: AttentionSpec, choice: Choice) -> float:
     return spec.batch * moved * MOVED_S
 
 
-def _score_s(node: Expr) -> float:
+def score_s(node: Expr) -> float:
     return sum(
         SCORES_S.get(n.op, 0.1e-9) for n in walk(node) if n.op not in ("var", "const")
     )

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from attngen.backends.jax import passes_model
+from attngen import joint
+from attngen.backends.jax import passes_model, passes_tpu
 from attngen.backends.jax.candidates import exponentials, products, scalable
 from attngen.cost import Cost
 from attngen.lists import skips, unlistable
@@ -19,7 +20,10 @@ from attngen.targets import Target
 from attngen.tiles import Tiles
 
 ALGORITHMS = ("by_queries", "by_keys", "two_passes")
-CHUNKS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+CHUNKS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048)
+# of accelerators: whole lanes; as many queries as there are where a tile fits the chip
+LANES = (8, 32, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+STORES = {"v2": "narrow", "v3": "narrow", "v5p": "narrow", "v6e": "both"}  # the fastest
 WORDS: dict[str, tuple[Option, ...]] = {
     "delta": ("kept", "again", "summed"),
     "scale": ("queries", "scores"),
@@ -51,34 +55,40 @@ class Passes:
         exact = not narrow or (plain and math.frexp(spec.scale_value)[0] == 0.5)
         scale = ("queries", "scores") if exact else ("scores", "queries")
         guard = (wide and product[0] != spec.dtype,)
-        heads = _divisors(spec.kv_heads // spec.head_shards)
+        heads = _few(_divisors(spec.kv_heads // spec.head_shards))
+        chunks = CHUNKS if wide else LANES
         axes: dict[str, Sequence[Option]] = {
-            "q_chunk": _chunks(spec.q_len),
-            "k_chunk": _chunks(spec.kv_len),
+            "q_chunk": _chunks(spec.q_len, chunks),
+            "k_chunk": _chunks(spec.kv_len, chunks),
             "head_chunk": tuple(n * spec.head_shards for n in heads),
             "batch_chunk": tuple(dict.fromkeys((spec.batch_shards, spec.batch))),
             "exp": exps if whole else exps[:1],
             "product_dtype": product if whole else product[:1],
             "guard": (*guard, not guard[0]) if whole and wide else guard,
             "scale": scale if whole else scale[:1],
-            "delta": _deltas(spec, whole),
-            **self._forms(spec, target, whole),
             **skips(spec),
         }
-        return dict.fromkeys(ALGORITHMS, axes)
+        return {
+            kind: axes
+            | {"delta": _deltas(spec, kind, whole)}
+            | self._forms(spec, target, kind, whole)
+            for kind in ALGORITHMS
+        }
 
     def _forms(
-        self, spec: AttentionSpec, target: Target, whole: bool
+        self, spec: AttentionSpec, target: Target, kind: str, whole: bool
     ) -> dict[str, Sequence[Option]]:
         """What of a tile is stored, and how slices lie."""
         if whole:
             return {n: WORDS[n] for n in ("store", "ds", "slices")}
         if target.tpu is None:
             return {"store": ("p",), "ds": ("once",), "slices": ("nd",)}
+        store = STORES.get(target.tpu.generation, "p")
+        twice = store in STORED and kind != "two_passes" and _twice(spec) is None
         return {
-            "store": ("p", "narrow", "both"),
-            "ds": ("once", "twice"),
-            "slices": ("nd",) if spec.devices > 1 else ("dn", "nd"),
+            "store": (store,) if store == "narrow" else (store, "narrow"),
+            "ds": ("twice",) if twice else ("once",),
+            "slices": ("nd",) if spec.devices > 1 else ("dn",),
         }
 
     def illegal(
@@ -117,10 +127,10 @@ class Passes:
         if choice["ds"] == "twice":
             if choice["algorithm"] == "two_passes" or choice["store"] not in STORED:
                 return "ds = twice is for one pass that stores p: store = p or narrow"
-            if any(o.name != "sink" for o in trained(spec)):
-                return "ds = twice isn't for gradients of operands, which take it once"
-            if "out" not in spec.outputs:
-                return "ds = twice needs out among the outputs"
+            if choice["delta"] == "summed":
+                return "ds = twice isn't for delta = summed"
+            if (reason := _twice(spec)) is not None:
+                return reason
         if choice["slices"] == "dn" and spec.devices > 1:
             return "slices = dn is for arrays on one device"
         if choice["scale"] == "queries" and not scalable(spec, choice):
@@ -129,6 +139,12 @@ class Passes:
                 "scale that is a power of two"
             )
         return None
+
+    def kept_bytes(self, spec: AttentionSpec, target: Target) -> int:
+        """What the forward pass keeps for this one, as it lies."""
+        if target.tpu is not None:
+            return passes_tpu.kept_bytes(spec, target.tpu)
+        return joint.kept_bytes(spec)
 
     def cost(
         self, spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles
@@ -159,20 +175,40 @@ class Passes:
         return text + rare.get(str(choice["delta"]), "")
 
 
-def _deltas(spec: AttentionSpec, whole: bool) -> tuple[Option, ...]:
-    """Where operands' gradients are sums over rows, ds must add up to 0 in each of them.
+def _twice(spec: AttentionSpec) -> str | None:
+    """The reason why ds can't be formed twice, or None."""
+    if any(o.name != "sink" for o in trained(spec)):
+        return "ds = twice isn't for gradients of operands, which take it once"
+    if "out" not in spec.outputs:
+        return "ds = twice needs out among the outputs"
+    return None
 
-    Then delta is summed of the same p and dp, for which tiles are made once more.
+
+def _deltas(spec: AttentionSpec, kind: str, whole: bool) -> tuple[Option, ...]:
+    """Where delta comes from, for a way of passing over the tiles.
+
+    Where operands' gradients are sums over rows, ds must add up to 0 in each of them: then
+    delta is summed of the same p and dp, for which tiles are made once more. By queries each
+    row's is made once in any case.
     """
     if "out" not in spec.outputs:
         return ("again",)
     ours = any(o.name != "sink" for o in trained(spec))
-    found = ("summed", "kept", "again") if ours else ("kept", "again", "summed")
-    return found if whole else ("summed",) if ours else found[:2]
+    if whole:
+        return ("summed", "kept", "again") if ours else ("kept", "again", "summed")
+    if ours:
+        return ("summed",)
+    return ("again",) if kind == "by_queries" else ("kept", "again")
 
 
-def _chunks(length: int) -> tuple[int, ...]:
-    return tuple(dict.fromkeys((*(n for n in CHUNKS if n < length), min(length, 4096))))
+def _chunks(length: int, known: tuple[int, ...]) -> tuple[int, ...]:
+    found = tuple(n for n in known if n < length)
+    return (*found, length) if length <= known[-1] else found
+
+
+def _few(heads: tuple[int, ...]) -> tuple[int, ...]:
+    """One, a few, all."""
+    return tuple(dict.fromkeys((*heads[:3], heads[-1])))
 
 
 def _divisors(heads: int) -> tuple[int, ...]:
