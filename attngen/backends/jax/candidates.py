@@ -41,7 +41,6 @@ _BUILT: dict[str, tuple[tuple[object, ...], str]] = {
         (None, "vjp"),
         "dataclasses.replace(spec, derivatives=None) computes forward",
     ),
-    "dropout": ((0.0,), "dataclasses.replace(spec, dropout=0.0)"),
     "storage": (("dense",), 'pad into storage="dense" with kv_lengths=True'),
     "kv_dtype": ((None,), "convert k and v to spec.dtype first"),
 }
@@ -222,6 +221,8 @@ def _steps(spec: AttentionSpec, choice: Choice) -> bool:
 
 def _bad_tile(spec: AttentionSpec, choice: Choice) -> str | None:
     """Of what a tile computes, and of the triangle at a causal edge."""
+    if spec.dropout and option(choice, "denominator") == "ones":
+        return "denominator = ones would sum p as dropout leaves it: denominator = sum"
     twice = option(choice, "qk") == "twice"
     if twice and choice["algorithm"] == "summaries":
         return "qk = twice is for a running maximum, which summaries don't have"

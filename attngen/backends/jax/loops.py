@@ -66,6 +66,7 @@ def chunked(plan: Plan, at: Tile) -> dict[str, Any]:
         "edge_start": any("k_start" in line for line in (*code.edge, *(there or ()))),
         "there": there,
         "tile_shape": part.shape(at.letters),
+        "tile_made": "s, vc, kept" if spec.dropout else "s, vc",
         "starts": starts,
         "guard": bool(plan.option("guard")),
         "loop_kind": str(plan.option("loop")),

@@ -9,6 +9,17 @@ from attngen.spec import AttentionSpec
 from attngen.targets import Target
 from attngen.tiles import Tiles
 
+DROPOUT_S = 1.5e-9  # of an element: its word of dropout's generator
+
+
+def dropout_bytes(spec: AttentionSpec, scores: int) -> int:
+    """Of a tile: which weights are kept, and the weights that are left.
+
+    Args:
+        scores: bytes of a tile.
+    """
+    return scores + scores // BYTES[spec.stats_dtype] if spec.dropout else 0
+
 
 def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> Cost:
     """Modelled bytes and seconds."""
@@ -23,8 +34,10 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
     temp += size * all_rows * (1 + (choice["delta"] == "kept"))
     if choice["algorithm"] == "by_keys" and spec.dtype != spec.stats_dtype:
         temp += size * all_rows * spec.qk_dim
+    temp += dropout_bytes(spec, scores)
     groups = spec.batch * spec.kv_heads / many
     again = choice["algorithm"] == "two_passes"
     flop = 2 * rows * k * ((3 + again) * spec.qk_dim + (2 + again) * spec.v_dim)
-    seconds = groups * tiles.visited * (flop / 150e9 + rows * k * 1e-9 + 20e-6)
+    element = 1e-9 + (DROPOUT_S if spec.dropout else 0)
+    seconds = groups * tiles.visited * (flop / 150e9 + rows * k * element + 20e-6)
     return Cost(int(temp), seconds)
