@@ -329,7 +329,7 @@ def test_the_command_line_takes_it(tmp_path):
     run("validate", path)
     run("emit", "--check", path)
     given = ("--q-heads", 1, "--q-len", 32, "--qk-dim", 8, "--dropout", 0.5)
-    assert run("emit", *given)[1] == text
+    assert run("emit", *given)[0] == text
 
 
 def test_peers_do_not_drop_what_attngen_drops():
