@@ -22,6 +22,7 @@ from attngen.backends.jax.tile import (
     axes_text,
     chosen,
     dimensions,
+    drops,
     exponential,
     guards,
     heads,
@@ -117,10 +118,10 @@ class TileWriter:
         self._add(*made.code.score)
         self._weights(made.code.edge)
         self._store()
-        if self.out and self.spec.dropout:
+        if drops(self.plan):
             self._add(*made.code.kept)
             self._add("kept = lax.optimization_barrier(kept)  # made once")
-        p = "jnp.where(kept, p, 0)" if self.spec.dropout else "p"
+        p = "jnp.where(kept, p, 0)" if drops(self.plan) else "p"
         if self.out and self.twice:
             self._ds_twice(s, made.back)
             self._add(f"return {p}, ds, again, kc")
@@ -145,7 +146,6 @@ class TileWriter:
         if chosen(self.plan, "store") == "both":
             cast = self._cast(self.spec.stats_dtype)
             self._add(f"ds = lax.optimization_barrier(ds{cast})")
-        p = p if self.out else "p"
         self._add(f"return {p}, ds, kc" + (", sums" if names else ""))
         return self._text()
 
@@ -273,7 +273,7 @@ class TileWriter:
         if delta == "again":
             axis = -2 if self.dn else -1
             self._add(f"delta_row = (d_rows * out_rows).sum({axis})")
-        if self.spec.dropout and self.out:
+        if drops(self.plan):
             self._add("d_rows /= 1 - DROPOUT")
         if self.spec.sink and self.out:
             self._add(

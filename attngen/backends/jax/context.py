@@ -12,6 +12,7 @@ from attngen.backends.jax.tile import (
     Tile,
     axes_text,
     chosen,
+    drops,
     exponential,
     guards,
     inverse,
@@ -153,7 +154,7 @@ def _constants(plan: Plan, at: Tile) -> dict[str, Any]:
         lines.append(("Q_OFFSET", str(spec.static_q_offset), "position of query 0"))
     if spec.kv_offset:
         lines.append(("K_OFFSET", str(spec.kv_offset), "position of key 0"))
-    if spec.dropout:
+    if drops(plan):
         lines.append(("DROPOUT", repr(spec.dropout), "probability, of each weight"))
     return {"constants": lines, "QK": dims[0], "V": dims[1]}
 
@@ -193,8 +194,8 @@ def _arrays(plan: Plan, at: Tile) -> dict[str, Any]:
         "out_cast": spec.out_dtype_name != spec.stats_dtype,
         "outputs": spec.outputs,
         "sink": spec.sink,
-        "dropout": bool(spec.dropout),
-        "philox": philox_words(spec.dropout) if spec.dropout else {},
+        "dropout": drops(plan),
+        "philox": philox_words(spec.dropout) if drops(plan) else {},
         "x64": "float64" in (spec.dtype, spec.out_dtype_name)
         or plan.index_dtype == "int64",
         "q_offset": spec.q_offset if spec.static_q_offset is None else None,
@@ -294,5 +295,5 @@ def _dense(plan: Plan, at: Tile) -> dict[str, Any]:
 
 def _uses_lax(plan: Plan, code: TileCode) -> bool:
     lines = [*code.rows, *code.keys, *code.score, *code.edge]
-    uses = plan.spec.precision == "highest" or bool(plan.spec.dropout)
+    uses = plan.spec.precision == "highest" or drops(plan)
     return uses or any("lax." in line for line in lines)

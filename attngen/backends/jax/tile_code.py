@@ -14,6 +14,7 @@ from attngen.backends.jax.tile import (
     Tile,
     chosen,
     dimensions,
+    drops,
     heads,
     is_whole,
     letters_of,
@@ -106,7 +107,7 @@ class Writer:
             self.after(i)
             for node in [n for n in self.gathered if "s" in expr.variables(n)]:
                 del self.gathered[node]  # the next score has another s
-        if self.spec.dropout:
+        if drops(self.plan):
             self._dropout()
         if not self.one_scope:
             self.keys_defined, self.gathered = set(), {}
