@@ -317,7 +317,7 @@ def attention(
         target, backend, effort, fix: as for `build`.
         options: fields of AttentionSpec (mask, score, layout, scale, memory_budget, …).
             kv_lengths, q_lengths, q_offset and sink may be arrays; every other name is an
-            operand.
+            operand, so also the seed of dropout.
 
     Returns:
         out, or a tuple where several outputs are asked for.

@@ -161,7 +161,7 @@ def prepared(
     """
     if not known.installed(peer):
         return Entry(peer.name, NOT_INSTALLED, f"needs {peer.package}"), None
-    if (reason := peer.refuse(spec)) is not None:
+    if (reason := known.refuse(peer, spec)) is not None:
         return Entry(peer.name, REFUSED, reason), None
     if (reason := _no_room(peer.matrix_bytes(spec))) is not None:
         return Entry(peer.name, TOO_LARGE, reason), None

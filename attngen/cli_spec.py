@@ -42,6 +42,7 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
         *(click.option(_name(f), f, type=int, metavar="N", help=f) for f in _INTEGERS),
         *(click.option(_name(f), f, metavar="TEXT", help=f) for f in _TEXTS),
         click.option("--scale", type=float, help="scale of q·k"),
+        click.option("--dropout", type=float, help="probability, of each weight"),
         *(
             click.option(f"{_name(f)}/--no-{_name(f)[2:]}", f, default=None)
             for f in _FLAGS

@@ -10,5 +10,5 @@ BYTES = {
     "float8_e4m3": 1,
     "int8": 1,
 }
-BYTES |= {"int64": 8, "int32": 4, "bool": 1}
+BYTES |= {"int64": 8, "int32": 4, "uint32": 4, "bool": 1}
 FLOAT32_LIMIT = (2 - 2**-24) * 2.0**127  # from here on a number rounds to infinity

@@ -143,6 +143,11 @@ def _computes(spec: AttentionSpec) -> str:
         lines.append(f"positions: query 0 is at {offset}, key 0 at {spec.kv_offset}")
     if spec.sink:
         lines.append("with exp(sink[h]) added to each denominator (not in lse)")
+    if spec.dropout:
+        lines += _filled(
+            f"with dropout: a weight is 0 with probability {spec.dropout!r}, else divided by "
+            "1 less that, by Philox 4x32-10 of seed, b, h and positions; not in lse"
+        )
     if spec.devices > 1:
         lines.append(sharding(spec))
     for name in ("q", "k", "v", *(o.name for o in spec.operands), *spec.outputs):

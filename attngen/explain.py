@@ -46,6 +46,11 @@ def explain(plan: Plan) -> str:
         lines.append(
             "          devices exchange two numbers a chunk of queries: how far all go in keys"
         )
+    if spec.dropout:
+        lines.append(
+            "          dropout's bits are made of seed, b, h and positions in each tile: none are "
+            "stored"
+        )
     if _rounds(plan):
         lines.append(
             '          TPUs multiply float32 in bfloat16 unless precision is "highest"'

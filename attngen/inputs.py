@@ -77,6 +77,8 @@ def _operand(spec: AttentionSpec, operand: Operand, generator: Any) -> Array:
     if operand.name == "q_offset":
         most = max(spec.kv_len - spec.q_len, 1)
         return np.asarray(generator.integers(0, most + 1, shape), np.int32)
+    if operand.name == "seed":
+        return np.asarray(generator.integers(0, 2**32, shape, np.uint32))
     if operand.kind == "bool":
         return np.asarray(generator.random(shape) < 0.7)
     if operand.kind == "int":

@@ -9,12 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from attngen import philox
 from attngen.emitter import Source
 from attngen.errors import BackendError, CallError, OperandError
 from attngen.plans import Plan
 from attngen.reference import numpy_dtype
 from attngen.reports import Certificate, Report
 from attngen.spec import AttentionSpec
+
+SEED_HINT = (
+    "jax.random.key_data(jax.random.key(n)) is one, and so is the number n, below 2**64"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +28,8 @@ class Kernel:
 
     Call it as `kernel(q, k, v, name=operand, …)`; shapes and dtypes are checked against
     the spec. Returns the spec's outputs in their order, one alone not in a tuple.
+
+    Two operands may be numbers: q_offset, and seed, as `philox.seed_words` has it.
 
     any_size: the function takes any batch and lengths, and checks its arguments itself
     (Triton's kernels do).
@@ -74,6 +81,9 @@ class Kernel:
                 if name == "q_offset" and _is_scalar(x):
                     operands[name] = x if hasattr(x, "dtype") else np.int32(x)
                     continue
+                if name == "seed" and _is_number(x):
+                    operands[name] = philox.seed_words(x)
+                    continue
                 raise self._mismatch(name, x)
         if self.absent and not any(_is_traced(x) for x in given.values()):
             raise self._not_here()
@@ -112,10 +122,16 @@ class Kernel:
             f"{name} doesn't match the spec.",
             got=got,
             needed=f"{dtype}{list(shape)}{layout}",
+            hint=SEED_HINT if name == "seed" else None,
         )
 
     def __str__(self) -> str:
         return self.plan.explain()
+
+
+def _is_number(x: Any) -> bool:
+    """A seed as a Python int."""
+    return isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**64
 
 
 def _is_traced(x: Any) -> bool:

@@ -10,7 +10,7 @@ import keyword
 import re
 
 # of the language and the contract
-_OWN = "attention b h q k s v sink kv_lengths q_lengths q_offset"
+_OWN = "attention b h q k s v sink seed kv_lengths q_lengths q_offset"
 # of the JAX templates
 _JAX = """
     jax jnp lax
@@ -23,7 +23,7 @@ _JAX = """
     b_index h_index q_index k_index q_pos k_pos kv_length q_length
     kv_count q_count offset q_lo q_hi first last full_first full_last
     key k_lo k_hi b_lo b_hi h_lo h_hi some every kind order full visited
-    seen there m m_safe m_sink p acc total rescale
+    seen there m m_safe m_sink p acc total rescale kept DROPOUT
     out lse out_all lse_all
 """
 # of their backward passes

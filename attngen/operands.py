@@ -55,7 +55,7 @@ class Operand:
     def kind(self) -> Kind:
         if self.dtype == "bool":
             return "bool"
-        return "int" if self.dtype.startswith("int") else "float"
+        return "int" if self.dtype.startswith(("int", "uint")) else "float"
 
     def shape(self, lengths: Mapping[str, int]) -> tuple[int, ...]:
         """The shape, given the length of each letter's axis."""

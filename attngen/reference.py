@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from attngen import expr
+from attngen import expr, philox
 from attngen.expr import Expr
 from attngen.operands import Operand
 from attngen.spec import AttentionSpec
@@ -128,7 +128,8 @@ def attention(
                 found = scores(spec, how, queries, keys, b, h, rows[part], known)
                 sink = how.wide(known["sink"][h]) if spec.sink else None
                 weights = softmax(found, sink, how)
-                out[b, h, part] = _mean(weights, found.there, values, how)
+                factors = dropped(spec, found, known, how)
+                out[b, h, part] = _mean(weights, found.there, values, factors, how)
                 lse[b, h, part] = weights.lse
     return {"out": out, "lse": lse}
 
@@ -216,11 +217,24 @@ def softmax(scored: Scored, sink: Any, how: Rounding) -> Softmax:
     return Softmax(p, own, lse, rescale, of_sink, total, seen)
 
 
-def _mean(weights: Softmax, there: Array, values: Array, how: Rounding) -> Array:
-    """out [rows, v_dim]: the mean of values [kv_len, v_dim]."""
+def dropped(
+    spec: AttentionSpec, scored: Scored, operands: Mapping[str, Array], how: Rounding
+) -> Any:
+    """What dropout multiplies weights by: 0 or 1 / (1 − p), [rows, kv_len]; 1 without it."""
+    if not spec.dropout:
+        return how.wide(1)
+    b, h, q, k = (scored.env[name] for name in "bhqk")
+    kept = philox.kept(spec.dropout, operands["seed"], b, h, q[:, 0], k[0])
+    return np.where(kept, 1 / (1 - how.wide(spec.dropout)), how.wide(0))
+
+
+def _mean(
+    weights: Softmax, there: Array, values: Array, factors: Any, how: Rounding
+) -> Array:
+    """out [rows, v_dim]: the mean of values [kv_len, v_dim], with dropout's factors."""
     zero, total = how.wide(0), weights.total[:, None]
     with np.errstate(all="ignore"):
-        p = weights.p * weights.rescale[:, None]
+        p = weights.p * weights.rescale[:, None] * factors
         sums = weighted(p.astype(how.product).astype(how.wide), there, values)
         out = np.where(total > 0, sums / total, zero)
     out = np.where(np.isnan(total), total, out)

@@ -23,6 +23,7 @@ from attngen.reference import (
     Scored,
     Softmax,
     by_heads,
+    dropped,
     evaluate,
     exact,
     places,
@@ -92,7 +93,10 @@ def gradients(
                 with np.errstate(all="ignore"):
                     if dout is not None:
                         given = dout[at].astype(how.wide)
-                        ds, of_v, of_sink = _of_out(found, weights, values, given, how)
+                        factors = dropped(spec, found, known, how)
+                        ds, of_v, of_sink = _of_out(
+                            found, weights, values, given, factors, how
+                        )
                         dv[b, kv] += of_v
                         if spec.sink:
                             made["d_sink"][h] += of_sink
@@ -113,16 +117,25 @@ def _rounded(x: Array, how: Rounding) -> Array:
 
 
 def _of_out(
-    scored: Scored, weights: Softmax, values: Array, dout: Array, how: Rounding
+    scored: Scored,
+    weights: Softmax,
+    values: Array,
+    dout: Array,
+    factors: Any,
+    how: Rounding,
 ) -> tuple[Array, Array, Any]:
-    """What dout [rows, v_dim] makes of the scores [rows, kv_len], of v, and of the sink."""
+    """What dout [rows, v_dim] makes of the scores [rows, kv_len], of v, and of the sink.
+
+    Args:
+        factors: dropout's, of weights.
+    """
     there, total = scored.there, weights.total[:, None]
     share = np.where(there, weights.p * weights.rescale[:, None] / total, 0)
     dout = _rounded(dout, how)
-    dp = np.where(there, _rounded(dout @ values.T, how), 0)
+    dp = np.where(there, _rounded(dout @ values.T, how) * factors, 0)
     dp_mean = np.where(there, share * dp, 0).sum(-1)
     ds = np.where(there, share * (dp - dp_mean[:, None]), 0)
-    of_v = weighted(_rounded(share, how).T, there.T, dout)
+    of_v = weighted(_rounded(share * factors, how).T, there.T, dout)
     of_sink = np.where(weights.seen, -dp_mean * weights.sink / weights.total, 0).sum()
     return ds, of_v, of_sink
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from attngen import expr
 from attngen.dtypes import BYTES
 from attngen.expr import Expr
-from attngen.operands import Operand
+from attngen.operands import Axis, Operand
 from attngen.spec_checks import check
 from attngen.tracing import Mask, Score
 from attngen.units import parse_bytes
@@ -42,7 +43,8 @@ class AttentionSpec:
         mask: a Mask, or None: every key is seen.
         score: a tuple of Scores, applied in order after the scale.
         sink: True adds exp(sink[h]) to the denominator; a float32 operand [q_heads].
-        dropout: probability, 0 ≤ p < 1.
+        dropout: probability, 0 ≤ p < 1, that a weight is 0; others are divided by 1 − p. Above
+            0, a uint32 operand `seed` [2]; see philox.py for which weights are dropped.
         kv_lengths, q_lengths: True: an int32 operand [batch] says how many are there.
         storage: "dense", "packed" (cumulative offsets) or "paged" (block table).
         outputs: "out" and/or "lse", in the order wanted.
@@ -162,7 +164,7 @@ class AttentionSpec:
 
     @functools.cached_property
     def own_operands(self) -> tuple[Operand, ...]:
-        """The operands that fields of the spec ask for, each [batch] or [q_heads]."""
+        """The operands that fields ask for: each [batch] or [q_heads], the seed [2]."""
         own = []
         if self.kv_lengths:
             own.append(_own("kv_lengths", "b", "int32"))
@@ -172,6 +174,8 @@ class AttentionSpec:
             own.append(_own("q_offset", "b", "int32"))
         if self.sink:
             own.append(_own("sink", "h", "float32"))
+        if self.dropout:
+            own.append(_own("seed", (2,), "uint32"))
         return tuple(own)
 
     @functools.cached_property
@@ -243,7 +247,7 @@ class AttentionSpec:
         return spec_files.from_toml(text)
 
 
-def _own(name: str, axes: str, dtype: str) -> Operand:
+def _own(name: str, axes: Iterable[Axis], dtype: str) -> Operand:
     """An operand whose name is the spec's own, which a user's may not be."""
     made = object.__new__(Operand)
     for field, value in (("name", name), ("axes", tuple(axes)), ("dtype", dtype)):

@@ -39,6 +39,7 @@ def transposed(spec: AttentionSpec) -> AttentionSpec | None:
         mask=mask,
         score=(),
         sink=False,
+        dropout=0.0,
         derivatives=None,
         outputs=("out",),
         memory_budget=None,

@@ -101,7 +101,6 @@ def test_where_there_is_nothing_is_refused(kind, where, ask):
 @pytest.mark.parametrize(
     "change",
     [
-        {"dropout": 0.1},
         {"storage": "packed"},
         {"storage": "paged"},
         {"kv_dtype": "int8"},
@@ -132,7 +131,7 @@ EDITS = {
     "a template of another kind": {"algorithm": "_shared"},
     "no options": {"options": ()},
     "an option of no backend": {"options": (("warps", 4),)},
-    "a spec that isn't built": {"spec": spec_of(dropout=0.5)},
+    "a spec that isn't built": {"spec": spec_of(storage="paged")},
 }
 
 

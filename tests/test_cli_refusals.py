@@ -142,7 +142,7 @@ FILES = {
     "name.toml": ("OperandError", TOML + "mask = {dense = {name = 'jnp'}}"),
     "injected.toml": ("OperandError", TOML + "mask = {dense = {name = 'x):\\n'}}"),
     "storage.toml": ("NotBuiltError", TOML + "storage = 'paged'"),
-    "dropout.toml": ("NotBuiltError", TOML + "dropout = 0.1"),
+    "dropout.toml": ("SpecError", TOML + "dropout = 1.0"),
     "kv_dtype.toml": ("NotBuiltError", TOML + "kv_dtype = 'int8'"),
     "budget.toml": ("BudgetError", TOML.replace("1MiB", "a lot")),
     "tight.toml": ("BudgetError", TOML.replace("1MiB", "16B")),

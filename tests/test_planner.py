@@ -104,7 +104,6 @@ def test_loops_that_cannot_skip_are_not_legal_where_there_is_something_to_skip()
 @pytest.mark.parametrize(
     "change",
     [
-        {"dropout": 0.1},
         {"storage": "packed"},
         {"storage": "paged"},
         {"kv_dtype": "int8"},

@@ -99,6 +99,13 @@ def installed(peer: Peer) -> bool:
     return find_spec(peer.package) is not None
 
 
+def refuse(peer: Peer, spec: AttentionSpec) -> str | None:
+    """Why a peer can't say the spec; None where it can."""
+    if spec.dropout:
+        return "drops other weights: dropout's bits are attngen's own"
+    return peer.refuse(spec)
+
+
 def make(peer: Peer, spec: AttentionSpec, arrays: Mapping[str, Array]) -> Ready:
     """A peer on arrays of the spec, handed over in its own layout and contiguous.
 

@@ -70,7 +70,7 @@ def compiled(
     compilers.check(target, "jax")
     name = NAMES[peer]
     made: Any = peers.get(peer)
-    if (reason := made.refuse(spec)) is not None:
+    if (reason := peers.refuse(made, spec)) is not None:
         return Reference(name=name, failed=reason)
     if made.layout is not None:
         spec = replace(spec, layout=made.layout)

@@ -22,6 +22,7 @@ from attngen.backends.jax.tile import (
     axes_text,
     chosen,
     dimensions,
+    drops,
     exponential,
     guards,
     heads,
@@ -118,12 +119,16 @@ class TileWriter:
         self._add(*made.code.score)
         self._weights(made.code.edge)
         self._store()
+        if drops(self.plan):
+            self._add(*made.code.kept)
+            self._add("kept = lax.optimization_barrier(kept)  # made once")
+        p = "jnp.where(kept, p, 0)" if drops(self.plan) else "p"
         if self.out and self.twice:
             self._ds_twice(s, made.back)
-            self._add("return p, ds, again, kc")
+            self._add(f"return {p}, ds, again, kc")
             return self._text()
         if self.out:
-            self._add(f'dp = {self.einsum}("{s}", d_rows, vc)')
+            self._add(*self._dp(s))
             if self.plan.option("delta") == "summed":
                 self._add(
                     "if delta_row is None:  # it is what is summed here",
@@ -142,8 +147,15 @@ class TileWriter:
         if chosen(self.plan, "store") == "both":
             cast = self._cast(self.spec.stats_dtype)
             self._add(f"ds = lax.optimization_barrier(ds{cast})")
-        self._add("return p, ds, kc" + (", sums" if names else ""))
+        self._add(f"return {p}, ds, kc" + (", sums" if names else ""))
         return self._text()
+
+    def _dp(self, s: str) -> list[str]:
+        """The cotangent of p, of which dropout passes a part."""
+        lines = [f'dp = {self.einsum}("{s}", d_rows, vc)']
+        if self.spec.dropout:
+            lines.append("dp = jnp.where(kept, dp, 0)")
+        return lines
 
     def _store(self) -> None:
         """p where it is made once, and kept for its products."""
@@ -158,7 +170,7 @@ class TileWriter:
     def _ds_twice(self, s: str, back: list[Line]) -> None:
         """ds for dk, and again for dq: each product is fused with its own."""
         made = [
-            f'dp = {self.einsum}("{s}", d_rows, vc)',
+            *self._dp(s),
             f"ds = {self.p} * (dp - delta_row[..., None])",
         ]
         self._add("", "def ds_of(d_rows, vc, delta_row):")
@@ -235,7 +247,8 @@ class TileWriter:
 
     def _multiplied(self) -> bool:
         """Whether dout is multiplied in the statistics' dtype before its products."""
-        return self.spec.sink or self.plan.option("delta") in ("again", "summed")
+        delta = self.plan.option("delta")
+        return bool(self.spec.sink or self.spec.dropout) or delta != "kept"
 
     def _slice(self, name: str, source: str, dim: str, more: str) -> None:
         """A chunk of rows of an array, as a tile has them."""
@@ -261,6 +274,8 @@ class TileWriter:
         if delta == "again":
             axis = -2 if self.dn else -1
             self._add(f"delta_row = (d_rows * out_rows).sum({axis})")
+        if drops(self.plan):
+            self._add("d_rows /= 1 - DROPOUT")
         if self.spec.sink and self.out:
             self._add(
                 *self._sink(),

@@ -43,7 +43,6 @@ _BUILT: dict[str, tuple[tuple[object, ...], str]] = {
         (None, "vjp", "any"),
         "dataclasses.replace(spec, derivatives=None) computes forward",
     ),
-    "dropout": ((0.0,), "dataclasses.replace(spec, dropout=0.0)"),
     "storage": (("dense",), 'pad into storage="dense" with kv_lengths=True'),
     "kv_dtype": ((None,), "convert k and v to spec.dtype first"),
 }
@@ -60,6 +59,12 @@ def refuse(spec: AttentionSpec) -> None:
                 needed=f"{field}={built[0]!r}",
                 hint=hint,
             )
+    if spec.derivatives == "any" and spec.dropout:
+        raise NotBuiltError(
+            'Dropout with derivatives="any" isn\'t built yet.',
+            got=f"dropout={spec.dropout}, derivatives='any'",
+            needed="dropout=0.0, or derivatives='vjp'",
+        )
     local(spec)
     _refuse_tables(spec)
 
@@ -257,6 +262,8 @@ def _steps(spec: AttentionSpec, choice: Choice) -> bool:
 
 def _bad_tile(spec: AttentionSpec, choice: Choice) -> str | None:
     """Of what a tile computes, and of the triangle at a causal edge."""
+    if spec.dropout and option(choice, "denominator") == "ones":
+        return "denominator = ones would sum p as dropout leaves it: denominator = sum"
     twice = option(choice, "qk") == "twice"
     if twice and choice["algorithm"] == "summaries":
         return "qk = twice is for a running maximum, which summaries don't have"

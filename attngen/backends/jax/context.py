@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from attngen import philox
 from attngen.backends.jax import backward, shards
 from attngen.backends.jax.loops import chunked, unrolls
 from attngen.backends.jax.scans import offset_from_lengths, scanned
@@ -12,6 +13,7 @@ from attngen.backends.jax.tile import (
     Tile,
     axes_text,
     chosen,
+    drops,
     exponential,
     guards,
     inverse,
@@ -152,6 +154,8 @@ def _constants(plan: Plan, at: Tile) -> dict[str, Any]:
         lines.append(("Q_OFFSET", str(spec.static_q_offset), "position of query 0"))
     if spec.kv_offset:
         lines.append(("K_OFFSET", str(spec.kv_offset), "position of key 0"))
+    if drops(plan):
+        lines.append(("DROPOUT", repr(spec.dropout), "probability, of each weight"))
     return {"constants": lines, "QK": dims[0], "V": dims[1]}
 
 
@@ -190,10 +194,23 @@ def _arrays(plan: Plan, at: Tile) -> dict[str, Any]:
         "out_cast": spec.out_dtype_name != spec.stats_dtype,
         "outputs": spec.outputs,
         "sink": spec.sink,
+        "dropout": drops(plan),
+        "philox": philox_words(spec.dropout) if drops(plan) else {},
         "x64": "float64" in (spec.dtype, spec.out_dtype_name)
         or plan.index_dtype == "int64",
         "q_offset": spec.q_offset if spec.static_q_offset is None else None,
         "offset_from_lengths": offset_from_lengths(spec),
+    }
+
+
+def philox_words(dropout: float) -> dict[str, str]:
+    """The numbers of dropout's generator, as text."""
+    multipliers, weyl = philox.MULTIPLIERS, philox.WEYL
+    return {
+        "multipliers": ", ".join(f"0x{m:X}" for m in multipliers),
+        "weyl": ", ".join(f"0x{w:X}" for w in weyl),
+        "rounds": str(philox.ROUNDS),
+        "threshold": str(philox.threshold(dropout)),
     }
 
 
@@ -279,4 +296,5 @@ _ALGORITHMS = {"dense": _dense, "scanned": scanned}
 
 def _uses_lax(plan: Plan, code: TileCode) -> bool:
     lines = [*code.rows, *code.keys, *code.score, *code.edge]
-    return plan.spec.precision == "highest" or any("lax." in line for line in lines)
+    uses = plan.spec.precision == "highest" or drops(plan)
+    return uses or any("lax." in line for line in lines)

@@ -164,7 +164,19 @@ def _listed(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
     return bytes_
 
 
+def _dropped(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
+    """Weights that dropout leaves, beside all: in each step of a loop, along a diagonal.
+
+    Words are made as they are compared; those of rows alone are kept.
+    """
+    if not spec.dropout:
+        return 0
+    steps = max(1, at.unroll, at.parts)
+    return steps * (at.scores + 8 * at.row) + 3 * at.strip
+
+
 EXTRAS = (
+    _dropped,
     _listed,
     _one_round,
     _small,

@@ -51,6 +51,8 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
     share = edge_share(choice)
     if target.tpu is not None:
         temporaries = tpu_memory.temp_bytes(spec, choice, tiles, target.tpu)
+        if spec.dropout:  # weights that are left, and which
+            temporaries += 2 * BYTES[spec.stats_dtype] * shape(spec, choice).scores
         seconds = tpu_model.time_s(spec, choice, tiles, target.tpu)
         return Cost(temporaries, seconds, share)
     temporaries = temp_bytes(spec, choice, tiles)
@@ -76,6 +78,7 @@ STEP_S = 7e-6  # of a step of the key loop
 # of an element's maximum, exponential and sum
 SCORE_S = {"exp": 0.6e-9, "exp2": 0.62e-9, "polynomial": 0.5e-9}
 SCALE_S = 0.1e-9  # of an element that is scaled
+DROPOUT_S = 1.5e-9  # of an element, whose word of dropout's generator is made
 LARGE_S = 0.1e-9  # of an element, more with each doubling of a tile beyond the caches
 CACHE_BYTES = 2**22
 PACKED_S = 0.04e-9  # the same, of keys and values of a tile beyond a core's own cache
@@ -139,6 +142,7 @@ def _lengths(spec: AttentionSpec, tile: Shape, batches: int) -> tuple[float, flo
 def _tile_s(spec: AttentionSpec, choice: Choice, tile: Shape) -> float:
     """Seconds of a tile without a mask."""
     element = SCORE_S[str(choice["exp"])] + sum(score_s(s.expr) for s in spec.score)
+    element += DROPOUT_S if spec.dropout else 0
     element += SCALE_S if option(choice, "scale") == "scores" else 0
     at_once = tile.scores * int(option(choice, "parts"))
     large = at_once * BYTES[spec.stats_dtype] / CACHE_BYTES

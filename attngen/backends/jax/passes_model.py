@@ -44,12 +44,24 @@ KERNELS, PASSES = (
 )  # of a tile on a GPU: launches, times that it is written or read
 
 
+DROPOUT_S = 1.5e-9  # of an element: its word of dropout's generator
+
+
+def dropout_bytes(spec: AttentionSpec, choice: Choice) -> int:
+    """Of a tile: which weights are kept, and the weights that are left."""
+    _, rows, _ = _sizes(spec, choice)
+    scores = rows * int(choice["k_chunk"]) * BYTES[spec.stats_dtype]
+    return 2 * scores if spec.dropout else 0
+
+
 def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> Cost:
     """Modelled bytes and seconds of a backward pass; tiles: of one head, of one pass."""
     if target.tpu is not None:
         temporaries = passes_tpu.temp_bytes(spec, choice, target.tpu)
+        temporaries += dropout_bytes(spec, choice)
         return Cost(temporaries, passes_tpu.time_s(spec, choice, tiles, target.tpu))
     temporaries, library = passes_memory.temp_bytes(spec, choice)
+    temporaries += dropout_bytes(spec, choice)
     if target.gpu is not None:
         seconds = _gpu_s(spec, choice, tiles, target.gpu)
         return Cost(temporaries - library, seconds)
@@ -83,6 +95,7 @@ def _processor_s(
     raised = _raised(choice)
     element = SCORE_S[str(choice["exp"])] + DS_S
     element += SCALE_S if choice["scale"] == "scores" else 0
+    element += DROPOUT_S if spec.dropout else 0
     element += sum((1 + SLOPES) * score_s(s.expr) for s in spec.score)
     large = scores * BYTES[spec.stats_dtype] / BEST_BYTES
     element += BEYOND_S * max(0.0, math.log2(large))

@@ -214,7 +214,7 @@ def mesh(spec: AttentionSpec) -> dict[str, Any]:
     if spec.layout == "bhtd":
         layout = {n: a[0] + a[2] + a[1] + a[3] for n, a in layout.items()}
     layout["lse"] = "bhq"
-    everywhere = ("kv_lengths", "q_lengths", "q_offset")
+    everywhere = ("kv_lengths", "q_lengths", "q_offset", "seed")
     for operand in spec.operands:
         names = (a if isinstance(a, str) else "?" for a in operand.axes)
         text = "".join(names)

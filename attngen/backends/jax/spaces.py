@@ -129,6 +129,7 @@ def _accelerator(spec: AttentionSpec, target: Target, *, whole: bool) -> Space:
     exps = ("exp", *(e for e in exponentials(spec) if e != "exp"))
     tpu = target.tpu is not None
     ones = tpu and (len(narrow) == 1 or "lse" not in spec.outputs)
+    ones = ones and not spec.dropout  # which would leave some out of the sum
     exact = len(narrow) == 1 or math.frexp(spec.scale_value)[0] == 0.5
     if (
         target.tpu is not None and target.tpu.matrix_side == LANES

@@ -68,6 +68,11 @@ def guards(plan: Plan) -> bool:
     return plan.drops_keys or lengths or spec.mask is not None
 
 
+def drops(plan: Plan) -> bool:
+    """Whether there are weights that dropout may drop: lse alone is of all."""
+    return bool(plan.spec.dropout) and "out" in plan.spec.outputs
+
+
 def without_keys(shape: str) -> str:
     """A shape that lines up with a tile → one that lines up with its statistics."""
     items = [x for x in shape.strip("()").split(", ") if x][:-1]

@@ -14,6 +14,7 @@ from attngen.backends.jax.tile import (
     Tile,
     chosen,
     dimensions,
+    drops,
     heads,
     is_whole,
     letters_of,
@@ -38,12 +39,14 @@ class TileCode:
         tiles differ) query alone.
     keys: in every tile: positions of keys and operands that the scores read.
     score: the scores, in order.
+    kept: which weights dropout keeps.
     edge: in edge tiles only: what the mask reads, and the mask as `seen`.
     """
 
     rows: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     score: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
     edge: list[str] = field(default_factory=list)
 
 
@@ -104,6 +107,8 @@ class Writer:
             self.after(i)
             for node in [n for n in self.gathered if "s" in expr.variables(n)]:
                 del self.gathered[node]  # the next score has another s
+        if drops(self.plan):
+            self._dropout()
         if not self.one_scope:
             self.keys_defined, self.gathered = set(), {}
         self.at = self.edge or self.at
@@ -115,6 +120,13 @@ class Writer:
 
     def after(self, i: int) -> None:
         """What comes after them, where their names are still known."""
+
+    def _dropout(self) -> None:
+        """Which weights are kept: `kept`, of every axis of the tile."""
+        for name in "bhqk":
+            self._variable(name, self.code.keys)
+        arguments = ", ".join(self._names()[a] for a in "bhqk")
+        self.code.kept = [f"kept = _dropout(seed, {arguments})"]
 
     def _mask(self) -> None:
         """Every condition for a key to be there; `seen` where there is any."""
@@ -142,14 +154,18 @@ class Writer:
                 lines[-1] = lines[-1].replace("seen = ", "seen &= ", 1)
             self.code.edge += lines
 
-    def printer(self, float_dtype: str, prefix: str) -> ArrayPrinter:
-        spec = self.spec
+    def _names(self) -> dict[str, str]:
+        """What the emitted text calls the variables of expressions."""
         names = {"b": "b_index", "h": "h_index", "q": "q_pos", "k": "k_pos"}
         names |= {n: n for n in ("s", "away", "shift")}
-        if spec.static_q_offset == 0:
+        if self.spec.static_q_offset == 0:
             names["q"] = "q_index"
-        if spec.kv_offset == 0:
+        if self.spec.kv_offset == 0:
             names["k"] = "k_index"
+        return names
+
+    def printer(self, float_dtype: str, prefix: str) -> ArrayPrinter:
+        names = self._names()
 
         def load(node: Expr) -> str:
             return self._load(node, float_dtype)
