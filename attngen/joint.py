@@ -32,10 +32,11 @@ def forward_spec(spec: AttentionSpec) -> AttentionSpec:
 
 def kept_bytes(spec: AttentionSpec) -> int:
     """What the forward pass keeps for the backward pass, beside inputs and outputs."""
-    if spec.derivatives != "vjp" or "lse" in spec.outputs:
+    if spec.derivatives != "vjp":
         return 0
     rows = spec.batch * spec.q_heads * spec.q_len // spec.devices
-    return rows * BYTES[spec.stats_dtype]
+    numbers = ("lse" not in spec.outputs) + (spec.dtype == spec.stats_dtype)
+    return rows * numbers * BYTES[spec.stats_dtype]
 
 
 def forward_part(choice: Choice) -> dict[str, Option]:

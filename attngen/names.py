@@ -47,7 +47,7 @@ RESERVED = frozenset((*_TAKEN, *dir(builtins)))
 # steps of long expressions, slices of operands, rows and gradients of them
 _PATTERN = re.compile(
     r"(part|some_part|every_part|index|indices|limit|score\d*)(_\d+)+|(full_)?(first|last)_\d"
-    r"|s_\d+|slope\d+_\d+|(lse|dlse|delta|total|d|out)_rows?|d[qkv]_(here|before)"
+    r"|s_\d+|slope\d+_\d+|(lse|dlse|delta|mass|d|out)_rows?|mass(_all)?|d[qkv]_(here|before)"
     r"|(dout|out)_here|d_.*|.*_part|.*_at_.*|_.*"
 )
 

@@ -19,6 +19,7 @@ from attngen.backends.jax.backward_tile import (
     TileWriter,
     forms_twice,
     head_dims,
+    keeps_mass,
     start,
     subscripts,
     sums_of,
@@ -51,9 +52,16 @@ Level = tuple[str, str]  # the name of a loop's variable, and how many steps it 
 def forward_plan(plan: Plan) -> Plan:
     """The plan of the forward pass alone, which keeps lse for the backward pass."""
     own = forward_part(dict(plan.options))
+    if _keeps_mass(plan):
+        own["mass"] = "kept"
     return dataclasses.replace(
         plan, spec=forward_spec(plan.spec), options=tuple(own.items())
     )
+
+
+def _keeps_mass(plan: Plan) -> bool:
+    """Whether the forward pass keeps the sum of p; where delta is summed, that is, too."""
+    return keeps_mass(backward_plan(plan))
 
 
 def backward_plan(plan: Plan) -> Plan:
@@ -183,6 +191,7 @@ def _arguments(plan: Plan) -> dict[str, Any]:
         given.append("q_offset")
     outputs = list(spec.outputs)
     made = ["out", "lse"] if "out" in outputs else ["lse"]
+    made += ["mass"] if _keeps_mass(plan) else []
     pulled = [f"d{o}" for o in outputs]
     gradients = slopes.gradients(spec)
     of = {name: gradient for gradient, name in gradients.items()}
@@ -408,6 +417,7 @@ def _arrays(plan: Plan, at: Tile, starts: Starts) -> dict[str, Any]:
     layout |= {"v": keys + value, "dout": rows + value} if out else {}
     layout |= {"out": rows + value} if out and delta == "again" else {}
     layout |= {"delta": "bhq"} if out and delta == "kept" else {}
+    layout |= {"mass": "bhq"} if keeps_mass(plan) else {}
     layout |= {"dlse": "bhq"} if "lse" in spec.outputs else {}
     layout |= {o.name: "".join(map(str, o.axes)) for o in spec.own_operands}
     base_2 = exponential(plan)["base_2"]

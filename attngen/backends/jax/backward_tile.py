@@ -68,6 +68,7 @@ class TileWriter:
         self.twice = forms_twice(plan)
         self.seen = "scored" if plan.drops_keys else "seen"
         self.out, self.dlse = "out" in self.spec.outputs, "lse" in self.spec.outputs
+        self.summed = self.out and plan.option("delta") == "summed"
         self.stats = f"jnp.{self.spec.stats_dtype}"
         self.qk, self.v = head_dims(plan)
         self.how = exponential(plan)
@@ -88,10 +89,10 @@ class TileWriter:
     @property
     def of_queries(self) -> list[str]:
         """What a tile is told of its queries."""
+        mass = ["mass_row"] * (self.summed or keeps_mass(self.plan))
         if self.out:
-            summed = ["total_row"] * (self.plan.option("delta") == "summed")
-            return ["rows", "d_rows", "lse_row", "delta_row", *summed]
-        return ["rows", "lse_row", "dlse_row"]
+            return ["rows", "d_rows", "lse_row", "delta_row", *mass]
+        return ["rows", "lse_row", "dlse_row", *mass]
 
     def keys(self) -> list[str]:
         """A chunk of keys and values."""
@@ -129,7 +130,7 @@ class TileWriter:
             return self._text()
         if self.out:
             self._add(*self._dp(s))
-            if self.plan.option("delta") == "summed":
+            if self.summed:
                 self._add(
                     "if delta_row is None:  # it is what is summed here",
                     "    return p.sum(-1), (p * dp).sum(-1)",
@@ -289,7 +290,8 @@ class TileWriter:
                 "if summing:  # delta, and the sum of p, are still to be made",
                 f"    return rows, d_rows{cast}, lse_row, None, None",
             )
-            self._row("total")
+        if delta == "summed" or keeps_mass(self.plan):
+            self._row("mass")
         if delta in ("kept", "summed"):
             self._row("delta")
         if self.dlse:
@@ -353,11 +355,13 @@ class TileWriter:
         if self.how["exp_scaled"]:
             inner = f"({inner}) * LOG2E"
         self._add(f"p = {self.how['exp']}({inner})")
-        if self.out and self.plan.option("delta") == "summed":
+        if self.summed:
             self._add(
-                "if total_row is not None:",
-                "    p /= total_row[..., None]  # lse is rounded, as scores are",
+                "if mass_row is not None:",
+                "    p *= (1 / mass_row)[..., None]  # lse is rounded, as scores are",
             )
+        elif keeps_mass(self.plan):
+            self._add("p *= (1 / mass_row)[..., None]  # lse is rounded")
         if self.plan.drops_keys:
             self._add("scored = s != -jnp.inf")
         lines = list(mask)
@@ -567,6 +571,12 @@ def subscripts(plan: Plan, at: Tile) -> tuple[str, str, str]:
         f"{letters},{keys}->{rows}",
         f"{rows},{letters}->{sums_of(plan, at)}",
     )
+
+
+def keeps_mass(plan: Plan) -> bool:
+    """Whether the sum of exp(s - lse), which is 1 but for rounding, comes with lse."""
+    summed = "out" in plan.spec.outputs and plan.option("delta") == "summed"
+    return plan.option("mass") == "kept" and not summed
 
 
 def forms_twice(plan: Plan) -> bool:

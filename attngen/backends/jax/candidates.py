@@ -34,6 +34,7 @@ DEFAULTS: dict[str, Option] = {
     "skip": "bounds",
     "store": "free",
     "ds": "once",
+    "mass": "none",
 }
 UNROLLED = 16  # key chunks, at most: each is compiled on its own
 

@@ -16,6 +16,7 @@ from attngen.backends.jax.tile import (
     guards,
     heads,
     order,
+    outputs_of,
     triangle,
     without_keys,
 )
@@ -60,7 +61,7 @@ def chunked(plan: Plan, at: Tile) -> dict[str, Any]:
         "count": "steps" if len(steps) > 30 else steps,
         "bare_count": "steps" if len(steps) > 30 else _bare(steps),
         "looped": bool(levels),
-        "carried": ", ".join(f"{o}_all" for o in spec.outputs),
+        "carried": ", ".join(f"{o}_all" for o in outputs_of(plan)),
         "q_start": starts.q != "0",
         "q_ragged": spec.q_len % plan.q_chunk != 0,
         "ragged": ragged,
@@ -246,14 +247,17 @@ def memory(plan: Plan, at: Tile, part: Tile, starts: Starts) -> dict[str, Any]:
         "ahead": {
             "out": shards.moved(plan, rows + "d"),
             "lse": shards.moved(plan, "bhq"),
+            "mass": shards.moved(plan, "bhq"),
         },
         "beside": {
             "out": shards.moved(plan, rows + "d", back=True),
             "lse": shards.moved(plan, "bhq", back=True),
+            "mass": shards.moved(plan, "bhq", back=True),
         },
         "whole_shape": {
             "out": ", ".join([*(WHOLE[a] for a in rows), _value_dim(spec)]),
             "lse": "B, H, T",
+            "mass": "B, H, T",
         },
         "lse_all_shape": _tuple(shards.shape(plan, "bhq", WHOLE, ahead=True)),
         "sink_shape": without_keys(at.spread("gr")),
@@ -307,7 +311,7 @@ def _stacked(plan: Plan, at: Tile, levels: list[tuple[str, str]]) -> dict[str, A
     level_of = {"b": "b", "q": "i", "h": "g"}
     names = [name for name, _ in levels]
     found: dict[str, Any] = {}
-    for output in spec.outputs:
+    for output in outputs_of(plan):
         axes = order(spec.layout, "bqh") if output == "out" else "bhq"
         tail = [_value_dim(spec)] if output == "out" else []
         own = [*(size[a] for a in axes), *tail]

@@ -32,6 +32,7 @@ WORDS: dict[str, tuple[Option, ...]] = {
     "slices": ("nd", "dn"),
     "ds": ("once", "twice"),
     "skip": ("bounds", "list"),
+    "mass": ("kept", "none"),
 }
 
 
@@ -66,6 +67,7 @@ class Passes:
             "product_dtype": product if whole else product[:1],
             "guard": (*guard, not guard[0]) if whole and wide else guard,
             "scale": scale if whole else scale[:1],
+            "mass": WORDS["mass"] if whole else _mass(spec),
             **skips(spec),
         }
         return {
@@ -199,6 +201,14 @@ def _deltas(spec: AttentionSpec, kind: str, whole: bool) -> tuple[Option, ...]:
     if ours:
         return ("summed",)
     return ("again",) if kind == "by_queries" else ("kept", "again")
+
+
+def _mass(spec: AttentionSpec) -> tuple[Option, ...]:
+    """Whether the sum of exp(s - lse) is kept, which is 1 but for how lse is rounded.
+
+    float32 rounds lse by more than a plain softmax errs; half as wide numbers don't show it.
+    """
+    return ("kept",) if spec.dtype == spec.stats_dtype else ("none",)
 
 
 def _chunks(length: int, known: tuple[int, ...]) -> tuple[int, ...]:

@@ -61,6 +61,12 @@ def chosen(plan: Plan, name: str) -> Option:
     return dict(plan.options).get(name, DEFAULTS[name])
 
 
+def outputs_of(plan: Plan) -> tuple[str, ...]:
+    """What the forward pass makes: the outputs, and what it keeps for a backward pass."""
+    kept = ("mass",) if chosen(plan, "mass") == "kept" else ()
+    return (*plan.spec.outputs, *kept)
+
+
 def guards(plan: Plan) -> bool:
     """Whether a row may see no key, in a tile or at all."""
     spec = plan.spec
