@@ -44,6 +44,7 @@ def gradients(
     *,
     rows: Array | None = None,
     rounding: Rounding | None = None,
+    of_outputs: bool = False,
 ) -> dict[str, Array]:
     """What `slopes.gradients` names, for some queries.
 
@@ -58,6 +59,8 @@ def gradients(
         rounding: `reference.exact(spec)` unless given. `reference.plain(spec)` is plain
             attention as it is differentiated: p, dout and ds are rounded before their
             products, and so is dp = dout · v, as the gradient of a rounded p is.
+        of_outputs: the mean of dp by p is made as Σ dout · out, FlashAttention-2's way
+            (arXiv 2307.08691, algorithm 2), not as Σ p · dp: the same but for rounding.
 
     Returns:
         dq [batch, q_heads, rows, qk_dim], whatever the layout (see `reference.pick`); dk,
@@ -95,7 +98,7 @@ def gradients(
                         given = dout[at].astype(how.wide)
                         factors = dropped(spec, found, known, how)
                         ds, of_v, of_sink = _of_out(
-                            found, weights, values, given, factors, how
+                            found, weights, values, given, factors, how, of_outputs
                         )
                         dv[b, kv] += of_v
                         if spec.sink:
@@ -123,6 +126,7 @@ def _of_out(
     dout: Array,
     factors: Any,
     how: Rounding,
+    of_outputs: bool,
 ) -> tuple[Array, Array, Any]:
     """What dout [rows, v_dim] makes of the scores [rows, kv_len], of v, and of the sink.
 
@@ -133,7 +137,11 @@ def _of_out(
     share = np.where(there, weights.p * weights.rescale[:, None] / total, 0)
     dout = _rounded(dout, how)
     dp = np.where(there, _rounded(dout @ values.T, how) * factors, 0)
-    dp_mean = np.where(there, share * dp, 0).sum(-1)
+    if of_outputs:
+        out = weighted(_rounded(share * factors, how), there, values)
+        dp_mean = np.where(weights.seen, (dout * out).sum(-1), 0)
+    else:
+        dp_mean = np.where(there, share * dp, 0).sum(-1)
     ds = np.where(there, share * (dp - dp_mean[:, None]), 0)
     of_v = weighted(_rounded(share * factors, how).T, there.T, dout)
     of_sink = np.where(weights.seen, -dp_mean * weights.sink / weights.total, 0).sum()
