@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from attngen import expr, slopes
+from attngen.intervals import domain, interval
 from attngen.operands import Operand
 from attngen.reference import Array, by_heads, numpy_dtype
 from attngen.spec import AttentionSpec
@@ -17,7 +18,8 @@ SMALL = 4  # integer operands take values below this, so that they often agree
 def arrays(spec: AttentionSpec, *, seed: int = 0, nan: bool = True) -> dict[str, Array]:
     """q, k, v and every operand, as NumPy arrays in the spec's shapes and dtypes.
 
-    q, k, v and float operands are standard normal. Lengths run from none to all; integer
+    q, k, v and float operands are standard normal; with derivatives, operands are of a size
+    that leaves scores moderate. Lengths run from none to all; integer
     operands repeat a few values and rise along their last axis, as document ids do; those
     that are searched rise over all positions, as cumulative offsets do.
 
@@ -86,7 +88,34 @@ def _operand(spec: AttentionSpec, operand: Operand, generator: Any) -> Array:
         values = generator.integers(0, most, shape)
         return np.sort(values, axis=-1).astype(operand.dtype)
     values = generator.standard_normal(shape, dtype=np.float32)
+    if spec.derivatives is not None:
+        values = _moderate(spec, operand, values)
     return np.asarray(values.astype(numpy_dtype(operand.dtype)))
+
+
+def _moderate(spec: AttentionSpec, operand: Operand, values: Array) -> Array:
+    """Values by which scores stay moderate, as in a model that is trained.
+
+    Slopes of positions, say, that make scores of hundreds leave each query one key, whose
+    gradients are 0 but for rounding. What scores are divided by keeps away from 0.
+    """
+    reads = [
+        (score.expr, node)
+        for score in spec.score
+        for node in slopes.reads(score)
+        if node.value == operand
+    ]
+    bounds = [0.0]
+    for root, node in reads:
+        divides = any(
+            n.op == "div" and node in expr.walk(n.args[1]) for n in expr.walk(root)
+        )
+        if divides:
+            values = np.abs(values) + np.float32(0.5)
+        low, high = interval(slopes.slope(root, node), domain(spec) | {"s": (-8, 8)})
+        bounds.append(max(abs(low), abs(high)))
+    bound = max(bounds)
+    return values * np.float32(8 / bound) if 8 < bound < np.inf else values
 
 
 def _searched(spec: AttentionSpec, operand: Operand) -> bool:

@@ -329,6 +329,12 @@ def shrink(spec: AttentionSpec, plan: Plan) -> Small | None:
         choice[name] = _chunk(chunk, spec.q_len, q_length, 32)
     if "batch_chunk" in choice:
         choice |= {"batch_chunk": batches[1], "head_chunk": heads[1]}
+    for name, whole, count, shards in (
+        ("backward_batch_chunk", spec.batch, batches[0], spec.batch_shards),
+        ("backward_head_chunk", spec.kv_heads, heads[0], spec.head_shards),
+    ):
+        if name in choice:
+            choice[name] = count if choice[name] == whole else shards
     if diagonal := int(plan.choice.get("diagonal", 0)):
         return _shrink_diagonal(plan, diagonal, small, choice)
     return small, choice

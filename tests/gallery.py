@@ -102,6 +102,37 @@ def any_order() -> AttentionSpec:
     )
 
 
+def training() -> AttentionSpec:
+    """With its gradients: grouped heads, causal, a sink, and lse that has a gradient, too."""
+    return AttentionSpec(
+        q_heads=8,
+        kv_heads=2,
+        q_len=2048,
+        qk_dim=64,
+        mask=masks.causal(),
+        sink=True,
+        outputs=("out", "lse"),
+        derivatives="vjp",
+    )
+
+
+def training_documents() -> AttentionSpec:
+    """Gradients of packed documents, with dropout: tiles by list, bits made again."""
+    return dataclasses.replace(
+        packed_documents(), dropout=0.1, derivatives="vjp", dtype="float32"
+    )
+
+
+def training_alibi() -> AttentionSpec:
+    """Gradients of what scores read: a softcap, then slopes that are trained."""
+    return dataclasses.replace(
+        causal_alibi(),
+        outputs=("out",),
+        score=(scores.softcap(30.0), scores.alibi()),
+        derivatives="vjp",
+    )
+
+
 def of_preset(name: str, **changes: object):
     return lambda: dataclasses.replace(presets.get(name), **changes)
 
@@ -127,6 +158,15 @@ ENTRIES = {
     "decode_step": (decode_step, "8MiB", {}),
     "checkerboard": (checkerboard, None, {"algorithm": "dense"}),
     "any_order": (any_order, "16MiB", {"q_chunk": 128, "k_chunk": 128}),
+    "training": (training, "16MiB", {}),
+    "training_alibi": (training_alibi, "8MiB", {"backward": "by_keys"}),
+    "training_documents": (
+        training_documents,
+        "16MiB",
+        {"skip": "list", "backward_skip": "list", "backward_q_chunk": 256},
+    ),
+    "training_paper": (of_preset("paper-16k", derivatives="vjp"), "1MiB", {}),
+    "alphafold_pair": (of_preset("alphafold-pair", batch=8), "64MiB", {}),
     "sharded": (sharded, "4MiB", {"q_chunk": 256, "head_chunk": 4}),
 }
 

@@ -81,7 +81,7 @@ SPECS = {
         )
     ),
     "dropped keys": given(
-        score=attngen.score(lambda s, b, h, q, k: where(k % 3 == 1, -np.inf, s * s))
+        score=attngen.score(lambda s, b, h, q, k: where(k % 3 == 1, -np.inf, s * s / 8))
     ),
     "a score without the score": given(score=scores.bias(axes="hk"), sink=True),
 }

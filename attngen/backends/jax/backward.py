@@ -204,6 +204,7 @@ def _arguments(plan: Plan) -> dict[str, Any]:
     return {
         "names": ", ".join(given),
         "made": ", ".join(made),
+        "wanted": ", ".join(n if n in outputs else "_" for n in made),
         "returned": ", ".join(outputs),
         "returned_one": f"({', '.join(outputs)})" if several else outputs[0],
         "kept": ", ".join([*given, *made]),

@@ -9,6 +9,7 @@ A query that sees no key has lse = -inf; here +inf, which makes each of its p 0.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from attngen import slopes
@@ -127,6 +128,7 @@ class TileWriter:
         if self.out and self.twice:
             self._ds_twice(s, made.back)
             self._add(f"return {p}, ds, again, kc")
+            self._without_unused()
             return self._text()
         if self.out:
             self._add(*self._dp(s))
@@ -149,6 +151,7 @@ class TileWriter:
             cast = self._cast(self.spec.stats_dtype)
             self._add(f"ds = lax.optimization_barrier(ds{cast})")
         self._add(f"return {p}, ds, kc" + (", sums" if names else ""))
+        self._without_unused()
         return self._text()
 
     def _dp(self, s: str) -> list[str]:
@@ -185,6 +188,13 @@ class TileWriter:
             "same = lax.optimization_barrier((d_rows, vc, delta_row))",
             "again = ds_of(*same)  # each is fused with a product of its own",
         )
+
+    def _without_unused(self) -> None:
+        """Leave out where chunks begin, if nothing else here asks."""
+        for name in ("q_start", "k_start"):
+            reads = [x for x, _ in self.lines if re.search(rf"\b{name}\b", x)]
+            if len(reads) == 1:
+                self.lines = [x for x in self.lines if x[0] != reads[0]]
 
     def _add(self, *lines: str, masked: bool = False) -> None:
         self.lines += [(line, (MASKED,) if masked else ()) for line in lines]

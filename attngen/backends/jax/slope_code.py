@@ -152,12 +152,9 @@ class SlopeWriter(Writer):
                 "part", [call, [".reshape", *dimensions(shape)]], self.width
             )
             source = "part"
-        return [
-            *lines,
-            *assign(
-                name, [[f"{name}.at[{at}].add", source, 'mode="drop"']], self.width
-            ),
-        ]
+        # of a tile alone, then added: one by one, so many numbers would round more
+        calls = [[f"jnp.zeros_like({name}).at[{at}].add", source, 'mode="drop"']]
+        return [*lines, *assign("part", calls, self.width), f"{name} += part"]
 
 
 def _is_finite(node: Expr) -> bool:
