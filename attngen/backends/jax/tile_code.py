@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from attngen import expr
 from attngen.backends.jax import shards, tables
 from attngen.backends.jax.distance import by_distance
+from attngen.backends.jax.positions import definition
 from attngen.backends.jax.statements import as_tuple, assign, searched
 from attngen.backends.jax.tile import (
     Starts,
@@ -18,7 +19,6 @@ from attngen.backends.jax.tile import (
     heads,
     is_whole,
     letters_of,
-    ranged,
     times,
 )
 from attngen.expr import Expr
@@ -224,70 +224,7 @@ class Writer:
             lines += self._definition(name)
 
     def _definition(self, name: str) -> list[str]:
-        starts, at = self.starts, self.at
-        if name in ("b_index", "h_index") and shards.is_split(self.plan, name[0]):
-            return self._of_shards(name, name[0])
-        if name == "b_index":
-            return [f"{name} = {ranged(self.plan, at, starts.b, 'b', at.sizes['b'])}"]
-        if name == "h_index":
-            first = times(starts.g, self.spec.repeats)
-            line = f"{name} = {ranged(self.plan, at, first, 'gr', heads(at))}"
-            if len(line) <= self.width:
-                return [line]
-            numbers, _, rest = line.partition(f"{name} = {first} + ")[2].partition(
-                ".reshape"
-            )
-            return [f"{name} = {numbers}", f"{name} = {first} + {name}.reshape{rest}"]
-        if name in ("q_index", "k_index"):
-            letter = name[0]
-            start = starts.q if letter == "q" else starts.k
-            return [
-                f"{name} = {ranged(self.plan, at, start, letter, at.sizes[letter])}"
-            ]
-        if name == "away":  # XLA makes both on the fly, in the tile's own layout
-            keys, queries = (ranged(self.plan, at, "0", a, at.sizes[a]) for a in "kq")
-            return [f"away = {keys} - {queries}"]
-        if name == "shift":
-            q = starts.q + (" + Q_OFFSET" if self.spec.static_q_offset else "")
-            k = f"({starts.k} + K_OFFSET)" if self.spec.kv_offset else starts.k
-            return [
-                f"shift = {q} - {k}  # of the tile's first query from its first key"
-            ]
-        if name == "k_pos":
-            return ["k_pos = k_index + K_OFFSET"]
-        if name == "q_pos" and self.spec.static_q_offset is not None:
-            return ["q_pos = q_index + Q_OFFSET"]
-        if name == "q_pos":
-            offset = self._per_batch("offset_at_b", "q_offset")
-            return [*offset, "q_pos = q_index + offset_at_b"]
-        operand = {"kv_length": "kv_lengths", "q_length": "q_lengths"}[name]
-        return self._per_batch(name, operand)
-
-    def _per_batch(self, name: str, operand: str) -> list[str]:
-        """Define an operand [b] for the tile's batches."""
-        size, shape = self.at.sizes["b"], self.at.spread("b")
-        if size == "1":
-            return [f"{name} = {operand}[{self.starts.b}]"]
-        if self.starts.b == "0":
-            part = [operand]
-        else:
-            begins = as_tuple(shards.begins(self.plan, "b", {"b": self.starts.b}))
-            sizes = as_tuple(shards.sizes(self.plan, "b", {"b": size}))
-            part = ["lax.dynamic_slice", operand, begins, sizes]
-        return assign(name, [part, [".reshape", *dimensions(shape)]], self.width)
-
-    def _of_shards(self, name: str, letter: str) -> list[str]:
-        """The batches, or query heads, of a tile that has some of every shard."""
-        begins = shards.begins(self.plan, letter, {letter: self._begin(letter)})
-        sizes = shards.sizes(self.plan, letter, {})
-        whole, view = {"b": "B", "h": "H"}[letter], shards.shape(self.plan, letter, {})
-        dtype = ", dtype=jnp.int64" if self.plan.index_dtype == "int64" else ""
-        numbers = f"jnp.arange({whole}{dtype}).reshape({', '.join(view)})"
-        line = f"{name} = {numbers}"
-        spread = self.at.spread({"b": "b", "h": "gr"}[letter])
-        calls = [["lax.dynamic_slice", name, as_tuple(begins), as_tuple(sizes)]]
-        calls.append([".reshape", *dimensions(spread)])
-        return [line, *assign(name, calls, self.width)]
+        return definition(self.plan, self.at, self.starts, name, self.width)
 
     # Operands.
 
