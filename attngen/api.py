@@ -308,9 +308,8 @@ def attention(
     """Attention of JAX arrays: the spec from their shapes, the kernel built once.
 
     Outside a trace the first call with a new spec builds (certifies and validates);
-    inside `jax.jit` it plans, or recalls what was timed, and emits only. Gradients are
-    JAX's own: right where it can differentiate the loops (not where bounds come from the
-    data or the mask), and outside the memory budget.
+    inside `jax.jit` it plans, or recalls what was timed, and emits only. It has the derivatives
+    that are asked for: `derivatives="vjp"` gradients, "any" all orders and modes, None none.
 
     Args:
         q, k, v: [batch, tokens, heads, dim] in the layout "bthd"; see AttentionSpec.

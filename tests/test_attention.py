@@ -16,6 +16,7 @@ from attngen.errors import (
     BackendError,
     BudgetError,
     CallError,
+    DerivativeError,
     NotBuiltError,
     OperandError,
     SpecError,
@@ -204,15 +205,11 @@ def test_inside_a_trace_a_wrong_call_is_refused_as_outside(name, traced_only):
         jax.jit(lambda q: attend(q, **options))(Q)
 
 
-# Gradients of a kernel that was made without: JAX's own, which are right or an error.
+# Gradients, of what was asked for with them.
 
 
-@pytest.mark.parametrize(
-    "fix",
-    [{"algorithm": "dense"}, {"q_chunk": 48, "k_chunk": 16, "loop": "scan"}],
-    ids=str,
-)
-def test_a_gradient_without_derivatives_is_jaxs_own(fix, traced_only):
+@pytest.mark.parametrize("derivatives", ["vjp", "any"])
+def test_a_gradient_is_that_of_plain_attention(derivatives, traced_only):
     def loss(attend, arrays):
         return (attend(*arrays) * normal(*Q.shape, seed=9)).sum()
 
@@ -221,7 +218,7 @@ def test_a_gradient_without_derivatives_is_jaxs_own(fix, traced_only):
         return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(s), v)
 
     def emitted(q, k, v):
-        return attngen.attention(q, k, v, fix=fix)
+        return attngen.attention(q, k, v, derivatives=derivatives)
 
     @jax.jit
     def gradients(arrays):
@@ -233,9 +230,11 @@ def test_a_gradient_without_derivatives_is_jaxs_own(fix, traced_only):
         assert all(np.allclose(x, y, atol=1e-5) for x, y in zip(got, want, strict=True))
 
 
-def test_a_loop_that_skips_has_no_reverse_gradient_yet(traced_only):
-    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+def test_without_derivatives_there_is_no_gradient(traced_only):
+    with refused(DerivativeError, match="without derivatives"):
         jax.grad(lambda q: attend(q, fix=FIX).sum())(Q)
+    with refused(DerivativeError, match="without derivatives"):
+        jax.jit(jax.grad(lambda q: attend(q, fix=FIX).sum()))(Q)
 
 
 # 64-bit numbers, in a process that has them.
