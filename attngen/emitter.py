@@ -19,6 +19,7 @@ from attngen.errors import AttngenError, FileError, InternalError
 from attngen.expr import describe
 from attngen.plans import Option, Plan
 from attngen.skipping import a_head, decided_by, say_which
+from attngen.slopes import gradients
 from attngen.spec import AttentionSpec
 from attngen.units import show_bytes, show_count
 from attngen.version import __version__
@@ -148,6 +149,11 @@ def _computes(spec: AttentionSpec) -> str:
             f"with dropout: a weight is 0 with probability {spec.dropout!r}, else divided by "
             "1 less that, by Philox 4x32-10 of seed, b, h and positions; not in lse"
         )
+    if spec.derivatives == "vjp":
+        names = ", ".join(gradients(spec).values())
+        lines += _filled(f"and the gradients of {names}, once, in reverse mode")
+    elif spec.derivatives == "any":
+        lines.append("and derivatives of any order, forward and in reverse")
     if spec.devices > 1:
         lines.append(sharding(spec))
     for name in ("q", "k", "v", *(o.name for o in spec.operands), *spec.outputs):

@@ -20,6 +20,9 @@ def explain(plan: Plan) -> str:
     size += f" over {_count(spec.kv_heads, 'kv head')}" if spec.repeats > 1 else ""
     size += f", batch {spec.batch}" if spec.batch > 1 else ""
     size += f", {sharding(spec)}" if spec.devices > 1 else ""
+    if spec.derivatives is not None:
+        how = {"vjp": "with gradients", "any": "with derivatives of any order"}
+        size += f", {how[spec.derivatives]}"
     limit = "no budget given" if budget is None else f"budget {show_bytes(budget)}"
     head = f"{size}, {spec.dtype}, on {plan.target} by {plan.backend}, {limit}"
     lines = [*textwrap.wrap(head, 100), ""]

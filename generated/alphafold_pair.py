@@ -4,13 +4,14 @@ made by   attngen 0.1.0 for cpu; `attngen emit --check` compares this file
           with what would be emitted now. It is yours: attngen claims no rights in it.
 computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           then    s = s + pair_bias[h, q, k]
+          and the gradients of q, k, v, pair_bias, once, in reverse mode
           q       [8, 256, 4, 32]  float32
           k       [8, 256, 4, 32]  float32
           v       [8, 256, 4, 32]  float32
           pair_bias [4, 256, 256]  float32
           out     [8, 256, 4, 32]  float32
-plan      running · 256 queries × 256 keys · 4 kv heads a step · fori; backward: by
-          queries · 256 queries × 256 keys · 4 kv heads a step · delta summed
+plan      running · 256 queries × 256 keys · 4 kv heads a step · fori; backward:
+          by_queries · 256 queries × 256 keys · 4 kv heads a step · delta summed
           tiles of a head: 1; 1 full, 0 on an edge, 0 empty and never visited
 cost      1.21 GFLOP, 5.7 MiB of temporaries (modelled)
 needs     jax >= 0.10; nothing of attngen

@@ -5,6 +5,7 @@ made by   attngen 0.1.0 for cpu; `attngen emit --check` compares this file
 computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           then    s = 30.0 * tanh(s / 30.0)
           key k is there for query q where (k <= q) & (k > q - 200)
+          and derivatives of any order, forward and in reverse
           q       [1, 1000, 4, 64]  bfloat16
           k       [1, 1000, 2, 64]  bfloat16
           v       [1, 1000, 2, 64]  bfloat16

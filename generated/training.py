@@ -5,6 +5,7 @@ made by   attngen 0.1.0 for cpu; `attngen emit --check` compares this file
 computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           key k is there for query q where k <= q
           with exp(sink[h]) added to each denominator (not in lse)
+          and the gradients of q, k, v, sink, once, in reverse mode
           q       [1, 2048, 8, 64]  float32
           k       [1, 2048, 2, 64]  float32
           v       [1, 2048, 2, 64]  float32
@@ -12,7 +13,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           out     [1, 2048, 8, 64]  float32
           lse     [1, 8, 2048]  float32
 plan      running · 256 queries × 256 keys · 1 kv head a step · fori by 2 · diagonal
-          128; backward: by queries · 256 queries × 256 keys · 1 kv head a step · delta
+          128; backward: by_queries · 256 queries × 256 keys · 1 kv head a step · delta
           again
           tiles of a head: 64; 28 full, 8 on an edge, 28 empty and never visited
 cost      16.6 GFLOP, 12.3 MiB of temporaries (modelled)

@@ -6,13 +6,14 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           then    s = 30.0 * tanh(s / 30.0)
           then    s = s + slopes[h] * (k - q)
           key k is there for query q where k <= q
+          and the gradients of q, k, v, slopes, once, in reverse mode
           q       [1, 8, 1000, 72]  float32
           k       [1, 8, 1000, 72]  float32
           v       [1, 8, 1000, 72]  float32
           slopes  [8]  float32
           out     [1, 8, 1000, 72]  float32
-plan      running · 256 queries × 256 keys · 4 kv heads a step · fori by 2; backward: by
-          keys · 128 queries × 128 keys · 8 kv heads a step · delta summed
+plan      running · 256 queries × 256 keys · 4 kv heads a step · fori by 2; backward:
+          by_keys · 128 queries × 128 keys · 8 kv heads a step · delta summed
           tiles of a head: 16; 5 full, 5 on an edge, 6 empty and never visited
 cost      6.27 GFLOP, 5.7 MiB of temporaries (modelled)
 needs     jax >= 0.10; nothing of attngen

@@ -7,6 +7,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           document_ids[b, k])
           with dropout: a weight is 0 with probability 0.1, else divided by 1 less that,
           by Philox 4x32-10 of seed, b, h and positions; not in lse
+          and the gradients of q, k, v, once, in reverse mode
           q       [2, 2048, 4, 64]  float32
           k       [2, 2048, 4, 64]  float32
           v       [2, 2048, 4, 64]  float32
@@ -14,7 +15,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           document_ids [2, 2048]  int32
           out     [2, 2048, 4, 64]  float32
 plan      running · 256 queries × 128 keys · 4 kv heads of 2 batches a step · fori ·
-          skip list; backward: by queries · 256 queries × 128 keys · 4 kv heads a step ·
+          skip list; backward: by_queries · 256 queries × 128 keys · 4 kv heads a step ·
           delta again
           tiles of a head: 128; 56 always empty, at most 72 visited: document_ids says
           which at run time

@@ -3,12 +3,13 @@
 made by   attngen 0.1.0 for cpu; `attngen emit --check` compares this file
           with what would be emitted now. It is yours: attngen claims no rights in it.
 computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
+          and the gradients of q, k, v, once, in reverse mode
           q       [1, 16384, 1, 64]  bfloat16
           k       [1, 16384, 1, 64]  bfloat16
           v       [1, 16384, 1, 64]  bfloat16
           out     [1, 16384, 1, 64]  float32
-plan      running · 256 queries × 256 keys · 1 kv head a step · fori; backward: two
-          passes · 128 queries × 256 keys · 1 kv head a step · delta again
+plan      running · 256 queries × 256 keys · 1 kv head a step · fori; backward:
+          two_passes · 128 queries × 256 keys · 1 kv head a step · delta again
           tiles of a head: 4096; 4096 full, 0 on an edge, 0 empty and never visited
 cost      309 GFLOP, 1011.1 KiB of temporaries (modelled)
 needs     jax >= 0.10; nothing of attngen

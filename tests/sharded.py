@@ -16,8 +16,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import attngen
-from attngen import AttentionSpec, backends, building, masks, scores
+from attngen import AttentionSpec, backends, building, masks, scores, slopes, validator
 from attngen.backends.jax import compiler, shards
+from attngen.backends.jax import program as programs
 from attngen.backends.jax.loader import load_function
 from attngen.backends.jax.scratch import scratch_bytes
 
@@ -48,6 +49,9 @@ CASES = {
     "summaries": ({}, {"algorithm": "summaries"}, 1),
     "lengths": ({"kv_lengths": True, "q_lengths": True}, {}, 1),
     "dense": ({"mask": CAUSAL}, {"algorithm": "dense"}, 8),
+    "gradients by queries": ({"mask": CAUSAL, "derivatives": "vjp"}, {"backward": "by_queries"}, 1),
+    "gradients by keys": ({"layout": "bhtd", "sink": True, "derivatives": "vjp", "outputs": ("out", "lse")}, {"backward": "by_keys"}, 1),
+    "gradients, two passes": ({"mask": CAUSAL, "score": (scores.alibi(),), "derivatives": "vjp"}, {"backward": "two_passes"}, 2),
 }  # fmt: skip
 
 
@@ -61,6 +65,9 @@ def plan_of(case, batches, heads):
         "batch_chunk": spec.batch if each > 1 else batches,
         "head_chunk": min(each * heads, spec.kv_heads),
     }
+    if spec.derivatives is not None:
+        of_a_tile |= {f"backward_{n}": v for n, v in of_a_tile.items()}
+        of_a_tile |= {"backward_q_chunk": 32, "backward_k_chunk": 48}
     return attngen.plan(spec, fix=fix | of_a_tile)
 
 
@@ -74,11 +81,15 @@ def inputs(spec):
             return generator.integers(1, 80, shape).astype(dtype)
         return generator.standard_normal(shape).astype(jnp.dtype(dtype))
 
-    return {name: values(name) for name in names}
+    made = {name: values(name) for name in names}
+    pulled = {name: values(of) for name, of in slopes.cotangents(spec).items()}
+    return made | pulled
 
 
 def program(plan):
-    return jax.jit(load_function(building.stored(attngen.emit(plan))))
+    function = load_function(building.stored(attngen.emit(plan)))
+    of = slopes.gradients(plan.spec), slopes.cotangents(plan.spec)
+    return jax.jit(programs.program(function, *of))
 
 
 def temp_bytes(compiled):
@@ -109,14 +120,14 @@ def judge(case, batches, heads):
 
     compiled = call(function.lower, placed(arrays)).compile()
     got = call(compiled, placed(arrays))
-    got = dict(zip(spec.outputs, got if len(spec.outputs) > 1 else [got], strict=True))
-    path = building.stored(attngen.emit(plan))
+    names = [*spec.outputs, *slopes.gradients(spec)]
+    got = dict(zip(names, got if len(names) > 1 else [got], strict=True))
     by = backends.get("jax")
-    report = building.validate(plan, by, path, on_devices, rebuild=False)
+    report = validator.validate(spec, plan, on_devices, to_array=by.array)
     mine = attngen.plan(shards.local(spec), fix=shards.local_choice(spec, plan.choice))
     alone = {
-        n: jax.ShapeDtypeStruct(mine.spec.shape_of(n), mine.spec.dtype_of(n))
-        for n in arrays
+        n: jax.ShapeDtypeStruct(mine.spec.shape_of(of), mine.spec.dtype_of(of))
+        for n, of in ((n, slopes.cotangents(spec).get(n, n)) for n in arrays)
     }
     return {
         "passed": report.passed,

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from attngen import joint
-from attngen.backends.jax import passes_model, passes_tpu
+from attngen.backends.jax import passes_model, passes_tpu, shards
 from attngen.backends.jax.candidates import exponentials, products, scalable
 from attngen.cost import Cost
 from attngen.lists import skips, unlistable
@@ -152,7 +152,8 @@ class Passes:
         self, spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles
     ) -> Cost:
         """Modelled bytes and time; tiles: of one head, of one pass."""
-        return passes_model.cost(spec, target, choice, tiles)
+        mine = shards.local_choice(spec, choice)
+        return passes_model.cost(shards.local(spec), target, mine, tiles)
 
     def flop(self, spec: AttentionSpec, choice: Choice, tiles: Tiles) -> int:
         """Of the products: five for a tile, and two more for each pass after the first."""
@@ -163,14 +164,9 @@ class Passes:
 
     def describe(self, choice: Choice) -> str:
         """A candidate in a few words."""
-        ways = {
-            "by_queries": "by queries",
-            "by_keys": "by keys",
-            "two_passes": "two passes",
-        }
         heads = int(choice["head_chunk"])
         text = (
-            f"{ways[str(choice['algorithm'])]} · {choice['q_chunk']} queries × "
+            f"{choice['algorithm']} · {choice['q_chunk']} queries × "
             f"{choice['k_chunk']} keys · {heads} kv head{'s' if heads != 1 else ''} a step"
         )
         rare = {"again": " · delta again", "summed": " · delta summed"}

@@ -55,9 +55,13 @@ def local_choice(spec: AttentionSpec, choice: Choice) -> Choice:
     """A candidate as one device sees it."""
     if spec.devices == 1:
         return choice
-    heads = int(choice["head_chunk"]) // spec.head_shards
-    batches = int(choice["batch_chunk"]) // spec.batch_shards
-    mine: dict[str, Option] = {"head_chunk": heads, "batch_chunk": batches}
+    of = {"head_chunk": spec.head_shards, "batch_chunk": spec.batch_shards}
+    mine: dict[str, Option] = {
+        name: int(choice[name]) // count
+        for chunk, count in of.items()
+        for name in (chunk, f"backward_{chunk}")
+        if name in choice
+    }
     return {**choice, **mine}
 
 

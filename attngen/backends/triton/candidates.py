@@ -27,9 +27,12 @@ UNSURE = 1.25  # times the registers that there are: the model may be wrong by s
 _BUILT: dict[str, tuple[tuple[object, ...], str]] = {
     "derivatives": (
         (None,),
-        "dataclasses.replace(spec, derivatives=None) computes forward",
+        'backend="jax" has them; dataclasses.replace(spec, derivatives=None) computes forward',
     ),
-    "dropout": ((0.0,), "dataclasses.replace(spec, dropout=0.0)"),
+    "dropout": (
+        (0.0,),
+        'backend="jax" has it; or dataclasses.replace(spec, dropout=0.0)',
+    ),
     "storage": (("dense",), 'pad into storage="dense" with kv_lengths=True'),
     "kv_dtype": ((None,), "convert k and v to spec.dtype first"),
     "batch_shards": ((1,), "a spec of what one device has"),
