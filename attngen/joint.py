@@ -93,7 +93,9 @@ def renamed(error: PlanError, names: Iterable[str]) -> PlanError:
     def told(text: object) -> str | None:
         if text is None:
             return None
-        return re.sub(rf"\b({own})\b", _named, str(text))
+        return re.sub(
+            rf"\b({own})\b(?= ?=| must| can't| \d)|^({own})$", _named, str(text)
+        )
 
     what = error.what.removesuffix(".") + ", of the backward pass."
     needed, hint = told(error.needed), told(error.hint)

@@ -32,7 +32,8 @@ _BACKWARD = """
     kept cotangents dout dlse dq dk dv delta deltas weighted beside
     queries_of keys_of of_queries of_keys summing sums heads add
     known share scored dropped ds dp again same ds_of dq_part
-    new here whole made outs given
+    new here whole made outs given n
+    VISITS begin chunk chunks inside nought scores skipped
 """
 # of the Triton templates
 _TRITON = """
@@ -42,13 +43,18 @@ _TRITON = """
     tiles query counts shape kv_end q_end
     BLOCK_SHAPES TensorDescriptor OUT_DTYPE OPERATION zlib operator Path tame
 """
-_TAKEN = (*_OWN.split(), *_JAX.split(), *_BACKWARD.split(), *_TRITON.split())
+_TAKEN = (*_OWN.split(), *_JAX.split(), *_TRITON.split())
 RESERVED = frozenset((*_TAKEN, *dir(builtins)))
-# steps of long expressions, slices of operands, rows and gradients of them
+# steps of long expressions, slices of operands
 _PATTERN = re.compile(
     r"(part|some_part|every_part|index|indices|limit|score\d*)(_\d+)+|(full_)?(first|last)_\d"
-    r"|s_\d+|slope\d+_\d+|(lse|dlse|delta|mass|d|out)_rows?|mass(_all)?|d[qkv]_(here|before)"
-    r"|(dout|out)_here|d_.*|.*_part|.*_at_.*|_.*"
+    r"|.*_at_.*|_.*"
+)
+# of files with derivatives: scores as they were, their slopes, rows and gradients
+_OF_BACKWARD = re.compile(
+    "|".join(_BACKWARD.split())
+    + r"|s_\d+|slope\d+_\d+|(lse|dlse|delta|mass|d|out)_rows?|mass(_all)?"
+    r"|d[qkv]_(here|before)|(dout|out)_here|d_.*|.*_part"
 )
 
 
@@ -60,3 +66,8 @@ def is_free(name: str) -> bool:
         or name in RESERVED
         or _PATTERN.fullmatch(name)
     )
+
+
+def is_free_of_backward(name: str) -> bool:
+    """Whether an operand may be called so where there are derivatives, too."""
+    return not _OF_BACKWARD.fullmatch(name)

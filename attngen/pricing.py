@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from attngen import joint
+from attngen import joint, slopes
 from attngen.backends import Backend
 from attngen.cost import Cost, executed_flop, moved_bytes
 from attngen.intervals import examine
@@ -161,5 +161,6 @@ def budget_of(spec: AttentionSpec, target: Target) -> int | None:
     """The spec's budget, or what the target's memory leaves beside inputs and outputs."""
     if spec.budget_bytes is not None or target.memory_bytes is None:
         return spec.budget_bytes
-    own = spec.bytes_of("q", "k", "v", *spec.outputs) // spec.devices
+    arrays = ("q", "k", "v", *spec.outputs, *slopes.cotangents(spec).values())
+    own = spec.bytes_of(*arrays, *slopes.gradients(spec).values()) // spec.devices
     return target.memory_bytes - own - spec.bytes_of(*(o.name for o in spec.operands))

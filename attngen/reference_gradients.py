@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from attngen import slopes
+from attngen import expr, slopes
+from attngen.errors import InternalError
 from attngen.expr import Expr
 from attngen.operands import Operand
 from attngen.reference import (
@@ -74,6 +75,8 @@ def gradients(
     }
     if not made:
         return made
+    others = {f"d_{o.name}": o for o in _floats(spec) if f"d_{o.name}" not in made}
+    made |= {n: np.zeros(spec.shape_of(o.name), how.wide) for n, o in others.items()}
     made["dq"] = np.zeros((spec.batch, spec.q_heads, len(rows), spec.qk_dim), how.wide)
     dk, dv = (by_heads(spec, made[name]) for name in ("dk", "dv"))  # views
     q, k, v = (by_heads(spec, x) for x in (q, k, v))
@@ -110,7 +113,16 @@ def gradients(
                     of_q = weighted(ds, found.there, keys)
                     made["dq"][b, h, part] = of_q * scale
                     dk[b, kv] += weighted(ds.T, found.there.T, queries) * scale
+    for name in others:  # told apart by `slopes`, which is judged here
+        if made.pop(name).any():
+            raise InternalError(f"{name} isn't 0, and no kernel returns it.")
     return made
+
+
+def _floats(spec: AttentionSpec) -> list[Operand]:
+    """The float operands that scores read."""
+    read = expr.operands(*(score.expr for score in spec.score))
+    return [o for o in read if o.kind == "float"]
 
 
 def _rounded(x: Array, how: Rounding) -> Array:

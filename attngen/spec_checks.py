@@ -9,6 +9,7 @@ from attngen import expr
 from attngen.dtypes import DTYPES, KV_DTYPES
 from attngen.errors import OperandError, SpecError
 from attngen.expr import Expr
+from attngen.names import is_free_of_backward
 from attngen.operands import Operand
 from attngen.tracing import Mask, Score
 from attngen.units import parse_bytes
@@ -124,6 +125,14 @@ def _check_numbers(spec: AttentionSpec) -> None:
 def _check_operands(spec: AttentionSpec) -> None:
     lengths = spec.lengths
     operands = expr.operands(*spec.expressions)  # raises where two share a name
+    for operand in operands if spec.derivatives is not None else ():
+        if not is_free_of_backward(operand.name):
+            raise OperandError(
+                f"With derivatives an operand can't be called {operand.name!r}.",
+                got=operand.name,
+                needed="a name that the emitted file doesn't use itself",
+                hint=f"call it {operand.name.strip('_')}_values, say",
+            )
     for own in spec.own_operands:
         if any(own.name == o.name for o in operands):
             raise OperandError(

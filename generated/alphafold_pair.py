@@ -66,22 +66,22 @@ def _attention(q, k, v, pair_bias):
     return out
 
 
-def _keep(q, k, v, pair_bias):
+def _attention_fwd(q, k, v, pair_bias):
     """The outputs, and what gradients are made of."""
     q, k, v, pair_bias = _first_only((q, k, v, pair_bias))
     out, lse = _forward(q, k, v, pair_bias)
-    return out, (q, k, v, pair_bias, out, lse)
+    return out, (q, k, v, pair_bias, lse)
 
 
-def _gradients(kept, dout):
+def _attention_bwd(kept, dout):
     """Of all arguments; None where they aren't floats."""
     kept, dout = _first_only((kept, dout))
-    q, k, v, pair_bias, out, lse = kept
-    dq, dk, dv, d_pair_bias = _backward(q, k, v, pair_bias, out, lse, dout)
+    q, k, v, pair_bias, lse = kept
+    dq, dk, dv, d_pair_bias = _backward(q, k, v, pair_bias, lse, dout)
     return dq, dk, dv, d_pair_bias
 
 
-_attention.defvjp(_keep, _gradients)
+_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 @jax.custom_jvp
@@ -154,7 +154,7 @@ def _forward(q, k, v, pair_bias):
 
 
 @jax.custom_batching.sequential_vmap
-def _backward(q, k, v, pair_bias, out, lse, dout):
+def _backward(q, k, v, pair_bias, lse, dout):
     """Tiles are made again, from lse -> dq, dk, dv, d_pair_bias."""
 
     def queries_of(b, summing=False):
@@ -193,7 +193,7 @@ def _backward(q, k, v, pair_bias, out, lse, dout):
         return kc, vc
 
     def tile(b, of_queries, of_keys, sums=None):
-        """A tile made again: p, and ds, the cotangent of its scores."""
+        """A tile made again -> p, ds (the cotangent of scale q·k), and its keys."""
         rows, d_rows, lse_row, delta_row, mass_row = of_queries
         kc, vc = of_keys
         pair_bias_at_hqk = lax.dynamic_slice(
@@ -300,7 +300,7 @@ def _backward(q, k, v, pair_bias, out, lse, dout):
         dv = lax.dynamic_update_slice(dv, dv_here, at)
         return dq, dk, dv, sums
 
-    # arrays that begin alike XLA makes once, and copies: these are written whole
+    # written whole, whatever it begins with: of arrays that begin alike XLA makes one
     dq = jnp.full((B, T, H, D), 1, jnp.float32)
     dk = jnp.full((B, S, G, D), 2, jnp.float32)
     dv = jnp.full((B, S, G, D), 3, jnp.float32)

@@ -76,14 +76,14 @@ def _attention(q, k, v, sink):
     return out, lse
 
 
-def _keep(q, k, v, sink):
+def _attention_fwd(q, k, v, sink):
     """The outputs, and what gradients are made of."""
     q, k, v, sink = _first_only((q, k, v, sink))
     out, lse, mass = _forward(q, k, v, sink)
     return (out, lse), (q, k, v, sink, out, lse, mass)
 
 
-def _gradients(kept, cotangents):
+def _attention_bwd(kept, cotangents):
     """Of all arguments; None where they aren't floats."""
     kept, cotangents = _first_only((kept, cotangents))
     q, k, v, sink, out, lse, mass = kept
@@ -92,7 +92,7 @@ def _gradients(kept, cotangents):
     return dq, dk, dv, d_sink
 
 
-_attention.defvjp(_keep, _gradients)
+_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 @jax.custom_jvp
@@ -250,7 +250,7 @@ def _backward(q, k, v, sink, out, lse, mass, dout, dlse):
         return kc, vc
 
     def tile(g, i, c, of_queries, of_keys, masked):
-        """A tile made again: p, and ds, the cotangent of its scores."""
+        """A tile made again -> p, ds (the cotangent of scale q·k), and its keys."""
         q_start = i * Q_BLOCK
         k_start = c * K_BLOCK
         rows, d_rows, lse_row, delta_row, mass_row = of_queries
@@ -333,7 +333,7 @@ def _backward(q, k, v, sink, out, lse, mass, dout, dlse):
         dv = lax.dynamic_update_slice(dv, dv_here, at)
         return dq, dk, dv
 
-    # arrays that begin alike XLA makes once, and copies: these are written whole
+    # written whole, whatever it begins with: of arrays that begin alike XLA makes one
     dq = jnp.full((B, T, H, D), 1, jnp.float32)
     dk = jnp.full((B, S, G, D), 2, jnp.float32)
     dv = jnp.full((B, S, G, D), 3, jnp.float32)

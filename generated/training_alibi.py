@@ -74,22 +74,22 @@ def _attention(q, k, v, slopes):
     return out
 
 
-def _keep(q, k, v, slopes):
+def _attention_fwd(q, k, v, slopes):
     """The outputs, and what gradients are made of."""
     q, k, v, slopes = _first_only((q, k, v, slopes))
     out, lse = _forward(q, k, v, slopes)
-    return out, (q, k, v, slopes, out, lse)
+    return out, (q, k, v, slopes, lse)
 
 
-def _gradients(kept, dout):
+def _attention_bwd(kept, dout):
     """Of all arguments; None where they aren't floats."""
     kept, dout = _first_only((kept, dout))
-    q, k, v, slopes, out, lse = kept
-    dq, dk, dv, d_slopes = _backward(q, k, v, slopes, out, lse, dout)
+    q, k, v, slopes, lse = kept
+    dq, dk, dv, d_slopes = _backward(q, k, v, slopes, lse, dout)
     return dq, dk, dv, d_slopes
 
 
-_attention.defvjp(_keep, _gradients)
+_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 @jax.custom_jvp
@@ -193,7 +193,7 @@ def _forward(q, k, v, slopes):
 
 
 @jax.custom_batching.sequential_vmap
-def _backward(q, k, v, slopes, out, lse, dout):
+def _backward(q, k, v, slopes, lse, dout):
     """Tiles are made again, from lse -> dq, dk, dv, d_slopes."""
 
     def queries_of(i, summing=False):
@@ -232,7 +232,7 @@ def _backward(q, k, v, slopes, out, lse, dout):
         return kc, vc
 
     def tile(i, c, of_queries, of_keys, masked, sums=None):
-        """A tile made again: p, and ds, the cotangent of its scores."""
+        """A tile made again -> p, ds (the cotangent of scale q·k), and its keys."""
         q_start = jnp.minimum(i * Q_BLOCK, T - Q_BLOCK)  # the last overlaps
         k_start = jnp.minimum(c * K_BLOCK, S - K_BLOCK)  # the last overlaps
         rows, d_rows, lse_row, delta_row, mass_row = of_queries
@@ -365,7 +365,7 @@ def _backward(q, k, v, slopes, out, lse, dout):
         dv = lax.dynamic_update_slice(dv, dv_here, at)
         return dq, dk, dv, sums
 
-    # arrays that begin alike XLA makes once, and copies: these are written whole
+    # written whole, whatever it begins with: of arrays that begin alike XLA makes one
     dq = jnp.zeros((B, H, T, D), jnp.float32)
     dk = jnp.full((B, G, S, D), 2, jnp.float32)
     dv = jnp.full((B, G, S, D), 3, jnp.float32)

@@ -83,14 +83,14 @@ def _attention(q, k, v, seed, document_ids):
     return out
 
 
-def _keep(q, k, v, seed, document_ids):
+def _attention_fwd(q, k, v, seed, document_ids):
     """The outputs, and what gradients are made of."""
     q, k, v, seed, document_ids = _first_only((q, k, v, seed, document_ids))
     out, lse, mass = _forward(q, k, v, seed, document_ids)
     return out, (q, k, v, seed, document_ids, out, lse, mass)
 
 
-def _gradients(kept, dout):
+def _attention_bwd(kept, dout):
     """Of all arguments; None where they aren't floats."""
     kept, dout = _first_only((kept, dout))
     q, k, v, seed, document_ids, out, lse, mass = kept
@@ -98,7 +98,7 @@ def _gradients(kept, dout):
     return dq, dk, dv, None, None
 
 
-_attention.defvjp(_keep, _gradients)
+_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 @jax.custom_jvp
@@ -266,7 +266,7 @@ def _backward(q, k, v, seed, document_ids, out, lse, mass, dout):
         return kc, vc
 
     def tile(i, c, of_queries, of_keys, masked):
-        """A tile made again: p, and ds, the cotangent of its scores."""
+        """A tile made again -> p, ds (the cotangent of scale q·k), and its keys."""
         q_start = i * Q_BLOCK
         k_start = c * K_BLOCK
         rows, d_rows, lse_row, delta_row, mass_row = of_queries
@@ -384,7 +384,7 @@ def _backward(q, k, v, seed, document_ids, out, lse, mass, dout):
         dv = lax.dynamic_update_slice(dv, dv_here, at)
         return dq, dk, dv
 
-    # arrays that begin alike XLA makes once, and copies: these are written whole
+    # written whole, whatever it begins with: of arrays that begin alike XLA makes one
     dq = jnp.full((B, T, H, D), 1, jnp.float32)
     dk = jnp.full((B, S, G, D), 2, jnp.float32)
     dv = jnp.full((B, S, G, D), 3, jnp.float32)

@@ -64,14 +64,14 @@ def _attention(q, k, v):
     return out
 
 
-def _keep(q, k, v):
+def _attention_fwd(q, k, v):
     """The outputs, and what gradients are made of."""
     q, k, v = _first_only((q, k, v))
     out, lse = _forward(q, k, v)
     return out, (q, k, v, out, lse)
 
 
-def _gradients(kept, dout):
+def _attention_bwd(kept, dout):
     """Of all arguments; None where they aren't floats."""
     kept, dout = _first_only((kept, dout))
     q, k, v, out, lse = kept
@@ -79,7 +79,7 @@ def _gradients(kept, dout):
     return dq, dk, dv
 
 
-_attention.defvjp(_keep, _gradients)
+_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 @jax.custom_jvp
@@ -178,7 +178,7 @@ def _backward(q, k, v, out, lse, dout):
         return kc, vc
 
     def tile(i, c, of_queries, of_keys):
-        """A tile made again: p, and ds, the cotangent of its scores."""
+        """A tile made again -> p, ds (the cotangent of scale q·k), and its keys."""
         rows, d_rows, lse_row, delta_row = of_queries
         kc, vc = of_keys
         s = jnp.einsum("qd,kd->qk", rows, kc)
@@ -212,6 +212,7 @@ def _backward(q, k, v, out, lse, dout):
         dq = lax.dynamic_update_slice(dq, dq_here, at)
         return dq
 
+    # written whole, whatever it begins with: of arrays that begin alike XLA makes one
     dq = jnp.full((B, T, H, D), 1, jnp.bfloat16)
     dq = lax.fori_loop(0, Q_BLOCKS, queries, dq)
 
@@ -246,16 +247,12 @@ def _backward(q, k, v, out, lse, dout):
         dv = lax.dynamic_update_slice(dv, dv_here, at)
         return dk, dv
 
-    # arrays that begin alike XLA makes once, and copies: these are written whole
+    # written whole, whatever it begins with: of arrays that begin alike XLA makes one
     dk = jnp.full((B, S, G, D), 2, jnp.bfloat16)
     dv = jnp.full((B, S, G, D), 3, jnp.bfloat16)
     carried = dk, dv
     dk, dv = lax.fori_loop(0, K_BLOCKS, keys, carried)
     return dq, dk, dv
-
-
-def _add_at(x, part, at):
-    return lax.dynamic_update_slice(x, lax.dynamic_slice(x, at, part.shape) + part, at)
 
 
 def _check(name, x, shape, dtype):

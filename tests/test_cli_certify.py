@@ -27,8 +27,8 @@ def layer(w, x, rate=None):
 
     def loss(w):
         q, k, v = ((x @ w[n]).reshape(*x.shape[:2], 2, 16) for n in "qkv")
-        fix = {"algorithm": "dense"}
-        return (attngen.attention(q, k, v, mask=masks.causal(), fix=fix) ** 2).mean()
+        how = {"mask": masks.causal(), "derivatives": "vjp"}
+        return (attngen.attention(q, k, v, **how) ** 2).mean()
 
     value, gradient = jax.value_and_grad(loss)(w)
     rate = 0.1 if rate is None else rate

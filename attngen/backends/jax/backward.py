@@ -50,7 +50,7 @@ def forward_plan(plan: Plan) -> Plan:
 
 
 def _keeps_mass(plan: Plan) -> bool:
-    """Whether the forward pass keeps the sum of p; where delta is summed, that is, too."""
+    """Whether the forward pass keeps the sum of p for the backward pass."""
     return keeps_mass(backward_plan(plan))
 
 
@@ -126,6 +126,7 @@ def backward(plan: Plan) -> dict[str, Any]:
             f"d_{n}": f"jnp.zeros({_sum_shape(mine, n)}, jnp.{spec.stats_dtype})"
             for n in sums
         },
+        "adds": bool(sums) or mine.algorithm != "two_passes",
         "ahead": list(dict.fromkeys(x for p in made for x in p["bounds"]["ahead"])),
         "list_functions": {x for p in made for x in p["bounds"]["functions"]},
         "passes": passes,
@@ -184,6 +185,8 @@ def _arguments(plan: Plan) -> dict[str, Any]:
     outputs = list(spec.outputs)
     made = ["out", "lse"] if "out" in outputs else ["lse"]
     made += ["mass"] if _keeps_mass(plan) else []
+    summed = backward_plan(plan).option("delta") == "summed"
+    kept = [n for n in made if not (n == "out" and summed)]
     pulled = [f"d{o}" for o in outputs]
     gradients = slopes.gradients(spec)
     of = {name: gradient for gradient, name in gradients.items()}
@@ -199,12 +202,12 @@ def _arguments(plan: Plan) -> dict[str, Any]:
         "wanted": ", ".join(n if n in outputs else "_" for n in made),
         "returned": ", ".join(outputs),
         "returned_one": f"({', '.join(outputs)})" if several else outputs[0],
-        "kept": ", ".join([*given, *made]),
+        "kept": ", ".join([*given, *kept]),
         "pulled": pulled,
         "pulled_one": "cotangents" if several else pulled[0],
-        "backward_names": ", ".join([*given, *made, *pulled]),
+        "backward_names": ", ".join([*given, *kept, *pulled]),
         "call": wrapped(
-            f"{', '.join(gradients)} = _backward({', '.join([*given, *made, *pulled])})",
+            f"{', '.join(gradients)} = _backward({', '.join([*given, *kept, *pulled])})",
             84,
         ),
         "found": ", ".join(gradients),
