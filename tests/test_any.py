@@ -109,7 +109,7 @@ def spec_of(name, **changes):
     return dataclasses.replace(found, dtype="float64", **changes)
 
 
-FEW = list(library.EXAMPLES)[::6]
+FEW = list(library.EXAMPLES)[::16]
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -166,12 +166,19 @@ MODES = (
 )
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode",
+    [
+        m if m == "forward_over_reverse" else pytest.param(m, marks=pytest.mark.slow)
+        for m in MODES
+    ],
+)
 def test_each_mode_of_everything_at_once(mode, tmp_path):
     case = Case(EVERYTHING, tmp_path, fix=FIX)
     case.agree(getattr(case, mode))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outputs", [("out",), ("lse",)])
 def test_other_layouts_and_outputs(outputs, tmp_path):
     spec = dataclasses.replace(EVERYTHING, layout="bhtd", outputs=outputs)
@@ -276,6 +283,7 @@ def test_a_shard_map_over_the_batch(tmp_path):
         np.testing.assert_allclose(x, y, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exp", ["exp", "exp2", "polynomial"])
 def test_each_exponential_in_float32(exp, tmp_path):
     spec = dataclasses.replace(EVERYTHING, dtype="float32", score=())
@@ -303,6 +311,7 @@ def temporaries(spec, folder, wrap=lambda f: f):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_is_linear(dtype, tmp_path):
     spec = dataclasses.replace(LONG, dtype=dtype)
@@ -340,6 +349,7 @@ MODELLED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELLED)
 def test_the_model_is_an_upper_bound(name):
     """Of XLA:CPU's bytes for forward and backward in one program."""

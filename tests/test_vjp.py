@@ -35,7 +35,13 @@ def backward(way, q_chunk, k_chunk, **more):
     return FORWARD | fix | {f"backward_{n}": v for n, v in more.items()}
 
 
-@pytest.mark.parametrize(("name", "offset", "way", "sizes"), ONCE)
+@pytest.mark.parametrize(
+    ("name", "offset", "way", "sizes"),
+    [
+        case if i % 3 == 0 else pytest.param(*case, marks=pytest.mark.slow)
+        for i, case in enumerate(ONCE)
+    ],
+)
 def test_library(name, offset, way, sizes):
     spec = EXAMPLES[name].spec(q_offset=OFFSETS[offset], **VJP)
     with holding(EXAMPLES[name].operands):
