@@ -248,7 +248,7 @@ def main() -> None:
     cells: list[Cell] = [Gradient(t, n, w) for t in names for n in sizes for w in WHO]
     known = paper_tables.read(RESULTS)
     try:
-        for found in [] if given.show else paper_tables.run(cells, known, of):
+        for found in [] if given.show else paper_tables.done(cells, known, of):
             known = found
             paper_tables.write(RESULTS, "the paper's gradient table", known)
     except AttngenError as error:

@@ -254,6 +254,17 @@ def _certified(cell: Cell) -> dict[str, dict[str, Any] | None]:
 
 
 def run(
+    cells: list[Cell], known: dict[str, Any], seconds: float, more: bool
+) -> Iterator[dict[str, Any]]:
+    """All cells of the inference table; see `done`."""
+
+    def of(cell: Cell) -> dict[str, Any]:
+        return of_peer(cell) if cell.who in PEERS else of_attngen(cell, seconds)
+
+    return done(cells, known, of, more)
+
+
+def done(
     cells: list[Cell],
     known: dict[str, Any],
     of: Callable[[Cell], dict[str, Any]],
@@ -311,12 +322,8 @@ def main() -> None:
     sizes = [2 ** int(x) for x in given.sizes.split(",")]
     cells = [Cell(t, n, who) for t in names for n in sizes for who in WHO]
     known = read(RESULTS)
-
-    def of(cell: Cell) -> dict[str, Any]:
-        return of_peer(cell) if cell.who in PEERS else of_attngen(cell, given.seconds)
-
     try:
-        for found in [] if given.show else run(cells, known, of, given.more):
+        for found in [] if given.show else run(cells, known, given.seconds, given.more):
             known = found
             write(RESULTS, "the paper's inference table", known)
     except AttngenError as error:
