@@ -94,8 +94,19 @@ def columns(target: Target, cells: dict[str, Any]) -> list[Column]:
     return [Column(target.name, n, cells) for n in sorted(found)]
 
 
-def show(target: Target, cells: dict[str, Any], paper: dict[str, Any]) -> str:
-    """The table of a target."""
+def show(
+    target: Target,
+    cells: dict[str, Any],
+    paper: dict[str, Any],
+    half: str = "inference",
+    budgets: dict[str, str] = BUDGETS,
+) -> str:
+    """The table of a target.
+
+    Args:
+        half: of the paper's figures.
+        budgets: attngen's rows, with their names.
+    """
     made = columns(target, cells)
     if not made:
         return f"{target.name}: nothing yet\n"
@@ -105,25 +116,25 @@ def show(target: Target, cells: dict[str, Any], paper: dict[str, Any]) -> str:
         times = f"time (XLA:TPU's cycles at {clock}Hz)"
     else:
         times = "time" + (" (measured)" if target.kind == "cpu" else " (not known)")
-    said = _Said(paper, made)
+    said, rows = _Said(paper, half, made), WHO | budgets
     lines = [
         _row(f"{target.name}, {target.description}"[:LABEL], map(_power, made)),
         "",
         "overhead (certified)",
     ]
-    for who, name in (WHO | BUDGETS).items():
+    for who, name in rows.items():
         lines.append(_row(f"  {name}", [c.overhead(who) for c in made]))
         if who in WHO:
             lines.append(_row(SAYS, said.overhead(who)))
-    known = [w for w in WHO | BUDGETS if any(c.value(w, "time_s") for c in made)]
+    known = [w for w in rows if any(c.value(w, "time_s") for c in made)]
     lines += ["", times]
     for who in known:
-        lines.append(_row(f"  {_name(who)}", [c.time(who) for c in made]))
+        lines.append(_row(f"  {rows[who]}", [c.time(who) for c in made]))
         if own and who == "paper":
             lines.append(_row(SAYS, said.time()))
     lines += ["", "speed against standard attention"] if known else []
     for who in (w for w in known if w != "standard"):
-        lines.append(_row(f"  {_name(who)}", [c.speed(who) for c in made]))
+        lines.append(_row(f"  {rows[who]}", [c.speed(who) for c in made]))
         if own and who == "paper":
             lines.append(_row(SAYS, said.speed()))
     lines += _notes(made)
@@ -158,8 +169,8 @@ def _row(label: str, values: Any) -> str:
 class _Said:
     """The paper's own figures, for the columns of a table."""
 
-    def __init__(self, paper: dict[str, Any], made: list[Column]) -> None:
-        self.rows = paper["inference"]
+    def __init__(self, paper: dict[str, Any], half: str, made: list[Column]) -> None:
+        self.rows = paper[half]
         known = {n: i for i, n in enumerate(paper["n"])}
         self.at = [known.get(c.n) for c in made]
 

@@ -23,7 +23,7 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,12 +73,14 @@ def paper() -> dict[str, Any]:
     return found
 
 
-def paper_bytes(n: int, row: str = "overhead_paper") -> int | None:
+def paper_bytes(
+    n: int, row: str = "overhead_paper", half: str = "inference"
+) -> int | None:
     """What the paper says of a length; its MB are 2^20 bytes: 4.0MB are 1024² float32."""
     said = paper()
     if n not in said["n"]:
         return None
-    text = said["inference"][row][said["n"].index(n)]
+    text = said[half][row][said["n"].index(n)]
     return None if text is None else parse_bytes(text.replace("B", "iB"))
 
 
@@ -141,16 +143,23 @@ def of_peer(cell: Cell) -> dict[str, Any]:
     if found.certificate is not None:
         made["estimated_cycles"] = found.certificate.estimated_cycles
         made["on_chip_bytes"] = found.certificate.on_chip_bytes
-    return made | _room(cell, found.temp_bytes, found.failed)
+    kept = cell.spec.bytes_of("q", "k", "v", "out")
+    return made | room(cell.device, kept, found.temp_bytes, found.failed)
 
 
-def _room(cell: Cell, temp_bytes: int | None, failed: str | None) -> dict[str, Any]:
-    """Whether it is more than the device has, in the compiler's words."""
-    spec, has = cell.spec, cell.device.memory_bytes
+def room(
+    device: Target, kept: int, temp_bytes: int | None, failed: str | None
+) -> dict[str, Any]:
+    """Whether it is more than the device has, in the compiler's words.
+
+    Args:
+        kept: bytes of inputs and outputs.
+    """
+    has = device.memory_bytes
     words = failed or ""
     oom = "RESOURCE_EXHAUSTED" in words or "doesn't fit the device" in words
     if temp_bytes is not None and has is not None:
-        need = temp_bytes + spec.bytes_of("q", "k", "v", "out")
+        need = temp_bytes + kept
         if need > has:
             oom = True
             words = f"needs {show_bytes(need)} of {show_bytes(has)}. {words}".strip()
@@ -247,6 +256,20 @@ def _certified(cell: Cell) -> dict[str, dict[str, Any] | None]:
 def run(
     cells: list[Cell], known: dict[str, Any], seconds: float, more: bool
 ) -> Iterator[dict[str, Any]]:
+    """All cells of the inference table; see `done`."""
+
+    def of(cell: Cell) -> dict[str, Any]:
+        return of_peer(cell) if cell.who in PEERS else of_attngen(cell, seconds)
+
+    return done(cells, known, of, more)
+
+
+def done(
+    cells: list[Cell],
+    known: dict[str, Any],
+    of: Callable[[Cell], dict[str, Any]],
+    more: bool = False,
+) -> Iterator[dict[str, Any]]:
     """All cells, each time one is done; what is known and not stale isn't compiled."""
     for cell in cells:
         digest = cell.digest
@@ -255,7 +278,7 @@ def run(
             continue
         say(f"{cell.name} …")
         try:
-            made = of_peer(cell) if cell.who in PEERS else of_attngen(cell, seconds)
+            made = of(cell)
         except CompileError as error:
             made = {"failed": f"{error.what} {error.got}"[:400]}
         known = known | {cell.name: {"digest": digest} | made}
@@ -271,20 +294,20 @@ def _quietly(text: str) -> None:
         say(f"  {text}")
 
 
-def read() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text())["cells"] if RESULTS.exists() else {}
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())["cells"] if path.exists() else {}
 
 
-def write(cells: dict[str, Any]) -> None:
+def write(path: Path, name: str, cells: dict[str, Any]) -> None:
     whole = {
-        "benchmark": "the paper's inference table",
+        "benchmark": name,
         "versions": installed(("attngen", *PACKAGES["tpu"], *PACKAGES["cuda"])),
         "processor": targets.get().to_dict(),
         "clock_hz": {n: t.clock_hz for n in TARGETS if (t := targets.get(n).tpu)},
         "cells": dict(sorted(cells.items())),
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(whole, indent=1) + "\n")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def main() -> None:
@@ -298,11 +321,11 @@ def main() -> None:
     names = given.targets.split(",")
     sizes = [2 ** int(x) for x in given.sizes.split(",")]
     cells = [Cell(t, n, who) for t in names for n in sizes for who in WHO]
-    known = read()
+    known = read(RESULTS)
     try:
         for found in [] if given.show else run(cells, known, given.seconds, given.more):
             known = found
-            write(known)
+            write(RESULTS, "the paper's inference table", known)
     except AttngenError as error:
         sys.exit(str(error))
     for name in names:
