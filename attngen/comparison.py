@@ -127,6 +127,7 @@ class Comparison:
         said = f"{rounds} round{'' if rounds == 1 else 's'} side by side, each contender once "
         return [
             f"{size}, {spec.dtype}",
+            *(["the forward pass alone, of each"] if spec.derivatives else []),
             *textwrap.wrap(f"on {where}", WIDTH),
             f"{said}a round; noise {self.noise:.0%}{noisy}",
         ]
