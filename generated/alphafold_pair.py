@@ -206,7 +206,7 @@ def _backward(q, k, v, pair_bias, lse, dout):
         s = s + pair_bias_at_hqk
         p = jnp.exp(s - lse_row[..., None])
         if mass_row is not None:
-            p *= (1 / mass_row)[..., None]  # lse is rounded, as scores are
+            p *= (1 / mass_row)[..., None]  # it adds up to 1: lse is rounded
         scored = s != -jnp.inf
         there = jnp.broadcast_to(scored, s.shape).any(1).transpose(1, 0)[..., None]
         kc = jnp.where(there, kc, 0)  # else NaN, perhaps

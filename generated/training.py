@@ -258,7 +258,7 @@ def _backward(q, k, v, sink, out, lse, mass, dout, dlse):
         q_index = q_start + jnp.arange(Q_BLOCK)[:, None]
         s = jnp.einsum("rqd,kd->rqk", rows, kc)
         p = jnp.exp2(s - lse_row[..., None])
-        p *= (1 / mass_row)[..., None]  # lse is rounded
+        p *= (1 / mass_row)[..., None]  # it adds up to 1: lse is rounded
         if masked:
             k_index = k_start + jnp.arange(K_BLOCK)
             seen = k_index <= q_index

@@ -246,7 +246,7 @@ def _backward(q, k, v, slopes, lse, dout):
         s = s + slopes_at_h * jnp.float32(k_index - q_index)
         p = jnp.exp(s - lse_row[..., None])
         if mass_row is not None:
-            p *= (1 / mass_row)[..., None]  # lse is rounded, as scores are
+            p *= (1 / mass_row)[..., None]  # it adds up to 1: lse is rounded
         scored = s != -jnp.inf
         if masked:
             seen = k_index <= q_index

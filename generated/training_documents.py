@@ -283,7 +283,7 @@ def _backward(q, k, v, seed, document_ids, out, lse, mass, dout):
         k_index = k_start + jnp.arange(K_BLOCK)
         s = jnp.einsum("bgqd,bkgd->bgqk", rows, kc)
         p = jnp.exp2(s - lse_row[..., None])
-        p *= (1 / mass_row)[..., None]  # lse is rounded
+        p *= (1 / mass_row)[..., None]  # it adds up to 1: lse is rounded
         if masked:
             document_ids_at_bk = lax.dynamic_slice(
                 document_ids,

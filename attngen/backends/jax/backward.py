@@ -1,8 +1,9 @@
 """What the templates receive for the backward pass of a plan with derivatives "vjp".
 
 The backward pass has a plan of its own: the choices that begin with "backward". Tiles are made
-again, from q, k, v and lse, and each gives p and ds; one pass over the key chunks adds up all
-gradients at once, two passes each their own: dq over queries, then dk and dv over keys.
+again, from q, k, v, and lse with what rounding leaves of it, and each gives p and ds. One pass
+adds up all gradients, over chunks of queries or of keys; or two do, dq over queries, then dk
+and dv over keys. Where delta is summed a pass before them does that.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from attngen.backends.jax.tile import (
     Tile,
     chosen,
     exponential,
-    heads,
     order,
     product_keywords,
     tile,
@@ -155,11 +155,6 @@ def _calls(
         ),
         "keys_call": ", ".join(n for n in looped if n != "i"),
         "tile_call": ", ".join([*tile_call, *own_sums]),
-        "tile_made": (
-            "p" if "dv" in p["gradients"] else "_",
-            "kc" if "dq" in p["gradients"] else "_",
-            *((["sums"] if first else ["_"]) if sums else []),
-        ),
         "carried": carried,
         "carried_here": [f"{n}_here" if n in here else n for n in carried],
         "sums": bool(own_sums),
@@ -242,7 +237,6 @@ def _arrays(plan: Plan, at: Tile, starts: Starts) -> dict[str, Any]:
     layout |= {o.name: "".join(map(str, o.axes)) for o in spec.own_operands}
     base_2 = exponential(plan)["base_2"]
     scaled = chosen(plan, "scale") == "queries"
-    batch = {"b": at.sizes["b"], "q": "Q_CHUNK", "h": heads(at)}
     arrays = [n for n in ("q", "k", "v", "dout", "out") if n in layout]
     return {
         "views": shards.views(plan, layout),
@@ -250,7 +244,6 @@ def _arrays(plan: Plan, at: Tile, starts: Starts) -> dict[str, Any]:
         "lies": lies,
         "lse": {
             "begin": known["memory"]["lse_begin"],
-            "size": as_tuple(shards.sizes(plan, "bhq", batch, ahead=True)),
             "all": known["lse_all_shape"],
             "shape": known["lse_shape"],
             "rows": at.shape(at.rows),

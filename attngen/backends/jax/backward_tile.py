@@ -129,10 +129,12 @@ class TileWriter(ChunkWriter):
         if self.summed:
             self._add(
                 "if mass_row is not None:",
-                "    p *= (1 / mass_row)[..., None]  # lse is rounded, as scores are",
+                "    p *= (1 / mass_row)[..., None]  # it adds up to 1: lse is rounded",
             )
         elif keeps_mass(self.plan):
-            self._add("p *= (1 / mass_row)[..., None]  # lse is rounded")
+            self._add(
+                "p *= (1 / mass_row)[..., None]  # it adds up to 1: lse is rounded"
+            )
         if self.plan.drops_keys:
             self._add("scored = s != -jnp.inf")
         lines = list(mask)

@@ -110,9 +110,9 @@ class Passes:
                 return f"{name} must be an integer from 1 to {field} = {limit}"
             if name in ("head_chunk", "batch_chunk") and limit % int(value):
                 return f"{name} must divide {field} = {limit}"
-            shards = {"head_chunk": spec.head_shards, "batch_chunk": spec.batch_shards}
-            if int(value) % shards.get(name, 1):
-                return f"{name} must be as much of each of {shards[name]} shards"
+            each = {"head_chunk": spec.head_shards, "batch_chunk": spec.batch_shards}
+            if int(value) % each.get(name, 1):
+                return f"{name} must be as much of each of {each[name]} shards"
         words = WORDS | {"exp": exponentials(spec), "product_dtype": products(spec)}
         for name, values in words.items():
             value = choice.get(name, values[0])
@@ -156,7 +156,8 @@ class Passes:
         return passes_model.cost(shards.local(spec), target, mine, tiles)
 
     def flop(self, spec: AttentionSpec, choice: Choice, tiles: Tiles) -> int:
-        """Of the products: five for a tile, and two more for each pass after the first."""
+        """Of the products: five for a tile; two more, q·k and dout·v, of a second pass, and of
+        the one that sums up delta."""
         again = (choice["algorithm"] == "two_passes") + (choice["delta"] == "summed")
         dims = (3 + again) * spec.qk_dim + (2 + again) * spec.v_dim
         tile = 2 * int(choice["q_chunk"]) * int(choice["k_chunk"]) * dims
