@@ -17,11 +17,12 @@ From J. K. Salmon, M. A. Moraes, R. O. Dror, D. E. Shaw, "Parallel random number
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
-Array = np.ndarray[Any, Any]
+    Array = np.ndarray[Any, Any]
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)  # what each round adds to the key
@@ -36,6 +37,8 @@ def threshold(dropout: float) -> int:
 
 def seed_words(seed: int) -> Array:
     """A number below 2**64 as a seed: its high and its low word, as JAX's own keys lie."""
+    import numpy as np
+
     return np.array([seed >> 32, seed % WORD], np.uint32)
 
 
@@ -49,6 +52,8 @@ def words(key: Any, counter: tuple[Any, Any, Any, Any]) -> tuple[Array, ...]:
     Returns:
         Four arrays of uint32, of the counters' common shape.
     """
+    import numpy as np
+
     low = np.uint64(WORD - 1)
     half = np.uint64(32)
     given = [np.asarray(c, np.int64).astype(np.uint64) & low for c in counter]
@@ -74,6 +79,8 @@ def kept(dropout: float, seed: Any, b: int, h: int, q: Array, k: Array) -> Array
     Returns:
         bool [queries, keys].
     """
+    import numpy as np
+
     groups, group = np.unique(k // 4, return_inverse=True)
     made = words(seed, (groups, q[:, None], h, b))
     word = np.stack(made, -1)[:, group, k % 4]

@@ -403,10 +403,10 @@ def _check(name, x, shape, dtype):
 
 
 def _dropout(seed, b, h, q, k):
-    """Which weights are kept: by Philox 4x32-10, of positions q and k, whatever the tile.
+    """Which weights are kept: by Philox 4x32-10, of positions, whatever the tile.
 
-    The key is the seed, the counter (k // 4, q, h, b), and k % 4 tells which of the four
-    words is compared with DROPOUT: all words are made for each weight, for one of them.
+    The key is the seed, the counter (k // 4, q, h, b), and k % 4 tells which of four
+    words is compared with DROPOUT: all are made for each weight, for one of them.
     """
     x0, x1, x2, x3 = (x.astype(jnp.uint32) for x in (k >> 2, q, h, b))
     key0, key1 = seed

@@ -17,7 +17,6 @@ from attngen.errors import (
     BudgetError,
     CallError,
     DerivativeError,
-    NotBuiltError,
     OperandError,
     SpecError,
     TargetError,
@@ -118,7 +117,7 @@ CALLS = {
     "a budget": (BudgetError, (Q, K, V), {"memory_budget": "a lot"}),
     "a target": (TargetError, (Q, K, V), {"target": "abacus"}),
     "a backend": (BackendError, (Q, K, V), {"backend": "triton"}),
-    "derivatives": (NotBuiltError, (Q, K, V), {"derivatives": "vjp"}),
+    "derivatives": (SpecError, (Q, K, V), {"derivatives": "some"}),
 }
 
 
@@ -197,7 +196,7 @@ def test_a_trace_leaves_the_first_eager_call_to_build(fresh):
 @pytest.mark.parametrize("name", ["derivatives", "budget", "operand"])
 def test_inside_a_trace_a_wrong_call_is_refused_as_outside(name, traced_only):
     kind, options = {
-        "derivatives": (NotBuiltError, {"derivatives": "vjp"}),
+        "derivatives": (SpecError, {"derivatives": "some"}),
         "budget": (BudgetError, {"memory_budget": 16}),
         "operand": (OperandError, {"ids": Q}),
     }[name]

@@ -169,7 +169,7 @@ class TileWriter(ChunkWriter):
         moved = inverse_keys(keys, letters)
         any_ = f"there = jnp.broadcast_to({self.seen}, s.shape).any({axes_text(rows)})"
         lines = [f"{any_}{moved}{self.spread}"]
-        if len(lines[0]) > WIDTH:
+        if len(lines[0]) > WIDTH - 4:
             lines = [any_, f"there = there{moved}{self.spread}"]
         lines.append("kc = jnp.where(there, kc, 0)  # else NaN, perhaps")
         if self.out:
