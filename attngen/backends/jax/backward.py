@@ -42,16 +42,11 @@ from attngen.plans import Plan
 def forward_plan(plan: Plan) -> Plan:
     """The plan of the forward pass alone, which keeps lse for the backward pass."""
     own = forward_part(dict(plan.options))
-    if _keeps_mass(plan):
+    if keeps_mass(backward_plan(plan)):
         own["mass"] = "kept"
     return dataclasses.replace(
         plan, spec=forward_spec(plan.spec), options=tuple(own.items())
     )
-
-
-def _keeps_mass(plan: Plan) -> bool:
-    """Whether the forward pass keeps the sum of p for the backward pass."""
-    return keeps_mass(backward_plan(plan))
 
 
 def backward_plan(plan: Plan) -> Plan:
@@ -97,8 +92,7 @@ def backward(plan: Plan) -> dict[str, Any]:
     both = loops.masked and loops.unmasked
     sums = trained(mine)
     for number, p in enumerate(made):
-        first = number == 0
-        p |= _calls(p, looped, both, sums, first)
+        p |= _calls(p, looped, both, sums if number == 0 else [])
         p["twice"] = forms_twice(mine)
         p["listed"] = p["bounds"]["listed"]
         p["loops"] = [x for loop in p["bounds"]["loops"] for x in _loop(loop, both)]
@@ -106,7 +100,6 @@ def backward(plan: Plan) -> dict[str, Any]:
     def writer() -> TileWriter:
         return TileWriter(mine, at, starts, loops)
 
-    heads_ = [n for n in looped if n in "bg"]
     arguments = [*looped, "of_queries", "of_keys"]
     arguments += ["masked"] * both + (
         ["sums=None" if len(made) > 1 else "sums"] if sums else []
@@ -132,18 +125,20 @@ def backward(plan: Plan) -> dict[str, Any]:
         "passes": passes,
         "summing": made[-1] if summed else None,
         "starts": {a: start(loops, a) for a in "qk"},
-        "looped_heads": heads_,
         **_arguments(plan),
         **_arrays(mine, at, starts),
     }
 
 
 def _calls(
-    p: dict[str, Any], looped: list[str], both: bool, sums: list[str], first: bool
+    p: dict[str, Any], looped: list[str], both: bool, sums: list[str]
 ) -> dict[str, Any]:
-    """How a pass calls the functions of chunks and of tiles, and what it carries."""
+    """How a pass calls the functions of chunks and of tiles, and what it carries.
+
+    sums: the operands whose gradients this pass adds up.
+    """
     tile_call = [*looped, "of_queries", "of_keys", *(["masked"] * both)]
-    own_sums = ["sums"] if sums and first else []
+    own_sums = ["sums"] if sums else []
     carried = [*p["gradients"], *own_sums]
     here = p["own"] if p["algorithm"] != "by_queries" else p["gradients"]
     return {
@@ -179,7 +174,7 @@ def _arguments(plan: Plan) -> dict[str, Any]:
         given.append("q_offset")
     outputs = list(spec.outputs)
     made = ["out", "lse"] if "out" in outputs else ["lse"]
-    made += ["mass"] if _keeps_mass(plan) else []
+    made += ["mass"] if keeps_mass(backward_plan(plan)) else []
     summed = backward_plan(plan).option("delta") == "summed"
     kept = [n for n in made if not (n == "out" and summed)]
     pulled = [f"d{o}" for o in outputs]

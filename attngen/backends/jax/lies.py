@@ -16,6 +16,7 @@ from attngen.backends.jax.tile import (
     inverse,
     order,
     permutation,
+    times,
 )
 from attngen.plans import Plan
 
@@ -63,8 +64,7 @@ class Lies:
     @property
     def begin(self) -> str:
         starts = self.starts
-        one = starts.g == "0" or self.plan.spec.repeats == 1
-        head = starts.g if one else f"{starts.g} * R"
+        head = times(starts.g, self.plan.spec.repeats)
         of = {"b": starts.b, "q": starts.q, "k": starts.k, "h": head, "g": starts.g}
         begins = shards.begins(self.plan, self.letters, of, ahead=True)
         return as_tuple(self._with_dim(begins, "0"))
