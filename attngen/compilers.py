@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 
 from attngen.errors import BackendError
+from attngen.machine import cuda_plugin
 from attngen.targets import Target
 from attngen.version import installed
 
@@ -46,12 +47,16 @@ _TRITON = Compiler("Triton's compiler", ("torch", "triton"), "triton")
 _COMPILERS = {
     ("jax", "cpu"): Compiler("XLA:CPU", ("jax", "jaxlib"), "jax"),
     ("jax", "tpu"): Compiler("XLA:TPU", ("jax", "libtpu"), "tpu"),
-    ("jax", "cuda"): Compiler(
-        "XLA:GPU", ("jax", "jax_cuda12_plugin", "jax_plugins.xla_cuda12"), "cuda"
-    ),
     ("triton", "cuda"): _TRITON,
     ("triton", "hip"): _TRITON,
 }
+
+
+def _xla_gpu() -> Compiler:
+    """Through the CUDA plug-in that is installed."""
+    plugin = cuda_plugin()
+    modules = ("jax", f"jax_{plugin}_plugin", f"jax_plugins.xla_{plugin}")
+    return Compiler("XLA:GPU", modules, "cuda")
 
 
 def _is_there(module: str) -> bool:
@@ -63,6 +68,8 @@ def _is_there(module: str) -> bool:
 
 def of(target: Target, backend: str) -> Compiler | None:
     """The compiler that certifies a backend's kernels for a target; None: not attngen's."""
+    if (backend, target.kind) == ("jax", "cuda"):
+        return _xla_gpu()
     return _COMPILERS.get((backend, target.kind))
 
 

@@ -26,12 +26,18 @@ def quiet_jax() -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
+def cuda_plugin() -> str:
+    """Which of jax's CUDA plug-ins is installed, as its packages spell it; none: "cuda12"."""
+    newer = importlib.util.find_spec("jax_cuda13_plugin") is not None
+    return "cuda13" if newer else "cuda12"
+
+
 def start_jax() -> None:
     """Let jax load its plug-ins while nothing that they print is seen.
 
     The CUDA plug-in says on standard error that it finds no driver, whatever it is told.
     """
-    needed = ("jax", "jax_cuda12_plugin")
+    needed = ("jax", f"jax_{cuda_plugin()}_plugin")
     there = all(importlib.util.find_spec(name) is not None for name in needed)
     if not there or may_have(GPU_DRIVERS) or "jax" in sys.modules:
         return

@@ -15,13 +15,14 @@ from attngen.backends.jax.cycles import estimated_cycles
 from attngen.backends.jax.program import program
 from attngen.backends.jax.scratch import scratch_bytes
 from attngen.certifier import TOO_LARGE
+from attngen.machine import cuda_plugin
 from attngen.targets import Target
 from attngen.version import installed
 
 PACKAGES = {
     "cpu": ("jax", "jaxlib"),
     "tpu": ("jax", "jaxlib", "libtpu"),
-    "cuda": ("jax", "jaxlib", "jax-cuda12-pjrt"),
+    "cuda": ("jax", "jaxlib", f"jax-{cuda_plugin()}-pjrt"),
 }
 
 
