@@ -37,7 +37,7 @@ class TritonPrinter(ArrayPrinter):
             return super()._print(node, args)
         if op in self._HELPED:
             name = self._HELPED[op]
-            self.helpers.add(name)
+            self.helpers |= {name, "_floor_div"} if op == "mod" else {name}
             return f"{name}({', '.join(text for text, _ in args)})"
         if op in ("int", "float"):
             dtype = self.int_dtype if op == "int" else self.float_dtype
