@@ -205,3 +205,18 @@ def test_a_source_is_written_whole(tmp_path):
     assert path.read_text() == made.text == str(made)
     assert len(made.digest) == 64
     assert dataclasses.replace(made, text="x").digest != made.digest
+
+
+@pytest.mark.parametrize("derivatives", [None, "vjp", "any"])
+def test_products_of_float32_keep_all_bits_on_gpus(derivatives):
+    """XLA:GPU else makes them in TensorFloat-32, which an H200's validation refused."""
+    for target, dtype, told in (
+        ("h200", "float32", True),
+        ("h200", "bfloat16", False),
+        ("cpu", "float32", False),
+        ("tpu-v5e", "float32", False),
+    ):
+        spec = dataclasses.replace(PLAIN, dtype=dtype, derivatives=derivatives)
+        plan = attngen.plan(spec, target=target, backend="jax")
+        text = attngen.emit(plan).text
+        assert ("precision=lax.Precision.HIGHEST" in text) == told, target

@@ -11,6 +11,7 @@ from attngen.backends.jax.scans import offset_from_lengths, scanned
 from attngen.backends.jax.tile import (
     Starts,
     Tile,
+    all_bits,
     axes_text,
     chosen,
     drops,
@@ -297,5 +298,5 @@ _ALGORITHMS = {"dense": _dense, "scanned": scanned}
 
 def _uses_lax(plan: Plan, code: TileCode) -> bool:
     lines = [*code.rows, *code.keys, *code.score, *code.edge]
-    uses = plan.spec.precision == "highest" or drops(plan)
+    uses = all_bits(plan) or drops(plan)
     return uses or any("lax." in line for line in lines)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from attngen import targets
 from attngen.backends.jax.candidates import DEFAULTS
 from attngen.expr import Expr
 from attngen.operands import Operand
@@ -212,10 +213,20 @@ def inverse(memory: str, letters: str) -> str:
     return f"({', '.join(str(present.index(a)) for a in wanted)}, {len(present)})"
 
 
+def all_bits(plan: Plan) -> bool:
+    """Whether products are told to keep all bits of float32.
+
+    XLA:GPU else makes them in TensorFloat-32, with 10 of its 23 bits.
+    """
+    on_gpu = targets.get(plan.target).kind == "cuda"
+    rounded = on_gpu and plan.option("product_dtype") == "float32"
+    return rounded or plan.spec.precision == "highest"
+
+
 def product_keywords(plan: Plan) -> list[str]:
     """What products are told beside their operands, as text."""
     keywords = []
-    if plan.spec.precision == "highest":
+    if all_bits(plan):
         keywords.append("precision=lax.Precision.HIGHEST")
     if plan.option("product_dtype") != plan.spec.stats_dtype:
         keywords.append(f"preferred_element_type=jnp.{plan.spec.stats_dtype}")
