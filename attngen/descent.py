@@ -119,11 +119,16 @@ def unfit(certificate: Certificate, plan: Plan) -> str | None:
     size = f"{plan.q_chunk} × {plan.k_chunk}"
     if certificate.spill_bytes:
         return f"{size} spills {certificate.spill_bytes} bytes of registers"
-    if (certificate.shared_bytes or 0) > gpu.shared_bytes:
-        return f"{size} takes {certificate.shared_bytes} bytes of shared memory"
-    if certificate.blocks_per_multiprocessor == 0:
-        threads = f"{certificate.warps} warps of {certificate.registers} registers"
-        return f"{size} doesn't fit a multiprocessor: {threads}"
+    for name, found in {
+        "": certificate.to_dict(),
+        **(certificate.kernels or {}),
+    }.items():
+        what = f"{size}, {name}," if name else size
+        if (found["shared_bytes"] or 0) > gpu.shared_bytes:
+            return f"{what} takes {found['shared_bytes']} bytes of shared memory"
+        if found["blocks_per_multiprocessor"] == 0:
+            threads = f"{found['warps']} warps of {found['registers']} registers"
+            return f"{what} doesn't fit a multiprocessor: {threads}"
     return None
 
 

@@ -126,6 +126,8 @@ class Certificate:
         pipe_cycles: of a tile, that each pipe of a multiprocessor is busy.
         bound_cycles, bound_pipe: the most of them, and whose it is.
         flops_per_cycle: useful ones, of a multiprocessor that reaches the bound.
+        kernels: of a file with several, those beside the forward pass's, by name: these
+            same figures of each. spill_bytes is then the most of any.
         devices: that share the work; all figures are of one of them.
         collectives: what they exchange, by the operation's name, as often as the program
             has it; None for a program of one device.
@@ -156,6 +158,7 @@ class Certificate:
     bound_cycles: float | None = None
     bound_pipe: str | None = None
     flops_per_cycle: float | None = None
+    kernels: dict[str, dict[str, Any]] | None = None
     devices: int = 1
     collectives: dict[str, int] | None = None
 
@@ -194,9 +197,17 @@ class Certificate:
         return ["  " + ", ".join(parts)] if parts else []
 
     def _kernel(self) -> list[str]:
-        """A GPU's kernel in a line, and its main loop in another."""
+        """A GPU's kernel in a line, and its main loop in another; so others of the file."""
         if self.registers is None:
             return []
+        lines = self._own_kernel()
+        for name, figures in (self.kernels or {}).items():
+            one = Certificate(self.target, self.compiler, None, **figures)
+            first, *rest = one._own_kernel()
+            lines += [f"  {name}: {first.strip()}", *rest]
+        return lines
+
+    def _own_kernel(self) -> list[str]:
         parts = [f"{self.registers} registers"]
         if self.spill_bytes is not None:
             parts.append(f"{show_bytes(self.spill_bytes)} spilled")

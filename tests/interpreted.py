@@ -1,7 +1,7 @@
 """Triton's interpreter as a process that stays: to judge many kernels without a GPU.
 
 attngen itself starts a process for each call; that costs seconds, most of it imports. This
-one also refuses every load outside of the tensors that it was given; and what a block's
+one also refuses every load outside of tensors, and begins empty ones with NaN; and what a block's
 negative entries give when divided is nonsense, as Triton's compiler supposes wrongly that
 neighbours have equal quotients.
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 import attngen
-from attngen import api, targets, validator
+from attngen import api, slopes, targets, validator
 from attngen.backends.triton import interpreter
 from attngen.backends.triton.loader import has_gpu, target_here
 
@@ -32,14 +32,20 @@ from attngen.backends.triton import interpreter, loader
 from triton.runtime.interpreter import InterpreterBuilder
 
 inside, plain_tensor = [], loader.tensor  # where the arrays of a call lie
-plain_cat = torch.cat
+plain_cat, plain_empty = torch.cat, torch.Tensor.new_empty
 plain_load = InterpreterBuilder.create_masked_load
 plain_sdiv, plain_srem = InterpreterBuilder.create_sdiv, InterpreterBuilder.create_srem
 
-def tensor(values, dtype):
-    made = plain_tensor(values, dtype)
+def known(made):
     inside.append((made.data_ptr(), made.data_ptr() + made.nbytes))
     return made
+
+def tensor(values, dtype):
+    return known(plain_tensor(values, dtype))
+
+def new_empty(self, *shape, **named):  # NaN, until a kernel writes it
+    made = plain_empty(self, *shape, **named)
+    return known(made.fill_(float("nan")) if made.is_floating_point() else made)
 
 def load(self, pointers, mask, *rest, **named):
     at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
@@ -56,12 +62,10 @@ def divided(plain):
     return operation
 
 def cat(*what, **how):  # which ends what makes a list of tiles
-    made = plain_cat(*what, **how)
-    inside.append((made.data_ptr(), made.data_ptr() + made.nbytes))
-    return made
+    return known(plain_cat(*what, **how))
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    torch.cat = cat
+    torch.cat, torch.Tensor.new_empty = cat, new_empty
     loader.tensor, InterpreterBuilder.create_masked_load = tensor, load
     InterpreterBuilder.create_sdiv = divided(plain_sdiv)
     InterpreterBuilder.create_srem = divided(plain_srem)
@@ -101,12 +105,23 @@ def _server():
     return process
 
 
-def call(path, **given):
-    """An emitted file's function of NumPy arrays, in the interpreter."""
+def program(spec, path):
+    """What `Backend.program` is of a file: gradients, too, if the spec has any."""
+    return functools.partial(
+        call, path, (slopes.gradients(spec), slopes.cotangents(spec))
+    )
+
+
+def call(path, derivatives=({}, {}), **given):
+    """An emitted file's function of NumPy arrays, in the interpreter.
+
+    derivatives: the names of gradients and of cotangents, as `slopes` has them.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         dtypes = interpreter.save(folder, given)
         job = {"source": str(path), "folder": name, "dtypes": dtypes}
+        job |= dict(zip(("gradients", "cotangents"), derivatives, strict=True))
         server = _server()
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
@@ -136,7 +151,7 @@ def report_of(spec, **fix):
     found = validator.validate(
         spec,
         made,
-        functools.partial(call, path),
+        program(spec, path),
         to_array=as_it_is,
         time_s=0,
     )

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attngen import targets
+from attngen import joint, slopes, targets
 from attngen.backends.triton import candidates, context, model, small
+from attngen.backends.triton.passes import Passes
 from attngen.cost import Cost
 from attngen.files import template_folder
 from attngen.plans import Choice, Option, Plan
@@ -22,7 +23,7 @@ class TritonBackend:
     name = "triton"
     any_size = True
     requires = ("torch >= 2.6", "triton >= 3.5")
-    backward = None
+    backward = Passes()
     compiler = "attngen.backends.triton.compiler"
 
     @property
@@ -48,7 +49,10 @@ class TritonBackend:
         return model.cost(spec, target, choice, tiles)
 
     def describe(self, choice: Choice) -> str:
-        return candidates.describe(choice)
+        if joint.PREFIX not in choice:
+            return candidates.describe(choice)
+        own = candidates.describe(joint.forward_part(choice))
+        return f"{own}; backward: {self.backward.describe(joint.backward_part(choice))}"
 
     def template(self, plan: Plan) -> tuple[str, Mapping[str, Any]]:
         return "forward.py.jinja", context.context(plan)
@@ -84,7 +88,10 @@ class TritonBackend:
     def program(
         self, spec: AttentionSpec, function: Callable[..., Any]
     ) -> Callable[..., Any]:
-        return function  # derivatives are refused
+        from attngen.backends.triton.trial import program
+
+        made = slopes.gradients(spec), slopes.cotangents(spec)
+        return program(function, *made) if spec.derivatives else function
 
     def ran(self, target: Target) -> str:
         from attngen.backends.triton.trial import ran
@@ -103,7 +110,7 @@ class TritonBackend:
         return small.small(plan, rebuild=rebuild)
 
     def facts(self, plan: Plan) -> Mapping[str, Any]:
-        return {}
+        return {"temp_bytes": plan.temp_bytes}
 
     def array(self, values: Any, dtype: str, target: Target | None = None) -> Any:
         from attngen.backends.triton.loader import array

@@ -62,11 +62,22 @@ class Bounds:
 NUMBERS = ("_2", "_3")  # of the second and third span of a mask
 
 
-def bounds(plan: Plan, env: Mapping[str, Interval], helpers: set[str]) -> Bounds:
+def bounds(
+    plan: Plan,
+    env: Mapping[str, Interval],
+    helpers: set[str],
+    *,
+    interior: bool = True,
+) -> Bounds:
+    """Args:
+    interior: whether there may be blocks without a mask.
+    """
     spec, found = plan.spec, spans(plan.spec)
     if not found[0].some:
         return Bounds(about=["No query sees any key."], some=False)
-    if none_full(spec, plan.q_chunk, plan.k_chunk):  # an edge tile is right of any kind
+    if not interior or none_full(
+        spec, plan.q_chunk, plan.k_chunk
+    ):  # an edge tile is right of any kind
         found = tuple(dataclasses.replace(span, any_full=False) for span in found)
     made = Bounds()
     limits = _Limits(plan, env, helpers, made.lines)

@@ -26,8 +26,8 @@ UNSURE = 1.25  # times the registers that there are: the model may be wrong by s
 # field → (the values that are built, what to do instead)
 _BUILT: dict[str, tuple[tuple[object, ...], str]] = {
     "derivatives": (
-        (None,),
-        'backend="jax" has them; dataclasses.replace(spec, derivatives=None) computes forward',
+        (None, "vjp"),
+        'backend="jax" has derivatives of any order',
     ),
     "dropout": (
         (0.0,),
@@ -93,8 +93,8 @@ def space(
     amd = target.gpu is not None and target.gpu.backend == "hip"
     return {
         "running": {
-            "q_chunk": _blocks(spec.q_len, 256 if amd else widest),  # it has registers
-            "k_chunk": _blocks(spec.kv_len, widest),
+            "q_chunk": blocks(spec.q_len, 256 if amd else widest),  # it has registers
+            "k_chunk": blocks(spec.kv_len, widest),
             "num_warps": WARPS if whole else (1, 2, 4, 8),
             "num_stages": STAGES if whole else _stages(target),
             "order": ("forward", "reverse") if whole else (_order(spec),),
@@ -105,7 +105,7 @@ def space(
     }
 
 
-def _blocks(length: int, widest: int) -> tuple[int, ...]:
+def blocks(length: int, widest: int) -> tuple[int, ...]:
     return tuple(n for n in BLOCKS if n <= min(power_above(length), widest))
 
 

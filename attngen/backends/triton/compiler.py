@@ -7,7 +7,9 @@ OUT_DTYPE               torch's, of the output; none: as q
 CONSTEXPRS              values of its constexpr parameters, where it has any
 Q_BLOCK, K_BLOCK, QK_DIM, V_DIM   of a tile, for the bounds of the pipes
 BLOCK_SHAPES            of what tensor descriptors load, by name, where there are any
-TEMP_BYTES              what the launcher allocates beside outputs; none: nothing
+TEMP_BYTES              what the launcher allocates beside outputs; none: as the job says
+BACKWARD                kernels of the backward pass by name: constexpr parameters of each
+BACKWARD_WARPS, BACKWARD_STAGES   of these
 
 A parameter `<name>_ptr` points to the tensor of that name, aligned as torch aligns tensors,
 `<name>_desc` is a descriptor of it; a stride within a head that the kernel lets Triton specialise is 1; all others are int32 of
@@ -17,6 +19,7 @@ which nothing is known.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import io
 import math
@@ -26,7 +29,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -61,27 +63,19 @@ def certify(job: dict[str, Any]) -> dict[str, Any]:
     module = import_file(Path(job["source"]))
     shapes: list[Shape] = [(n, tuple(s), d) for n, s, d in job["shapes"]]
     start = time.perf_counter()
-    signature, constants, attributes = arguments(
-        module.forward,
-        shapes,
-        gpu,
-        constants=getattr(module, "CONSTEXPRS", {}),
-        blocks=getattr(module, "BLOCK_SHAPES", {}),
-        out_dtype=str(getattr(module, "OUT_DTYPE", "")).removeprefix("torch."),
-    )
-    warps = int(module.NUM_WARPS)
-    compiled = compile_kernel(
-        module.forward,
-        gpu,
-        signature,
-        constants,
-        attributes,
-        num_warps=warps,
-        num_stages=int(module.NUM_STAGES),
-    )
-    seconds = time.perf_counter() - start
-    temp = getattr(module, "TEMP_BYTES", 0)
     tile = _tile(job, module, {n: d for n, _, d in shapes})
+    found = _kernel(module, "forward", shapes, gpu, tile)
+    others = {
+        name: _kernel(
+            module, name, shapes, gpu, _backward_tile(tile, name, sizes), sizes
+        )
+        for name, sizes in getattr(module, "BACKWARD", {}).items()
+    }
+    if others:
+        spilled = [x["spill_bytes"] for x in (found, *others.values())]
+        found |= {"spill_bytes": max(spilled), "kernels": others}
+    seconds = time.perf_counter() - start
+    temp = getattr(module, "TEMP_BYTES", job.get("temp_bytes", 0))
     return {
         "compiler": "ptxas, through Triton"
         if gpu.backend == "cuda"
@@ -92,8 +86,57 @@ def certify(job: dict[str, Any]) -> dict[str, Any]:
         "argument_bytes": sum(math.prod(s) * BYTES[d] for _, s, d in shapes),
         "compile_s": round(seconds, 3),
         "versions": {"triton": importlib.metadata.version("triton")},
-        **figures(compiled, gpu, warps, tile),
+        **found,
     }
+
+
+def _kernel(
+    module: Any,
+    name: str,
+    shapes: Sequence[Shape],
+    gpu: Gpu,
+    tile: Tile | None,
+    sizes: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Compile a kernel of an emitted module: what came of it.
+
+    Args:
+        sizes: its own constexpr parameters, of the backward pass; None: the forward pass.
+    """
+    kernel = getattr(module, name)
+    signature, constants, attributes = arguments(
+        kernel,
+        shapes,
+        gpu,
+        constants=getattr(module, "CONSTEXPRS", {}) | dict(sizes or {}),
+        blocks=getattr(module, "BLOCK_SHAPES", {}),
+        out_dtype=str(getattr(module, "OUT_DTYPE", "")).removeprefix("torch."),
+    )
+    of = "NUM" if sizes is None else "BACKWARD"
+    warps = int(getattr(module, f"{of}_WARPS"))
+    compiled = compile_kernel(
+        kernel,
+        gpu,
+        signature,
+        constants,
+        attributes,
+        num_warps=warps,
+        num_stages=int(getattr(module, f"{of}_STAGES")),
+    )
+    return figures(compiled, gpu, warps, tile)
+
+
+def _backward_tile(
+    tile: Tile | None, name: str, sizes: Mapping[str, int]
+) -> Tile | None:
+    """A tile of a kernel of the backward pass, whose products it makes anew."""
+    if tile is None:
+        return None
+    q, k = int(sizes["Q_BLOCK"]), int(sizes["K_BLOCK"])
+    products = {"backward_queries": (2, 1), "backward_keys": (2, 2)}.get(name, (1, 1))
+    return dataclasses.replace(
+        tile, q_block=q, k_block=k, qk_products=products[0], v_products=products[1]
+    )
 
 
 def arguments(
@@ -107,11 +150,17 @@ def arguments(
 ) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
     """A kernel's signature, constants and what is known of its pointers."""
     dtypes = {n: d for n, _, d in shapes}
-    dtypes |= {"out": out_dtype or dtypes["q"], "lse": "float32"}
+    dtypes["out"] = dtypes["dout"] = out_dtype or dtypes["q"]
     shape_of = {n: s for n, s, _ in shapes}
     dtypes["tiles"], shape_of["tiles"] = "int32", ()  # the list of tiles
-    shape_of["lse"] = shape_of["q"][:-1]
-    shape_of["out"] = (*shape_of["lse"], shape_of["v"][-1])
+    rows = shape_of["q"][:-1]
+    shape_of["out"] = shape_of["dout"] = (*rows, shape_of["v"][-1])
+    for name in "qkv":
+        dtypes[f"d{name}"], shape_of[f"d{name}"] = dtypes[name], shape_of[name]
+    pointers = [p.name for p in kernel.params if p.name.endswith("_ptr")]
+    for name in (p.removesuffix("_ptr") for p in pointers):
+        if name not in dtypes:  # of rows, or what gradients of operands are made of
+            dtypes[name], shape_of[name] = "float32", rows
     sizes = {n: math.prod(s) * BYTES[dtypes[n]] for n, s in shape_of.items()}
     signature: dict[str, str] = {}
     values: dict[str, Any] = {}
@@ -196,7 +245,7 @@ def figures(compiled: Any, gpu: Gpu, warps: int, tile: Tile | None) -> dict[str,
     made["matrix_instruction"] = matrix[0] if matrix else None
     made["mix"] = assembly.mix(inner)
     if tile is not None:
-        found = asdict(pipes(inner, gpu, tile, warps))
+        found = dataclasses.asdict(pipes(inner, gpu, tile, warps))
         made |= {"pipe_cycles": found.pop("cycles"), **found}
     return made
 

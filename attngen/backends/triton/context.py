@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from attngen import targets
+from attngen.backends.triton.backward import Backward, kept
 from attngen.backends.triton.bounds import (
     Bounds,
     bounds,
@@ -56,9 +57,15 @@ def context(plan: Plan) -> dict[str, Any]:
         where.only_where("tame")
     out, lse = "out" in spec.outputs, "lse" in spec.outputs
     folded = not spec.score and spec.scale_value > 0
+    back = None
+    if spec.derivatives == "vjp":
+        axes = _axes(spec)
+        made = Backward(plan, env, index_dtype, helpers, axes, guard.interior)
+        back = made.context() | _back_dims(spec)
+    runtime = back["runtime"] if back else []
     return {
         **_constants(plan, folded),
-        **_arguments(plan, out, lse, listed=tiles is not None),
+        **_arguments(plan, out, lse, runtime, listed=tiles is not None),
         **_loads(plan, out),
         **_dims(plan, out),
         "layout": "[b, t, h, d]" if spec.layout == "bthd" else "[b, h, t, d]",
@@ -93,7 +100,25 @@ def context(plan: Plan) -> dict[str, Any]:
         else None,
         "sizes": _sizes(spec),
         "helpers": helpers,
+        "back": back,
+        "kept": kept(spec),
+        "mass": "mass" in kept(spec),
+        "narrow": spec.out_dtype_name != spec.dtype,
     }
+
+
+def _axes(spec: AttentionSpec) -> tuple[str, ...]:
+    """Of q, k and v, as their strides are named."""
+    return ("b", "t", "h", "d") if spec.layout == "bthd" else ("b", "h", "t", "d")
+
+
+def _back_dims(spec: AttentionSpec) -> dict[str, Any]:
+    """Head dims of the backward pass, each in one piece."""
+    (qk,) = _pieces("d", "QK_DIM", spec.qk_dim, "padded")
+    (v,) = _pieces("e", "V_DIM", spec.v_dim, "padded")
+    v = qk if spec.v_dim == spec.qk_dim else v
+    out = "out" in spec.outputs
+    return {"qk": qk, "v": v, "dims": [qk] if v is qk or not out else [qk, v]}
 
 
 def _wide(spec: AttentionSpec) -> dict[str, Interval]:
@@ -185,7 +210,8 @@ def _constants(plan: Plan, folded: bool) -> dict[str, Any]:
                 f"{scale!r}, times log2(e): exp(s) is 2**(s * log2(e))",
             )
         )
-    else:
+    back = spec.derivatives == "vjp"
+    if back or not folded:
         lines.append(("SCALE", repr(scale), ""))
     if not folded or spec.sink:
         lines.append(("LOG2E", repr(LOG2E), "exp(s) is 2**(s * LOG2E)"))
@@ -220,11 +246,13 @@ def _listed(tiles: Listing) -> Bounds:
     return Bounds(lines, about, interiors, edges, listed=True)
 
 
-def _arguments(plan: Plan, out: bool, lse: bool, *, listed: bool) -> dict[str, Any]:
+def _arguments(
+    plan: Plan, out: bool, lse: bool, runtime: list[str], *, listed: bool
+) -> dict[str, Any]:
     """Of attention(), of the kernel, and of its launch."""
     spec, gpu = plan.spec, targets.get(plan.target).gpu
     operands = [o.name for o in spec.operands]
-    axes = ("b", "t", "h", "d") if spec.layout == "bthd" else ("b", "h", "t", "d")
+    axes = _axes(spec)
     tensors = ["q", "k", *(["v", "out"] if out else [])]
     described = plan.option("loads") == "descriptors"
     blocks = [x for x in tensors if described and x in ("k", "v")]
@@ -238,9 +266,10 @@ def _arguments(plan: Plan, out: bool, lse: bool, *, listed: bool) -> dict[str, A
     strides += [name for names in more.values() for name in names]
     rows = ["tiles"] if listed else []
     strides += [f"{x}_stride_{i}" for x in rows for i in range(3)]
-    pointers = [*tensors, *(["lse"] if lse else []), *operands, *rows]
+    pointers = [*tensors, *(["lse"] if lse else []), *kept(spec), *operands, *rows]
     sizes = ["q_len", "kv_len", "heads"]
-    runtime = [*sizes, *(s for s in strides if not s.endswith("_d"))]
+    every = dict.fromkeys([*sizes, *strides, *runtime])
+    runtime = [s for s in every if not s.endswith("_stride_d")]
     shape = "(B, T, H, {})" if spec.layout == "bthd" else "(B, H, T, {})"
     kv_shape = "(B, S, G, {})" if spec.layout == "bthd" else "(B, G, S, {})"
     checks = [

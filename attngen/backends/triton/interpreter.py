@@ -21,12 +21,18 @@ def call(job: dict[str, Any]) -> list[str]:
 
     Args:
         job: source: the emitted file; folder: where <name>.npy lie, bfloat16 as their bits;
-            dtypes: of each array by name.
+            dtypes: of each array by name; gradients, cotangents: as loader.differentiated
+            takes them, where there are any.
 
     Returns:
         The dtypes of the outputs, which were written as out_<i>.npy.
     """
-    from attngen.backends.triton.loader import import_file, numbers, tensor
+    from attngen.backends.triton.loader import (
+        differentiated,
+        import_file,
+        numbers,
+        tensor,
+    )
 
     _multiply_bfloat16()
     _round_to_bfloat16()
@@ -35,8 +41,12 @@ def call(job: dict[str, Any]) -> list[str]:
     tensors = {n: tensor(given[n], dtype) for n, dtype in job["dtypes"].items()}
     module = import_file(Path(job["source"]))
     with np.errstate(all="ignore"):
-        returned = module.attention(**tensors)
-    outputs = returned if isinstance(returned, tuple) else (returned,)
+        outputs = differentiated(
+            module.attention,
+            job.get("gradients", {}),
+            job.get("cotangents", {}),
+            **tensors,
+        )
     made = {f"out_{i}": numbers(x) for i, x in enumerate(outputs)}
     return list(save(folder, made).values())
 

@@ -8,7 +8,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -155,6 +155,34 @@ def numbers(x: Any) -> Any:
     if x.dtype == torch.bfloat16:
         return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return x.numpy()
+
+
+def differentiated(
+    function: Callable[..., Any],
+    gradients: Mapping[str, str],
+    cotangents: Mapping[str, str],
+    **given: Any,
+) -> tuple[Any, ...]:
+    """An emitted function's outputs, then its gradients by torch.
+
+    Args:
+        gradients: the names of arguments by those of their gradients, in order; none: the
+            outputs alone.
+        cotangents: the names of outputs by those of the arguments that hold their gradients.
+        given: tensors by name, the function's own and cotangents.
+    """
+    import torch
+
+    pulled = [given.pop(name) for name in cotangents]
+    for name in gradients.values():
+        given[name] = given[name].detach().requires_grad_()
+    returned = function(**given)
+    outputs = returned if isinstance(returned, tuple) else (returned,)
+    if not gradients:
+        return outputs
+    of = [given[name] for name in gradients.values()]
+    made = torch.autograd.grad(outputs, of, pulled)
+    return (*(x.detach() for x in outputs), *made)
 
 
 def block(value: Any) -> Any:

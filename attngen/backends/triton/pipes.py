@@ -26,18 +26,25 @@ from attngen.gpus import Gpu
 
 @dataclass(frozen=True)
 class Tile:
-    """Of queries and keys: a kernel's constants; item_bytes are of q, k and v."""
+    """Of queries and keys: a kernel's constants; item_bytes are of q, k and v.
+
+    Args:
+        qk_products, v_products: that a tile takes over either head dim.
+    """
 
     q_block: int
     k_block: int
     qk_dim: int
     v_dim: int
     item_bytes: int = 2
+    qk_products: int = 1
+    v_products: int = 1
 
     @property
     def flops(self) -> int:
         """Useful ones: head dims without padding."""
-        return 2 * self.q_block * self.k_block * (self.qk_dim + self.v_dim)
+        dims = self.qk_products * self.qk_dim + self.v_products * self.v_dim
+        return 2 * self.q_block * self.k_block * dims
 
 
 Work = defaultdict[str, float]  # of one warp in one turn of a loop
@@ -136,8 +143,7 @@ def _tiles(
     if tensor := sum(x.opcode.startswith("UTC") for x in loop):
         found.append(tensor / _tensor_instructions(tile))
     elif work["products"]:
-        each = scores * (tile.qk_dim + tile.v_dim)
-        found.append(work["products"] * warps / each)
+        found.append(work["products"] * warps / (tile.flops / 2))
     return max(1, int(min(found) + 1e-6))
 
 
@@ -146,7 +152,8 @@ def _tensor_instructions(tile: Tile) -> int:
     depth = 32 // tile.item_bytes
     scores = -(-tile.qk_dim // depth) * -(-tile.k_block // 256)
     sums = -(-tile.k_block // depth) * -(-tile.v_dim // 256)
-    return -(-tile.q_block // 128) * (scores + sums)
+    several = (tile.qk_products + tile.v_products) / 2
+    return -(-tile.q_block // 128) * int((scores + sums) * several)
 
 
 def _tensor_memory(work: Work, gpu: Gpu, tile: Tile, turns: int, warps: int) -> None:

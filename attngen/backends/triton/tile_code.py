@@ -42,10 +42,15 @@ class TileCode:
 class Writer:
     """Writes the code of interior tiles and of edge tiles, which share their rows.
 
+    at_rows, at_cols, blank: how rows and columns lie in a tile, and a tile of zeros.
+
     Args:
         env: what variables can be, whatever the lengths are at run time.
         index_dtype: of positions.
     """
+
+    at_rows, at_cols = "rows[:, None]", "cols[None, :]"
+    blank = "tl.zeros((Q_BLOCK, K_BLOCK), tl.float32)"
 
     def __init__(
         self,
@@ -60,6 +65,7 @@ class Writer:
         self.rows_defined: set[str] = set()
         self.row_indices = 0
         self.searched: dict[Expr, str] = {}
+        self.places: dict[Expr, list[str]] = {}  # the indices of a read, as text
         self.names = dict(_NAMES)
         if not offset_source(self.spec):
             self.names["q"] = "q_index"
@@ -76,17 +82,23 @@ class Writer:
             self._define("k_index", self.code.keys)
         for i, score in enumerate(self.spec.score):
             self._needs(score.expr, self.code.keys)
+            self.before(i)
             printer = self._printer(f"score{i}")
             self.code.score += printer.lines("s", score.expr, width=self.width)
             if "s" not in expr.variables(score.expr):  # perhaps not of both axes
-                self.code.score.append(
-                    "s = tl.zeros((Q_BLOCK, K_BLOCK), tl.float32) + s"
-                )
+                self.code.score.append(f"s = {self.blank} + s")
+            self.after(i)
             for node in [n for n in self.gathered if "s" in expr.variables(n)]:
                 del self.gathered[node]  # the next score has another s
         if edge:
             self._mask()
         return self.code
+
+    def before(self, i: int) -> None:
+        """What comes before the statements of score i."""
+
+    def after(self, i: int) -> None:
+        """What comes after them, where their names are still known."""
 
     def _mask(self) -> None:
         lines = self.code.mask
@@ -145,9 +157,9 @@ class Writer:
             return
         known.add(name)
         text = {
-            "q_index": "q_start + rows[:, None]",
+            "q_index": f"q_start + {self.at_rows}",
             "q_pos": "q_index + offset",
-            "k_index": "c * K_BLOCK + cols[None, :]",
+            "k_index": f"c * K_BLOCK + {self.at_cols}",
             "k_pos": "k_index + K_OFFSET",
         }[name]
         lines.append(f"{name} = {text}")
@@ -166,9 +178,11 @@ class Writer:
             return
         known.add(name)
         steps, conditions, other = [], [], _OTHER[node.kind]
+        self.places[node] = []
         unsure = not proven(node, self.env)
         for i, (axis, index) in enumerate(zip(node.value.axes, node.args, strict=True)):
             text = self._index(index, lines)
+            self.places[node].append(text)
             if isinstance(axis, int) and unsure and index.op != "const":
                 conditions.append(f"({text} >= 0) & ({text} < {axis})")
                 other = 'float("nan")'  # of the values outside

@@ -6,9 +6,10 @@ along, so interpreted calls have a process of their own.
 
 from __future__ import annotations
 
+import functools
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,38 @@ def trial(path: Path, function: Callable[..., Any]) -> Callable[..., Any]:
     """An emitted file's function, from arrays (see `Backend.array`) to NumPy arrays."""
     if isinstance(function, loader.Absent):
         return Interpreted(path)
+    return Called(function)
 
-    def call(**given: Any) -> tuple[Any, ...]:
-        returned = function(**given)
-        outputs = returned if isinstance(returned, tuple) else (returned,)
+
+def program(
+    function: Callable[..., Any],
+    gradients: Mapping[str, str],
+    cotangents: Mapping[str, str],
+) -> Callable[..., Any]:
+    """What `trial` made as a function that returns gradients behind its outputs, too.
+
+    Args:
+        function: of `trial`; or an emitted file's own, which then takes tensors as they are.
+        gradients, cotangents: as `slopes` names them.
+    """
+    if isinstance(function, Interpreted | Called):
+        return replace(function, gradients=gradients, cotangents=cotangents)
+    return functools.partial(loader.differentiated, function, gradients, cotangents)
+
+
+@dataclass(frozen=True)
+class Called:
+    """An emitted function on the GPU here, from tensors to NumPy arrays."""
+
+    function: Callable[..., Any]
+    gradients: Mapping[str, str] = field(default_factory=dict)
+    cotangents: Mapping[str, str] = field(default_factory=dict)
+
+    def __call__(self, **given: Any) -> tuple[Any, ...]:
+        outputs = loader.differentiated(
+            self.function, self.gradients, self.cotangents, **given
+        )
         return tuple(loader.numbers(x) for x in outputs)
-
-    return call
 
 
 def ran(target: Target) -> str:
@@ -51,6 +77,8 @@ class Interpreted:
     """
 
     path: Path
+    gradients: Mapping[str, str] = field(default_factory=dict)
+    cotangents: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, **given: Any) -> tuple[Any, ...]:
         from attngen.backends.triton import interpreter
@@ -61,6 +89,8 @@ class Interpreted:
                 "source": str(self.path.resolve()),
                 "folder": name,
                 "dtypes": interpreter.save(folder, given),
+                "gradients": dict(self.gradients),
+                "cotangents": dict(self.cotangents),
             }
             try:
                 dtypes = certifier.run(

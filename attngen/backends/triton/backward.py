@@ -1,0 +1,386 @@
+"""What the template of the backward pass receives: kernels, what they take, what they sum up."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from attngen import slopes
+from attngen.backends.triton.bounds import Bounds, bounds, offset_source
+from attngen.backends.triton.guards import overflows
+from attngen.backends.triton.slope_code import (
+    Part,
+    SlopeCode,
+    SlopeWriter,
+    computed,
+    power_from,
+)
+from attngen.expr import variables
+from attngen.intervals import Interval
+from attngen.joint import backward_part
+from attngen.plans import Plan
+from attngen.spec import AttentionSpec
+from attngen.transposed import transposed
+
+SIZES = {"b": "B", "h": "H", "q": "T", "k": "S"}
+
+
+def kept(spec: AttentionSpec) -> list[str]:
+    """What the forward pass keeps of each row, beside its outputs.
+
+    norm: log2 of the sum of its weights, a sink's with them; mass: what weights then add up
+    to, which is 1 but for the rounding of norm: float32 shows it.
+    """
+    if spec.derivatives != "vjp":
+        return []
+    return ["norm", "mass"] if spec.dtype == "float32" else ["norm"]
+
+
+class Backward:
+    """The backward pass of a plan.
+
+    Args:
+        env: what variables can be, whatever the lengths are at run time.
+        index_dtype: of positions.
+        helpers: small functions that the text calls.
+        axes: of q, k and v, as their strides are named.
+        differences: whether norm is a natural logarithm: see guards.py.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        env: Mapping[str, Interval],
+        index_dtype: str,
+        helpers: set[str],
+        axes: Sequence[str],
+        differences: bool,
+    ) -> None:
+        self.plan, self.spec, self.env, self.helpers = plan, plan.spec, env, helpers
+        self.axes, self.choice = axes, backward_part(plan.choice)
+        self.block, self.step = int(self.choice["q_chunk"]), int(self.choice["k_chunk"])
+        self.out, self.dlse = "out" in self.spec.outputs, "lse" in self.spec.outputs
+        self.drops, self.differences = overflows(self.spec, env), differences
+        self.made = SlopeWriter(plan, env, index_dtype, helpers).slopes()
+        self.of_queries, self.of_keys = self._of_queries(), self._of_keys()
+        self.summed = self.out and any(
+            o.name != "sink" for o in slopes.trained(self.spec)
+        )
+
+    # Which tiles are visited.
+
+    def _of_queries(self) -> Bounds:
+        plan = dataclasses.replace(self.plan, q_chunk=self.block, k_chunk=self.step)
+        return bounds(plan, self.env, self.helpers, interior=not self.drops)
+
+    def _of_keys(self) -> Bounds:
+        """Which query blocks see any of a block of keys; all, where offsets come late."""
+        if offset_source(self.spec) not in ("", "constant"):
+            about = ["Positions come at run time: all query blocks may see these keys."]
+            return Bounds(
+                ["last = tl.cdiv(q_len, Q_BLOCK)"], about, edges=[("0", "last")]
+            )
+        spec = transposed(self.spec)
+        assert spec is not None
+        plan = dataclasses.replace(
+            self.plan, spec=spec, q_chunk=self.block, k_chunk=self.step
+        )
+        exchange = {
+            "q": self.env["k"], "k": self.env["q"],
+            "q_index": self.env["k_index"], "k_index": self.env["q_index"],
+        }  # fmt: skip
+        env = {**self.env, **exchange}
+        found = bounds(plan, env, self.helpers, interior=not self.drops)
+        found.lines = [exchanged(x) for x in found.lines]
+        found.about = [exchanged(x) for x in found.about]
+        found.interiors = [(exchanged(x), exchanged(y)) for x, y in found.interiors]
+        found.edges = [(exchanged(x), exchanged(y)) for x, y in found.edges]
+        return found
+
+    # What kernels take.
+
+    def _strides(self, tensors: Sequence[str]) -> list[str]:
+        return [f"{x}_stride_{a}" for x in tensors for a in self.axes]
+
+    def _operand_strides(self) -> list[str]:
+        return [
+            f"{o.name}_stride_{i}"
+            for o in self.spec.operands
+            for i in range(len(o.axes))
+        ]
+
+    def _kernel(self, strided: list[str], others: list[str]) -> dict[str, Any]:
+        names = [o.name for o in self.spec.operands]
+        sizes = ["q_len", "kv_len", "heads"]
+        parameters = [f"{x}_ptr" for x in (*strided, *others, *names)]
+        parameters += [*sizes, *self._strides(strided), *self._operand_strides()]
+        return {"strided": strided, "others": others, "parameters": parameters}
+
+    def _launch(
+        self,
+        name: str,
+        kernel: Mapping[str, Any],
+        grid: str,
+        more: list[str] | None = None,
+    ) -> dict[str, Any]:
+        operands = [o.name for o in self.spec.operands]
+        pointers = [*kernel["strided"], *kernel["others"], *operands]
+        arguments = [f"{x}," for x in pointers]
+        arguments += ["T,", "S,", "H,", *(f"{x}," for x in more or [])]
+        arguments += [f"*{x}.stride()," for x in (*kernel["strided"], *operands)]
+        return {"name": name, "grid": grid, "arguments": arguments}
+
+    def context(self) -> dict[str, Any]:
+        spec, parts = self.spec, self.made.parts
+        kept_ = kept(spec)
+        values = ["v", "dout"] if self.out else []
+        rows = [f"{p.name}" for p in parts if p.kind in ("rows", "entries")]
+        sink = ["d_sink"] if spec.sink else []
+        lse = ["lse"] if spec.sink and self.dlse else []
+        dlse = ["dlse"] if self.dlse else []
+        first = ["out"] if self.out and not self.summed else []
+        queries = self._kernel(
+            ["q", "k", *values, *first, "dq"],
+            [*lse, *kept_, *dlse, "delta", *sink, *rows],
+        )
+        columns = [f"{p.name}" for p in parts if p.kind == "columns"]
+        keys = self._kernel(
+            ["q", "k", *values, "dk", *(["dv"] if self.out else [])],
+            [*kept_, "delta", *columns],
+        )
+        block, step = "BACKWARD_BLOCK", "BACKWARD_STEP"
+        launches = [
+            self._launch(
+                "backward_queries", queries, f"triton.cdiv(T, {block}) * H * B"
+            ),
+            self._launch("backward_keys", keys, f"triton.cdiv(S, {block}) * G * B"),
+        ]
+        shown = []
+        for p in parts:
+            more: dict[str, Any] = {"name": p.name, "kind": p.kind, "node": p.node}
+            if p.kind == "entries":
+                more |= {"count": _count(p), "padded": power_from(_count(p))}
+            if p.kind == "pairs":
+                more["pairs"] = pairs = self._pairs(p, values, kept_)
+                grid = f"triton.cdiv(T, {block}) * triton.cdiv(S, {step})"
+                grid += "".join(
+                    f" * {SIZES[a]}" for a in "bh" if a in variables(p.node)
+                )
+                name = f"backward_{pairs['suffix']}"
+                launches.append(self._launch(name, pairs, grid, ["B"]))
+            shown.append(more)
+        operands = [o.name for o in spec.operands]
+        cotangents = list(slopes.cotangents(spec))
+        saved = [*first, *lse, *kept_]
+        given = ["q", "k", "v", *operands, *saved, *cotangents]
+        made = list(slopes.gradients(spec))
+        pointed = dict.fromkeys([*queries["strided"], *keys["strided"]])
+        return {
+            "code": self.made.code,
+            "back": self.made.back,
+            "parts": shown,
+            "of_queries": self.of_queries,
+            "of_keys": self.of_keys,
+            "offset": self._offset(),
+            "needs_v": self.out,
+            "summed": self.summed,
+            "dlse": self.dlse,
+            "drops": self.drops,
+            "differences": self.differences,
+            "queries_kernel": queries,
+            "keys_kernel": keys,
+            "launches": launches,
+            "pointed": list(pointed),
+            "given": given,
+            "saved": saved,
+            "pulled": cotangents,
+            "made": made,
+            "made_type": "torch.Tensor, ...",
+            "fakes": [
+                f"torch.empty_like({n})" for n in slopes.gradients(spec).values()
+            ],
+            "answers": [
+                f"d{n}" if n in "qkv" else f"d_{n}" if f"d_{n}" in made else "None"
+                for n in ("q", "k", "v", *operands)
+            ],
+            "buffers": self._buffers(),
+            "sums": self._sums(),
+            "no_parts": "".join(f", _{p.name}" for p in parts),
+            "query_parts": _results(parts, ("rows", "entries")),
+            "key_parts": _results(parts, ("columns",)),
+            "tile_parameters": self._tile_parameters(),
+            "tile_given": self._tile_parameters(),
+            "blocks": {
+                launch["name"]: {
+                    "Q_BLOCK": self.step
+                    if launch["name"] == "backward_keys"
+                    else self.block,
+                    "K_BLOCK": self.block
+                    if launch["name"] == "backward_keys"
+                    else self.step,
+                }
+                for launch in launches
+            },
+            "block": self.block,
+            "step": self.step,
+            "num_warps": self.choice["num_warps"],
+            "num_stages": self.choice["num_stages"],
+            "runtime": ["batches", *self._strides(list(pointed))],
+        }
+
+    def _offset(self) -> str:
+        lines = [*self.of_queries.lines, *self.of_keys.lines, *self._lines()]
+        named = any(re.search(r"\boffset\b", x) for x in lines)
+        return offset_source(self.spec) if named else ""
+
+    def _lines(self) -> list[str]:
+        code: SlopeCode = self.made
+        lines = [*code.code.rows, *code.code.keys, *code.code.score, *code.code.mask]
+        return [*lines, *(x for x, _ in code.back)]
+
+    def _tile_parameters(self) -> list[str]:
+        """What `_tile` takes: its blocks, and of the rest what its statements read."""
+        blocks = ["q", "k", *(["v", "dout"] if self.out else []), *kept(self.spec)]
+        blocks += ["alive", "delta"]
+        text = "\n".join(self._lines())
+        names = ["q_start", "c", "q_len", "kv_len", "kv_end", "q_length", "offset"]
+        names += ["b_index", "h_index"]
+        names += [f"{o.name}_ptr" for o in self.spec.operands] + self._operand_strides()
+        return [*blocks, *(n for n in names if re.search(rf"\b{n}\b", text))]
+
+    def _pairs(self, part: Part, values: list[str], kept_: list[str]) -> dict[str, Any]:
+        """The kernel of a dense bias: of each tile of it, over the heads that share it."""
+        reads = variables(part.node)
+        own = {
+            (True, True): ("own // heads", "own % heads", "1"),
+            (True, False): ("own", "other", "heads"),
+            (False, True): ("other", "own", "batches"),
+            (False, False): ("other // heads", "other % heads", "batches * heads"),
+        }[("b" in reads, "h" in reads)]
+        kernel = self._kernel(["q", "k", *values], [*kept_, "delta", part.name])
+        place = kernel["parameters"].index("heads") + 1
+        kernel["parameters"].insert(place, "batches")
+        return kernel | {
+            "suffix": part.name.removeprefix("d_"),
+            "b": own[0],
+            "h": own[1],
+            "sharing": own[2],
+            "results": "".join(
+                f", {'' if p is part else '_'}{p.name}" for p in self.made.parts
+            ),
+            "at": "(tl.cast(own, tl.int64) * q_len + row) * kv_len + column",
+        }
+
+    # What the launcher adds up.
+
+    def _buffers(self) -> list[dict[str, str]]:
+        """Of what kernels write for operands: float32, each element once."""
+        found = []
+        shapes = {"rows": "(B, H, T)", "columns": "(B, H, S)"}
+        if self.spec.sink:
+            found.append(("d_sink", shapes["rows"]))
+        for p in self.made.parts:
+            shape = shapes.get(p.kind, "")
+            if p.kind == "entries":
+                shape = f"(B, H, triton.cdiv(T, BACKWARD_BLOCK), {_count(p)})"
+            if p.kind == "pairs":
+                kept_ = [SIZES[a] for a in "bh" if a in variables(p.node)]
+                shape = f"({', '.join([*kept_, 'T', 'S'])})"
+            found.append((p.name, shape))
+        return [{"name": n, "make": f"norm.new_empty({s})"} for n, s in found]
+
+    def _sums(self) -> list[str]:
+        lines = []
+        for operand in slopes.trained(self.spec):
+            name = f"d_{operand.name}"
+            if operand.name == "sink":
+                lines.append("d_sink = d_sink.sum((0, 2)).to(sink.dtype)")
+                continue
+            parts = [p for p in self.made.parts if p.operand == operand]
+            (first, whole), *rest = [_placed(p) for p in parts]
+            if not rest and not whole:
+                lines.append(f"{name} = {first}.to({operand.name}.dtype)")
+                continue
+            lines.append(
+                f"{name} = torch.zeros_like({operand.name}, dtype=torch.float32)"
+            )
+            for text, at in [(first, whole), *rest]:
+                lines.append(f"{name}[{at}] += {text}" if at else f"{name} += {text}")
+            lines.append(f"{name} = {name}.to({operand.name}.dtype)")
+        return lines
+
+
+def _count(part: Part) -> int:
+    count = 1
+    for place in computed(part.node):
+        length = part.operand.axes[place]
+        assert isinstance(length, int)
+        count *= length
+    return count
+
+
+def _results(parts: Sequence[Part], kinds: tuple[str, ...]) -> str:
+    return "".join(f", {'' if p.kind in kinds else '_'}{p.name}" for p in parts)
+
+
+def _placed(part: Part) -> tuple[str, str]:
+    """A buffer as the operand's axes lie, as text; and where it belongs, "" if everywhere."""
+    node, operand = part.node, part.operand
+    letters = {
+        "rows": ["b", "h", "q"], "columns": ["b", "h", "k"], "entries": ["b", "h", "", "*"],
+        "pairs": [*(a for a in "bh" if a in variables(node)), "q", "k"],
+    }[part.kind]  # fmt: skip
+    wanted = [
+        str(i.value) if i.op == "var" else "*" for i in node.args if i.op != "const"
+    ]
+    sums = [n for n, a in enumerate(letters) if a not in wanted]
+    text = part.name
+    if sums:
+        text += f".sum({sums[0] if len(sums) == 1 else tuple(sums)})"
+    left = [a for a in letters if a in wanted]
+    if wanted.count("*") > 1:
+        lengths = tuple(operand.axes[i] for i in computed(node))
+        text += f".unflatten({left.index('*')}, {lengths})"
+        place = left.index("*")
+        left[place : place + 1] = ["*"] * len(lengths)
+    order = []
+    free = list(enumerate(left))
+    for a in wanted:
+        n = next(i for i, (_, b) in enumerate(free) if b == a)
+        order.append(free.pop(n)[0])
+    if order != sorted(order):
+        text += f".permute({', '.join(map(str, order))})"
+    whole = all(
+        index.op != "const"
+        and not (index.op == "var" and isinstance(axis, int))
+        and not (index.op == "var" and axis != index.value)
+        for axis, index in zip(operand.axes, node.args, strict=True)
+    )
+    if whole:
+        return text, ""
+    at = [
+        str(i.value)
+        if i.op == "const"
+        else f":{SIZES[str(i.value)]}"
+        if i.op == "var"
+        else ":"
+        for i in node.args
+    ]
+    return text, ", ".join(at)
+
+
+_PAIRS = (
+    ("q_start", "k_start"), ("Q_BLOCK", "K_BLOCK"), ("q_len", "kv_len"), ("q_lo", "k_lo"),
+    ("q_hi", "k_hi"), ("Q_OFFSET", "K_OFFSET"), ("key", "query"), ("Key", "Query"),
+)  # fmt: skip
+_NAMES = {x: y for pair in _PAIRS for x, y in (pair, pair[::-1])}
+_NAMES |= {"kv_end": "q_end", "q_length": "kv_end"}
+_WORD = re.compile(r"\b(" + "|".join(_NAMES) + r")\b")
+
+
+def exchanged(line: str) -> str:
+    """A statement about queries that visit keys as one about keys that visit queries."""
+    line = re.sub(r"\boffset\b", "Q_OFFSET", line)  # a chunk's own position: K_OFFSET
+    return _WORD.sub(lambda found: _NAMES[found[0]], line)

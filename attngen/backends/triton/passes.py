@@ -1,0 +1,138 @@
+"""The backward pass as choices of its own: which there are, which are legal, what they cost.
+
+Under the names that a forward plan's choices have; in a plan they begin with "backward". One
+kernel holds `q_chunk` queries and goes over their keys, `k_chunk` at a time; another holds as
+many keys and goes over the queries that see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from attngen import slopes
+from attngen.backends.triton import model
+from attngen.backends.triton.candidates import BLOCKS, WARPS, blocks, power_above
+from attngen.cost import Cost
+from attngen.dtypes import BYTES
+from attngen.gpus import Gpu
+from attngen.plans import Choice, Option
+from attngen.spec import AttentionSpec
+from attngen.targets import Target
+from attngen.tiles import Tiles
+
+STAGES = (1, 2, 3, 4)
+VALUES: dict[str, tuple[Option, ...]] = {
+    "q_chunk": BLOCKS, "k_chunk": BLOCKS, "num_warps": WARPS, "num_stages": STAGES,
+}  # fmt: skip
+PRODUCTS = 7  # of a tile: three for dq, four for dk and dv
+
+
+class Passes:
+    """See `backends.Backward`."""
+
+    def space(
+        self, spec: AttentionSpec, target: Target, *, whole: bool = False
+    ) -> Mapping[str, Mapping[str, Sequence[Option]]]:
+        longest = max(spec.q_len, spec.kv_len)
+        return {
+            "two_passes": {
+                "q_chunk": blocks(longest, 256 if whole else 128),
+                "k_chunk": blocks(longest, 256 if whole else 64),
+                "num_warps": WARPS if whole else (2, 4, 8),
+                "num_stages": STAGES if whole else (1, 2),
+            }
+        }
+
+    def illegal(
+        self, spec: AttentionSpec, target: Target, choice: Choice
+    ) -> str | None:
+        for name, values in VALUES.items():
+            value = choice.get(name, values[0])
+            if isinstance(value, bool) or value not in values:
+                return f"{name} must be one of {', '.join(map(str, values))}"
+        gpu = target.gpu
+        if gpu is None:
+            return f"Triton makes kernels for GPUs; {target.name} is none"
+        threads = int(choice["num_warps"]) * gpu.warp_size
+        if threads > 1024:
+            return (
+                f"{choice['num_warps']} warps are {threads} threads; a block has 1024"
+            )
+        if (shared := shared_bytes(spec, choice)) > gpu.shared_bytes:
+            return (
+                f"tiles need {shared} bytes of shared memory; "
+                f"{target.name} has {gpu.shared_bytes} a block"
+            )
+        need, most = registers(spec, choice, gpu), _most(choice, gpu)
+        if need > most:
+            return f"tiles need {need} registers a thread; {target.name} has {most} for each"
+        return None
+
+    def kept_bytes(self, spec: AttentionSpec, target: Target) -> int:
+        """norm of each row, and mass (see backward.py)."""
+        return _rows(spec) * (2 if spec.dtype == "float32" else 1)
+
+    def cost(
+        self, spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles
+    ) -> Cost:
+        """Modelled as so many products of the forward pass in such tiles."""
+        own = {
+            "algorithm": "running", "order": "forward", "head_dim": "padded",
+            "loads": "pointers", **choice,
+        }  # fmt: skip
+        forward = model.cost(replace(spec, derivatives=None), target, own, tiles)
+        bytes_ = self.kept_bytes(spec, target) + _rows(spec) + _sums(spec, choice)
+        return replace(forward, temp_bytes=bytes_, time_s=forward.time_s * PRODUCTS / 2)
+
+    def flop(self, spec: AttentionSpec, choice: Choice, tiles: Tiles) -> int:
+        """Of the products: three for dq, four for dk and dv."""
+        dims = 4 * spec.qk_dim + 3 * spec.v_dim
+        tile = 2 * int(choice["q_chunk"]) * int(choice["k_chunk"]) * dims
+        return spec.batch * spec.q_heads * tiles.visited * tile
+
+    def describe(self, choice: Choice) -> str:
+        """A candidate in a few words."""
+        warps, stages = choice.get("num_warps"), choice.get("num_stages")
+        text = f"two passes · {choice['q_chunk']} held × {choice['k_chunk']} a step"
+        if warps is not None:
+            text += f" · {warps} warp{'s' * (warps != 1)}"
+        if stages is not None:
+            text += f" · {stages} stage{'s' * (stages != 1)}"
+        return text
+
+
+def _rows(spec: AttentionSpec) -> int:
+    """Bytes of one float32 a row."""
+    return 4 * spec.batch * spec.q_heads * spec.q_len
+
+
+def _sums(spec: AttentionSpec, choice: Choice) -> int:
+    """What kernels write for operands' gradients before it is added up."""
+    total = 0
+    for operand in slopes.trained(spec):
+        own = 2 * 4 * spec.bytes_of(operand.name) // BYTES[operand.dtype]
+        total += own + _rows(spec) * spec.kv_len // spec.q_len + _rows(spec)
+    return total
+
+
+def shared_bytes(spec: AttentionSpec, choice: Choice) -> int:
+    """Modelled: what a program holds of two tensors, what it visits of two, p and ds."""
+    size = BYTES[spec.dtype]
+    dims = power_above(spec.qk_dim) + power_above(spec.v_dim)
+    held, step = int(choice["q_chunk"]), int(choice["k_chunk"])
+    stages = max(1, int(choice["num_stages"]) - 1)
+    return size * (held * dims + step * dims * stages + held * step)
+
+
+def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
+    """Modelled, of a thread: dk and dv, and a tile of s, p and ds."""
+    dims = power_above(spec.qk_dim) + power_above(spec.v_dim)
+    held, step = int(choice["q_chunk"]), int(choice["k_chunk"])
+    threads = int(choice["num_warps"]) * gpu.warp_size
+    return held * (dims + 3 * step) // threads + 40
+
+
+def _most(choice: Choice, gpu: Gpu) -> int:
+    threads = int(choice["num_warps"]) * gpu.warp_size
+    return min(gpu.max_registers, gpu.registers // threads)
