@@ -238,6 +238,7 @@ class Backward:
     def _lines(self) -> list[str]:
         code: SlopeCode = self.made
         lines = [*code.code.rows, *code.code.keys, *code.code.score, *code.code.mask]
+        lines += code.code.kept
         return [*lines, *(x for x, _ in code.back)]
 
     def _tile_parameters(self) -> list[str]:
@@ -245,6 +246,8 @@ class Backward:
         blocks = ["q", "k", *(["v", "dout"] if self.out else []), *kept(self.spec)]
         blocks += ["alive", "delta"]
         text = "\n".join(self._lines())
+        if self.spec.dropout and self.out:
+            text += "seed_ptr seed_stride_0"
         names = ["q_start", "c", "q_len", "kv_len", "kv_end", "q_length", "offset"]
         names += ["b_index", "h_index"]
         names += [f"{o.name}_ptr" for o in self.spec.operands] + self._operand_strides()

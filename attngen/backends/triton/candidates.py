@@ -29,10 +29,6 @@ _BUILT: dict[str, tuple[tuple[object, ...], str]] = {
         (None, "vjp"),
         'backend="jax" has derivatives of any order',
     ),
-    "dropout": (
-        (0.0,),
-        'backend="jax" has it; or dataclasses.replace(spec, dropout=0.0)',
-    ),
     "storage": (("dense",), 'pad into storage="dense" with kv_lengths=True'),
     "kv_dtype": ((None,), "convert k and v to spec.dtype first"),
     "batch_shards": ((1,), "a spec of what one device has"),

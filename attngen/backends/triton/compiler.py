@@ -44,7 +44,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as it is by default, u
 POINTERS = {
     "float64": "*fp64", "float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16",
     "float8_e4m3": "*fp8e4nv", "int64": "*i64", "int32": "*i32", "int8": "*i8",
-    "bool": "*i1",
+    "uint32": "*u32", "bool": "*i1",
 }  # fmt: skip
 Shape = tuple[str, Sequence[int], str]
 

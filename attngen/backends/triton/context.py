@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from attngen import targets
+from attngen import philox, targets
 from attngen.backends.triton.backward import Backward, kept
 from attngen.backends.triton.bounds import (
     Bounds,
@@ -103,6 +103,8 @@ def context(plan: Plan) -> dict[str, Any]:
         "back": back,
         "kept": kept(spec),
         "mass": "mass" in kept(spec),
+        "dropout": spec.dropout,
+        "threshold": philox.threshold(spec.dropout),
         "narrow": spec.out_dtype_name != spec.dtype,
     }
 
@@ -215,6 +217,8 @@ def _constants(plan: Plan, folded: bool) -> dict[str, Any]:
         lines.append(("SCALE", repr(scale), ""))
     if not folded or spec.sink:
         lines.append(("LOG2E", repr(LOG2E), "exp(s) is 2**(s * LOG2E)"))
+    if spec.dropout:
+        lines.append(("DROPOUT", repr(spec.dropout), "share of weights that are 0"))
     if "lse" in spec.outputs:
         lines.append(("LN2", "0.6931471805599453", ""))
     if offset_source(spec) == "constant" and spec.expressions:

@@ -31,12 +31,14 @@ class TileCode:
     keys: in the tile: positions of keys, and operands that the scores read.
     score: the scores, in order.
     mask: what the mask reads, and the mask as `seen`.
+    kept: which weights dropout keeps.
     """
 
     rows: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     score: list[str] = field(default_factory=list)
     mask: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
 
 
 class Writer:
@@ -92,6 +94,11 @@ class Writer:
                 del self.gathered[node]  # the next score has another s
         if edge:
             self._mask()
+        if self.spec.dropout:
+            self._variable("q", self.rows)
+            self._variable("k", self.code.keys)
+            at = f"b_index, h_index, {self.names['q']}, {self.names['k']}"
+            self.code.kept = [f"kept = _dropout(seed, {at})"]
         return self.code
 
     def before(self, i: int) -> None:
