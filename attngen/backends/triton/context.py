@@ -104,6 +104,7 @@ def context(plan: Plan) -> dict[str, Any]:
         "kept": kept(spec),
         "mass": "mass" in kept(spec),
         "dropout": spec.dropout,
+        "aligned": spec.kv_offset % 4 == 0,
         "threshold": philox.threshold(spec.dropout),
         "narrow": spec.out_dtype_name != spec.dtype,
     }

@@ -56,7 +56,7 @@ class SlopeWriter(Writer):
     Queries are the tile's axis ROWS, 0 or 1, as rows and cols lie.
     """
 
-    at_rows, at_cols, blank = "rows", "cols", "blank"
+    at_rows, at_cols, blank, axis = "rows", "cols", "blank", "ROWS"
 
     def slopes(self) -> SlopeCode:
         self.known: dict[int, dict[Expr, str]] = {}

@@ -44,7 +44,8 @@ class TileCode:
 class Writer:
     """Writes the code of interior tiles and of edge tiles, which share their rows.
 
-    at_rows, at_cols, blank: how rows and columns lie in a tile, and a tile of zeros.
+    at_rows, at_cols, blank: how rows and columns lie in a tile, and a tile of zeros; axis:
+    of the rows.
 
     Args:
         env: what variables can be, whatever the lengths are at run time.
@@ -52,7 +53,7 @@ class Writer:
     """
 
     at_rows, at_cols = "rows[:, None]", "cols[None, :]"
-    blank = "tl.zeros((Q_BLOCK, K_BLOCK), tl.float32)"
+    blank, axis = "tl.zeros((Q_BLOCK, K_BLOCK), tl.float32)", "0"
 
     def __init__(
         self,
@@ -96,8 +97,13 @@ class Writer:
             self._mask()
         if self.spec.dropout:
             self._variable("q", self.rows)
-            self._variable("k", self.code.keys)
-            at = f"b_index, h_index, {self.names['q']}, {self.names['k']}"
+            at = f"b_index, h_index, {self.names['q']}"
+            if self.spec.kv_offset % 4:
+                self._variable("k", self.code.keys)
+                at += f", {self.names['k']}"
+            else:  # four words at a time
+                shift = " + K_OFFSET" if self.spec.kv_offset else ""
+                at += f", c * K_BLOCK{shift}, K_BLOCK, {self.axis}"
             self.code.kept = [f"kept = _dropout(seed, {at})"]
         return self.code
 
