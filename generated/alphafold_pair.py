@@ -56,6 +56,7 @@ def attention(q, k, v, *, pair_bias):
     _check("k", k, (B, S, G, D), "float32")
     _check("v", v, (B, S, G, D), "float32")
     _check("pair_bias", pair_bias, (H, T, S), "float32")
+    q, k, v, pair_bias = _alike(q, k, v, pair_bias)
 
     return _attention(q, k, v, pair_bias)
 
@@ -133,9 +134,9 @@ def _forward(q, k, v, pair_bias):
         def interior(c, carry):
             return _add(carry, *tile(c), unseen=True)
 
-        m = jnp.full((G_CHUNK, Q_CHUNK), -jnp.inf, jnp.float32)
-        total = jnp.zeros((G_CHUNK, Q_CHUNK), jnp.float32)
-        acc = jnp.zeros((G_CHUNK, Q_CHUNK, D), jnp.float32)
+        m = jnp.full_like(rows, -jnp.inf, jnp.float32, (G_CHUNK, Q_CHUNK))
+        total = jnp.zeros_like(rows, jnp.float32, (G_CHUNK, Q_CHUNK))
+        acc = jnp.zeros_like(rows, jnp.float32, (G_CHUNK, Q_CHUNK, D))
         carry = m, total, acc
         carry = interior(0, carry)
         m, total, acc = carry
@@ -148,8 +149,8 @@ def _forward(q, k, v, pair_bias):
         lse_all = lax.dynamic_update_slice(lse_all, lse, (b, 0, 0))
         return out_all, lse_all
 
-    out_all = jnp.zeros((B, T, H, D), jnp.float32)
-    lse_all = jnp.zeros((B, H, T), jnp.float32)
+    out_all = jnp.zeros_like(q, jnp.float32, (B, T, H, D))
+    lse_all = jnp.zeros_like(q, jnp.float32, (B, H, T))
     return lax.fori_loop(0, B, queries, (out_all, lse_all))
 
 
@@ -234,7 +235,7 @@ def _backward(q, k, v, pair_bias, lse, dout):
             total, weighted = tile(b, of_queries, of_keys)
             return carry[0] + total, carry[1] + weighted
 
-        carry = (jnp.zeros((G_BLOCK, Q_BLOCK), jnp.float32),) * 2
+        carry = (jnp.zeros_like(q, jnp.float32, (G_BLOCK, Q_BLOCK)),) * 2
         carry = add(0, carry)
         total, weighted = carry
         total = jnp.where(total == 0, 1, total)  # a row that saw no key
@@ -245,8 +246,8 @@ def _backward(q, k, v, pair_bias, lse, dout):
             made.append(lax.dynamic_update_slice(whole, here, at))
         return tuple(made)
 
-    mass = jnp.full((B, H, T), 4, jnp.float32)
-    delta = jnp.full((B, H, T), 5, jnp.float32)
+    mass = jnp.full_like(q, 4, jnp.float32, (B, H, T))
+    delta = jnp.full_like(q, 5, jnp.float32, (B, H, T))
     carried = mass, delta
     mass, delta = lax.fori_loop(0, B, deltas, carried)
 
@@ -276,7 +277,7 @@ def _backward(q, k, v, pair_bias, lse, dout):
                 dq_here += jnp.einsum("gqk,kgd->gqd", ds, kc)
                 return dq_here, dk_here, dv_here, sums
 
-            dq_here = jnp.zeros((G_BLOCK, Q_BLOCK, D), jnp.float32)
+            dq_here = jnp.zeros_like(q, jnp.float32, (G_BLOCK, Q_BLOCK, D))
             carry = dq_here, dk_here, dv_here, sums
             carry = add(0, carry)
             dq_here, dk_here, dv_here, sums = carry
@@ -287,8 +288,8 @@ def _backward(q, k, v, pair_bias, lse, dout):
             dq = lax.dynamic_update_slice(dq, dq_here, at)
             return dq, dk_here, dv_here, sums
 
-        dk_here = jnp.zeros((G_BLOCK, D, S), jnp.float32)
-        dv_here = jnp.zeros((G_BLOCK, D, S), jnp.float32)
+        dk_here = jnp.zeros_like(q, jnp.float32, (G_BLOCK, D, S))
+        dv_here = jnp.zeros_like(q, jnp.float32, (G_BLOCK, D, S))
         carried = dq, dk_here, dv_here, sums
         dq, dk_here, dv_here, sums = queries(0, carried)
         at = (b, 0, 0, 0)
@@ -301,10 +302,10 @@ def _backward(q, k, v, pair_bias, lse, dout):
         return dq, dk, dv, sums
 
     # written whole, whatever it begins with: of arrays that begin alike XLA makes one
-    dq = jnp.full((B, T, H, D), 1, jnp.float32)
-    dk = jnp.full((B, S, G, D), 2, jnp.float32)
-    dv = jnp.full((B, S, G, D), 3, jnp.float32)
-    sums = (jnp.zeros(pair_bias.shape, jnp.float32),)
+    dq = jnp.full_like(q, 1, jnp.float32, (B, T, H, D))
+    dk = jnp.full_like(q, 2, jnp.float32, (B, S, G, D))
+    dv = jnp.full_like(q, 3, jnp.float32, (B, S, G, D))
+    sums = (jnp.zeros_like(pair_bias, jnp.float32),)
     carried = dq, dk, dv, sums
     dq, dk, dv, sums = lax.fori_loop(0, B, heads, carried)
     (d_pair_bias,) = sums
@@ -318,6 +319,18 @@ def _add_at(x, part, at):
 def _check(name, x, shape, dtype):
     if x.shape != shape or x.dtype != dtype:
         raise TypeError(f"{name} is {x.dtype}{x.shape}, not {dtype}{shape}")
+
+
+def _alike(*arrays):
+    """The arrays; in a jax.shard_map each varies over all devices that any varies over.
+
+    What a loop carries has to begin so, and does by zeros_like. Gradients of an array
+    are summed over the devices that it didn't vary over.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return arrays
+    nought = sum(jnp.zeros_like(x, jnp.int32, ()) for x in arrays)
+    return [x + nought.astype(x.dtype) for x in arrays]
 
 
 def _add(carry, s, vc, *, unseen=False):

@@ -47,6 +47,7 @@ def attention(q, k, v, *, kv_lengths):
     _check("v", v, (B, S, G, D), "float32")
     _check("kv_lengths", kv_lengths, (B,), "int32")
     kv_lengths = jnp.minimum(kv_lengths, S)
+    q, k, v, kv_lengths = _alike(q, k, v, kv_lengths)
 
     def queries(step, out_all):
         """One chunk of queries of the heads that are computed together."""
@@ -98,9 +99,9 @@ def attention(q, k, v, *, kv_lengths):
                 carry = interior(UNROLL * c + i, carry)
             return carry
 
-        m = jnp.full((G_CHUNK, Q_CHUNK), -jnp.inf, jnp.float32)
-        total = jnp.zeros((G_CHUNK, Q_CHUNK), jnp.float32)
-        acc = jnp.zeros((G_CHUNK, Q_CHUNK, D), jnp.float32)
+        m = jnp.full_like(rows, -jnp.inf, jnp.float32, (G_CHUNK, Q_CHUNK))
+        total = jnp.zeros_like(rows, jnp.float32, (G_CHUNK, Q_CHUNK))
+        acc = jnp.zeros_like(rows, jnp.float32, (G_CHUNK, Q_CHUNK, D))
         carry = m, total, acc
         steps = jnp.maximum(full_last // UNROLL, 0)
         carry = lax.fori_loop(0, steps, interiors, carry)
@@ -114,13 +115,25 @@ def attention(q, k, v, *, kv_lengths):
         out_all = lax.dynamic_update_slice(out_all, out, (b, 0, 0, 0))
         return out_all
 
-    out_all = jnp.zeros((B, T, H, D), jnp.float32)
+    out_all = jnp.zeros_like(q, jnp.float32, (B, T, H, D))
     return lax.fori_loop(0, B, queries, out_all)
 
 
 def _check(name, x, shape, dtype):
     if x.shape != shape or x.dtype != dtype:
         raise TypeError(f"{name} is {x.dtype}{x.shape}, not {dtype}{shape}")
+
+
+def _alike(*arrays):
+    """The arrays; in a jax.shard_map each varies over all devices that any varies over.
+
+    What a loop carries has to begin so, and does by zeros_like. Gradients of an array
+    are summed over the devices that it didn't vary over.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return arrays
+    nought = sum(jnp.zeros_like(x, jnp.int32, ()) for x in arrays)
+    return [x + nought.astype(x.dtype) for x in arrays]
 
 
 def _add(carry, s, vc, *, unseen=False):

@@ -51,6 +51,7 @@ def attention(q, k, v, *, slopes):
     _check("k", k, (B, G, S, D), "float32")
     _check("v", v, (B, G, S, D), "float32")
     _check("slopes", slopes, (H,), "float32")
+    q, k, v, slopes = _alike(q, k, v, slopes)
 
     def queries(step, carried):
         """One chunk of queries of the heads that are computed together."""
@@ -112,9 +113,9 @@ def attention(q, k, v, *, slopes):
                 carry = interior(UNROLL * c + i, carry)
             return carry
 
-        m = jnp.full((G_CHUNK, Q_CHUNK), -jnp.inf, jnp.float32)
-        total = jnp.zeros((G_CHUNK, Q_CHUNK), jnp.float32)
-        acc = jnp.zeros((G_CHUNK, Q_CHUNK, D), jnp.float32)
+        m = jnp.full_like(rows, -jnp.inf, jnp.float32, (G_CHUNK, Q_CHUNK))
+        total = jnp.zeros_like(rows, jnp.float32, (G_CHUNK, Q_CHUNK))
+        acc = jnp.zeros_like(rows, jnp.float32, (G_CHUNK, Q_CHUNK, D))
         carry = m, total, acc
         steps = jnp.maximum(full_last // UNROLL, 0)
         carry = lax.fori_loop(0, steps, interiors, carry)
@@ -129,14 +130,26 @@ def attention(q, k, v, *, slopes):
         lse_all = lax.dynamic_update_slice(lse_all, lse, (0, 0, q_start))
         return out_all, lse_all
 
-    out_all = jnp.zeros((B, H, T, D), jnp.float32)
-    lse_all = jnp.zeros((B, H, T), jnp.float32)
+    out_all = jnp.zeros_like(q, jnp.float32, (B, H, T, D))
+    lse_all = jnp.zeros_like(q, jnp.float32, (B, H, T))
     return lax.fori_loop(0, Q_CHUNKS, queries, (out_all, lse_all))
 
 
 def _check(name, x, shape, dtype):
     if x.shape != shape or x.dtype != dtype:
         raise TypeError(f"{name} is {x.dtype}{x.shape}, not {dtype}{shape}")
+
+
+def _alike(*arrays):
+    """The arrays; in a jax.shard_map each varies over all devices that any varies over.
+
+    What a loop carries has to begin so, and does by zeros_like. Gradients of an array
+    are summed over the devices that it didn't vary over.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return arrays
+    nought = sum(jnp.zeros_like(x, jnp.int32, ()) for x in arrays)
+    return [x + nought.astype(x.dtype) for x in arrays]
 
 
 def _add(carry, s, vc, *, unseen=False):

@@ -46,6 +46,7 @@ def attention(q, k, v):
     _check("q", q, (B, T, H, D), "bfloat16")
     _check("k", k, (B, S, G, D), "bfloat16")
     _check("v", v, (B, S, G, D), "bfloat16")
+    q, k, v = _alike(q, k, v)
 
     def queries(step, out_all):
         """One chunk of queries of the heads that are computed together."""
@@ -106,9 +107,9 @@ def attention(q, k, v):
                 carry = interior(full_first + UNROLL * c + i, carry)
             return carry
 
-        m = jnp.full((G_CHUNK, R, Q_CHUNK), -jnp.inf, jnp.float32)
-        total = jnp.zeros((G_CHUNK, R, Q_CHUNK), jnp.float32)
-        acc = jnp.zeros((G_CHUNK, R, Q_CHUNK, D), jnp.float32)
+        m = jnp.full_like(rows, -jnp.inf, jnp.float32, (G_CHUNK, R, Q_CHUNK))
+        total = jnp.zeros_like(rows, jnp.float32, (G_CHUNK, R, Q_CHUNK))
+        acc = jnp.zeros_like(rows, jnp.float32, (G_CHUNK, R, Q_CHUNK, D))
         carry = m, total, acc
         carry = lax.fori_loop(first, full_first, edge, carry)
         steps = jnp.maximum((full_last - full_first) // UNROLL, 0)
@@ -124,13 +125,25 @@ def attention(q, k, v):
         out_all = lax.dynamic_update_slice(out_all, out, (0, q_start, g * R, 0))
         return out_all
 
-    out_all = jnp.zeros((B, T, H, D), jnp.bfloat16)
+    out_all = jnp.zeros_like(q, jnp.bfloat16, (B, T, H, D))
     return lax.fori_loop(0, (G // G_CHUNK) * Q_CHUNKS, queries, out_all)
 
 
 def _check(name, x, shape, dtype):
     if x.shape != shape or x.dtype != dtype:
         raise TypeError(f"{name} is {x.dtype}{x.shape}, not {dtype}{shape}")
+
+
+def _alike(*arrays):
+    """The arrays; in a jax.shard_map each varies over all devices that any varies over.
+
+    What a loop carries has to begin so, and does by zeros_like. Gradients of an array
+    are summed over the devices that it didn't vary over.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return arrays
+    nought = sum(jnp.zeros_like(x, jnp.int32, ()) for x in arrays)
+    return [x + nought.astype(x.dtype) for x in arrays]
 
 
 def _add(carry, s, vc, *, unseen=False):

@@ -52,6 +52,7 @@ def attention(q, k, v, *, document_ids):
     _check("k", k, (B, S, G, D), "bfloat16")
     _check("v", v, (B, S, G, D), "bfloat16")
     _check("document_ids", document_ids, (B, S), "int32")
+    q, k, v, document_ids = _alike(q, k, v, document_ids)
 
     document_ids_at_chunks = _extremes(document_ids, K_CHUNK)
 
@@ -129,9 +130,9 @@ def attention(q, k, v, *, document_ids):
         def edge(i, carry):
             return _add(carry, *masked(order[i]), unseen=True)
 
-        m = jnp.full((B_CHUNK, G_CHUNK, Q_CHUNK), -jnp.inf, jnp.float32)
-        total = jnp.zeros((B_CHUNK, G_CHUNK, Q_CHUNK), jnp.float32)
-        acc = jnp.zeros((B_CHUNK, G_CHUNK, Q_CHUNK, D), jnp.float32)
+        m = jnp.full_like(rows, -jnp.inf, jnp.float32, (B_CHUNK, G_CHUNK, Q_CHUNK))
+        total = jnp.zeros_like(rows, jnp.float32, (B_CHUNK, G_CHUNK, Q_CHUNK))
+        acc = jnp.zeros_like(rows, jnp.float32, (B_CHUNK, G_CHUNK, Q_CHUNK, D))
         carry = m, total, acc
         carry = lax.fori_loop(0, full, interior, carry)
         carry = lax.fori_loop(full, visited, edge, carry)
@@ -143,13 +144,25 @@ def attention(q, k, v, *, document_ids):
         out_all = lax.dynamic_update_slice(out_all, out, (0, q_start, 0, 0))
         return out_all
 
-    out_all = jnp.zeros((B, T, H, D), jnp.bfloat16)
+    out_all = jnp.zeros_like(q, jnp.bfloat16, (B, T, H, D))
     return lax.fori_loop(0, Q_CHUNKS, queries, out_all)
 
 
 def _check(name, x, shape, dtype):
     if x.shape != shape or x.dtype != dtype:
         raise TypeError(f"{name} is {x.dtype}{x.shape}, not {dtype}{shape}")
+
+
+def _alike(*arrays):
+    """The arrays; in a jax.shard_map each varies over all devices that any varies over.
+
+    What a loop carries has to begin so, and does by zeros_like. Gradients of an array
+    are summed over the devices that it didn't vary over.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return arrays
+    nought = sum(jnp.zeros_like(x, jnp.int32, ()) for x in arrays)
+    return [x + nought.astype(x.dtype) for x in arrays]
 
 
 def _extremes(x, chunk):

@@ -52,6 +52,7 @@ def attention(q, k, v):
     _check("q", q, (B, T, H, D), "bfloat16")
     _check("k", k, (B, S, G, D), "bfloat16")
     _check("v", v, (B, S, G, D), "bfloat16")
+    q, k, v = _alike(q, k, v)
 
     # Shards come first, one on each device, and what lies there is sliced: XLA gathers
     # an axis that is both sharded and sliced.
@@ -114,9 +115,9 @@ def attention(q, k, v):
             s = jnp.concatenate([part, s[:, :, :, K_STEP:]], 3)
             return _add(carry, s, vc, unseen=True)
 
-        m = jnp.full((B_CHUNK, G_CHUNK, R, Q_CHUNK), -jnp.inf, jnp.float32)
-        total = jnp.zeros((B_CHUNK, G_CHUNK, R, Q_CHUNK), jnp.float32)
-        acc = jnp.zeros((B_CHUNK, G_CHUNK, R, Q_CHUNK, D), jnp.float32)
+        m = jnp.full_like(rows, -jnp.inf, jnp.float32, (B_CHUNK, G_CHUNK, R, Q_CHUNK))
+        total = jnp.zeros_like(rows, jnp.float32, (B_CHUNK, G_CHUNK, R, Q_CHUNK))
+        acc = jnp.zeros_like(rows, jnp.float32, (B_CHUNK, G_CHUNK, R, Q_CHUNK, D))
         carry = m, total, acc
         carry = lax.fori_loop(0, full_last, interior, carry)
         done = []
@@ -136,7 +137,9 @@ def attention(q, k, v):
         out_all = lax.dynamic_update_slice(out_all, out, (0, 0, b, q_start, g * R, 0))
         return out_all
 
-    out_all = jnp.zeros((B_SHARDS, H_SHARDS, B_PART, T, H_PART, D), jnp.bfloat16)
+    out_all = jnp.zeros_like(
+        q, jnp.bfloat16, (B_SHARDS, H_SHARDS, B_PART, T, H_PART, D)
+    )
     out_all = lax.fori_loop(0, steps, queries, out_all)
     out = out_all.transpose(0, 2, 3, 1, 4, 5).reshape(B, T, H, D)
     return out
@@ -145,6 +148,18 @@ def attention(q, k, v):
 def _check(name, x, shape, dtype):
     if x.shape != shape or x.dtype != dtype:
         raise TypeError(f"{name} is {x.dtype}{x.shape}, not {dtype}{shape}")
+
+
+def _alike(*arrays):
+    """The arrays; in a jax.shard_map each varies over all devices that any varies over.
+
+    What a loop carries has to begin so, and does by zeros_like. Gradients of an array
+    are summed over the devices that it didn't vary over.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return arrays
+    nought = sum(jnp.zeros_like(x, jnp.int32, ()) for x in arrays)
+    return [x + nought.astype(x.dtype) for x in arrays]
 
 
 def _add(carry, s, vc, *, unseen=False):

@@ -66,6 +66,7 @@ def attention(q, k, v, *, sink):
     _check("k", k, (B, S, G, D), "float32")
     _check("v", v, (B, S, G, D), "float32")
     _check("sink", sink, (H,), "float32")
+    q, k, v, sink = _alike(q, k, v, sink)
 
     return _attention(q, k, v, sink)
 
@@ -160,9 +161,9 @@ def _forward(q, k, v, sink):
                 carry = interior(UNROLL * c + i, carry)
             return carry
 
-        m = jnp.full((R, Q_CHUNK), -jnp.inf, jnp.float32)
-        total = jnp.zeros((R, Q_CHUNK), jnp.float32)
-        acc = jnp.zeros((R, Q_CHUNK, D), jnp.float32)
+        m = jnp.full_like(rows, -jnp.inf, jnp.float32, (R, Q_CHUNK))
+        total = jnp.zeros_like(rows, jnp.float32, (R, Q_CHUNK))
+        acc = jnp.zeros_like(rows, jnp.float32, (R, Q_CHUNK, D))
         carry = m, total, acc
         steps = jnp.maximum(full_last // UNROLL, 0)
         carry = lax.fori_loop(0, steps, interiors, carry)
@@ -195,9 +196,9 @@ def _forward(q, k, v, sink):
         mass_all = lax.dynamic_update_slice(mass_all, mass, (0, g * R, q_start))
         return out_all, lse_all, mass_all
 
-    out_all = jnp.zeros((B, T, H, D), jnp.float32)
-    lse_all = jnp.zeros((B, H, T), jnp.float32)
-    mass_all = jnp.ones((B, H, T), jnp.float32)
+    out_all = jnp.zeros_like(q, jnp.float32, (B, T, H, D))
+    lse_all = jnp.zeros_like(q, jnp.float32, (B, H, T))
+    mass_all = jnp.ones_like(q, jnp.float32, (B, H, T))
     return lax.fori_loop(0, G * Q_CHUNKS, queries, (out_all, lse_all, mass_all))
 
 
@@ -307,7 +308,7 @@ def _backward(q, k, v, sink, out, lse, mass, dout, dlse):
                 dq_here += jnp.einsum("rqk,kd->rqd", ds, kc)
                 return dq_here, dk_here, dv_here
 
-            dq_here = jnp.zeros((R, Q_BLOCK, D), jnp.float32)
+            dq_here = jnp.zeros_like(q, jnp.float32, (R, Q_BLOCK, D))
             carry = dq_here, dk_here, dv_here
             carry = lax.fori_loop(0, full_last, partial(add, masked=False), carry)
             carry = lax.fori_loop(full_last, last, partial(add, masked=True), carry)
@@ -319,8 +320,8 @@ def _backward(q, k, v, sink, out, lse, mass, dout, dlse):
             dq = lax.dynamic_update_slice(dq, dq_here, at)
             return dq, dk_here, dv_here
 
-        dk_here = jnp.zeros((D, S), jnp.float32)
-        dv_here = jnp.zeros((D, S), jnp.float32)
+        dk_here = jnp.zeros_like(q, jnp.float32, (D, S))
+        dv_here = jnp.zeros_like(q, jnp.float32, (D, S))
         carried = dq, dk_here, dv_here
         dq, dk_here, dv_here = lax.fori_loop(0, Q_BLOCKS, queries, carried)
         dk_here = dk_here / LOG2E
@@ -334,9 +335,9 @@ def _backward(q, k, v, sink, out, lse, mass, dout, dlse):
         return dq, dk, dv
 
     # written whole, whatever it begins with: of arrays that begin alike XLA makes one
-    dq = jnp.full((B, T, H, D), 1, jnp.float32)
-    dk = jnp.full((B, S, G, D), 2, jnp.float32)
-    dv = jnp.full((B, S, G, D), 3, jnp.float32)
+    dq = jnp.full_like(q, 1, jnp.float32, (B, T, H, D))
+    dk = jnp.full_like(q, 2, jnp.float32, (B, S, G, D))
+    dv = jnp.full_like(q, 3, jnp.float32, (B, S, G, D))
     carried = dq, dk, dv
     dq, dk, dv = lax.fori_loop(0, G, heads, carried)
     return dq, dk, dv, d_sink
@@ -349,6 +350,18 @@ def _add_at(x, part, at):
 def _check(name, x, shape, dtype):
     if x.shape != shape or x.dtype != dtype:
         raise TypeError(f"{name} is {x.dtype}{x.shape}, not {dtype}{shape}")
+
+
+def _alike(*arrays):
+    """The arrays; in a jax.shard_map each varies over all devices that any varies over.
+
+    What a loop carries has to begin so, and does by zeros_like. Gradients of an array
+    are summed over the devices that it didn't vary over.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return arrays
+    nought = sum(jnp.zeros_like(x, jnp.int32, ()) for x in arrays)
+    return [x + nought.astype(x.dtype) for x in arrays]
 
 
 def _add(carry, s, vc, *, unseen=False):

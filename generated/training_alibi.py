@@ -64,6 +64,7 @@ def attention(q, k, v, *, slopes):
     _check("k", k, (B, G, S, D), "float32")
     _check("v", v, (B, G, S, D), "float32")
     _check("slopes", slopes, (H,), "float32")
+    q, k, v, slopes = _alike(q, k, v, slopes)
 
     return _attention(q, k, v, slopes)
 
@@ -170,9 +171,9 @@ def _forward(q, k, v, slopes):
                 carry = interior(UNROLL * c + i, carry)
             return carry
 
-        m = jnp.full((G_CHUNK, Q_CHUNK), -jnp.inf, jnp.float32)
-        total = jnp.zeros((G_CHUNK, Q_CHUNK), jnp.float32)
-        acc = jnp.zeros((G_CHUNK, Q_CHUNK, D), jnp.float32)
+        m = jnp.full_like(rows, -jnp.inf, jnp.float32, (G_CHUNK, Q_CHUNK))
+        total = jnp.zeros_like(rows, jnp.float32, (G_CHUNK, Q_CHUNK))
+        acc = jnp.zeros_like(rows, jnp.float32, (G_CHUNK, Q_CHUNK, D))
         carry = m, total, acc
         steps = jnp.maximum(full_last // UNROLL, 0)
         carry = lax.fori_loop(0, steps, interiors, carry)
@@ -187,8 +188,8 @@ def _forward(q, k, v, slopes):
         lse_all = lax.dynamic_update_slice(lse_all, lse, (0, g, q_start))
         return out_all, lse_all
 
-    out_all = jnp.zeros((B, H, T, D), jnp.float32)
-    lse_all = jnp.zeros((B, H, T), jnp.float32)
+    out_all = jnp.zeros_like(q, jnp.float32, (B, H, T, D))
+    lse_all = jnp.zeros_like(q, jnp.float32, (B, H, T))
     return lax.fori_loop(0, (G // G_CHUNK) * Q_CHUNKS, queries, (out_all, lse_all))
 
 
@@ -295,7 +296,7 @@ def _backward(q, k, v, slopes, lse, dout):
             total, weighted = tile(i, c, of_queries, of_keys, masked)
             return carry[0] + total, carry[1] + weighted
 
-        carry = (jnp.zeros((G_BLOCK, Q_BLOCK), jnp.float32),) * 2
+        carry = (jnp.zeros_like(q, jnp.float32, (G_BLOCK, Q_BLOCK)),) * 2
         carry = lax.fori_loop(0, full_last, partial(add, masked=False), carry)
         carry = lax.fori_loop(full_last, last, partial(add, masked=True), carry)
         total, weighted = carry
@@ -309,8 +310,8 @@ def _backward(q, k, v, slopes, lse, dout):
             made.append(lax.dynamic_update_slice(whole, here, at))
         return tuple(made)
 
-    mass = jnp.full((B, H, T), 4, jnp.float32)
-    delta = jnp.full((B, H, T), 5, jnp.float32)
+    mass = jnp.full_like(q, 4, jnp.float32, (B, H, T))
+    delta = jnp.full_like(q, 5, jnp.float32, (B, H, T))
     carried = mass, delta
     mass, delta = lax.fori_loop(0, Q_BLOCKS, deltas, carried)
 
@@ -344,8 +345,8 @@ def _backward(q, k, v, slopes, lse, dout):
             dq = _add_at(dq, part, (0, 0, q_start, 0))
             return dq, dk_here, dv_here, sums
 
-        dk_here = jnp.zeros((G_BLOCK, D, K_BLOCK), jnp.float32)
-        dv_here = jnp.zeros((G_BLOCK, D, K_BLOCK), jnp.float32)
+        dk_here = jnp.zeros_like(q, jnp.float32, (G_BLOCK, D, K_BLOCK))
+        dv_here = jnp.zeros_like(q, jnp.float32, (G_BLOCK, D, K_BLOCK))
         carry = dq, dk_here, dv_here, sums
         carry = lax.fori_loop(first, full_first, partial(add, masked=True), carry)
         carry = lax.fori_loop(full_first, full_last, partial(add, masked=False), carry)
@@ -366,10 +367,10 @@ def _backward(q, k, v, slopes, lse, dout):
         return dq, dk, dv, sums
 
     # written whole, whatever it begins with: of arrays that begin alike XLA makes one
-    dq = jnp.zeros((B, H, T, D), jnp.float32)
-    dk = jnp.full((B, G, S, D), 2, jnp.float32)
-    dv = jnp.full((B, G, S, D), 3, jnp.float32)
-    sums = (jnp.zeros(slopes.shape, jnp.float32),)
+    dq = jnp.zeros_like(q, jnp.float32, (B, H, T, D))
+    dk = jnp.full_like(q, 2, jnp.float32, (B, G, S, D))
+    dv = jnp.full_like(q, 3, jnp.float32, (B, G, S, D))
+    sums = (jnp.zeros_like(slopes, jnp.float32),)
     carried = dq, dk, dv, sums
     dq, dk, dv, sums = lax.fori_loop(0, K_BLOCKS, keys, carried)
     (d_slopes,) = sums
@@ -383,6 +384,18 @@ def _add_at(x, part, at):
 def _check(name, x, shape, dtype):
     if x.shape != shape or x.dtype != dtype:
         raise TypeError(f"{name} is {x.dtype}{x.shape}, not {dtype}{shape}")
+
+
+def _alike(*arrays):
+    """The arrays; in a jax.shard_map each varies over all devices that any varies over.
+
+    What a loop carries has to begin so, and does by zeros_like. Gradients of an array
+    are summed over the devices that it didn't vary over.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return arrays
+    nought = sum(jnp.zeros_like(x, jnp.int32, ()) for x in arrays)
+    return [x + nought.astype(x.dtype) for x in arrays]
 
 
 def _add(carry, s, vc, *, unseen=False):

@@ -73,6 +73,7 @@ def attention(q, k, v, *, seed, document_ids):
     _check("v", v, (B, S, G, D), "float32")
     _check("seed", seed, (2,), "uint32")
     _check("document_ids", document_ids, (B, S), "int32")
+    q, k, v, seed, document_ids = _alike(q, k, v, seed, document_ids)
 
     return _attention(q, k, v, seed, document_ids)
 
@@ -193,9 +194,9 @@ def _forward(q, k, v, seed, document_ids):
         def edge(i, carry):
             return _add(carry, *masked(order[i]), unseen=True)
 
-        m = jnp.full((B_CHUNK, G_CHUNK, Q_CHUNK), -jnp.inf, jnp.float32)
-        total = jnp.zeros((B_CHUNK, G_CHUNK, Q_CHUNK), jnp.float32)
-        acc = jnp.zeros((B_CHUNK, G_CHUNK, Q_CHUNK, D), jnp.float32)
+        m = jnp.full_like(rows, -jnp.inf, jnp.float32, (B_CHUNK, G_CHUNK, Q_CHUNK))
+        total = jnp.zeros_like(rows, jnp.float32, (B_CHUNK, G_CHUNK, Q_CHUNK))
+        acc = jnp.zeros_like(rows, jnp.float32, (B_CHUNK, G_CHUNK, Q_CHUNK, D))
         carry = m, total, acc
         carry = lax.fori_loop(0, full, interior, carry)
         carry = lax.fori_loop(full, visited, edge, carry)
@@ -215,9 +216,9 @@ def _forward(q, k, v, seed, document_ids):
         mass_all = lax.dynamic_update_slice(mass_all, mass, (0, 0, q_start))
         return out_all, lse_all, mass_all
 
-    out_all = jnp.zeros((B, T, H, D), jnp.float32)
-    lse_all = jnp.zeros((B, H, T), jnp.float32)
-    mass_all = jnp.ones((B, H, T), jnp.float32)
+    out_all = jnp.zeros_like(q, jnp.float32, (B, T, H, D))
+    lse_all = jnp.zeros_like(q, jnp.float32, (B, H, T))
+    mass_all = jnp.ones_like(q, jnp.float32, (B, H, T))
     return lax.fori_loop(0, Q_CHUNKS, queries, (out_all, lse_all, mass_all))
 
 
@@ -358,7 +359,7 @@ def _backward(q, k, v, seed, document_ids, out, lse, mass, dout):
                 dq_here += jnp.einsum("bgqk,bkgd->bgqd", ds, kc)
                 return dq_here, dk_here, dv_here
 
-            dq_here = jnp.zeros((B_BLOCK, G_BLOCK, Q_BLOCK, D), jnp.float32)
+            dq_here = jnp.zeros_like(q, jnp.float32, (B_BLOCK, G_BLOCK, Q_BLOCK, D))
             carry = dq_here, dk_here, dv_here
             carry = lax.fori_loop(0, full, partial(add, masked=False), carry)
             carry = lax.fori_loop(full, visited, partial(add, masked=True), carry)
@@ -370,8 +371,8 @@ def _backward(q, k, v, seed, document_ids, out, lse, mass, dout):
             dq = lax.dynamic_update_slice(dq, dq_here, at)
             return dq, dk_here, dv_here
 
-        dk_here = jnp.zeros((B_BLOCK, G_BLOCK, D, S), jnp.float32)
-        dv_here = jnp.zeros((B_BLOCK, G_BLOCK, D, S), jnp.float32)
+        dk_here = jnp.zeros_like(q, jnp.float32, (B_BLOCK, G_BLOCK, D, S))
+        dv_here = jnp.zeros_like(q, jnp.float32, (B_BLOCK, G_BLOCK, D, S))
         carried = dq, dk_here, dv_here
         dq, dk_here, dv_here = lax.fori_loop(0, Q_BLOCKS, queries, carried)
         dk_here = dk_here / LOG2E
@@ -385,9 +386,9 @@ def _backward(q, k, v, seed, document_ids, out, lse, mass, dout):
         return dq, dk, dv
 
     # written whole, whatever it begins with: of arrays that begin alike XLA makes one
-    dq = jnp.full((B, T, H, D), 1, jnp.float32)
-    dk = jnp.full((B, S, G, D), 2, jnp.float32)
-    dv = jnp.full((B, S, G, D), 3, jnp.float32)
+    dq = jnp.full_like(q, 1, jnp.float32, (B, T, H, D))
+    dk = jnp.full_like(q, 2, jnp.float32, (B, S, G, D))
+    dv = jnp.full_like(q, 3, jnp.float32, (B, S, G, D))
     carried = dq, dk, dv
     dq, dk, dv = heads(0, carried)
     return dq, dk, dv
@@ -400,6 +401,18 @@ def _add_at(x, part, at):
 def _check(name, x, shape, dtype):
     if x.shape != shape or x.dtype != dtype:
         raise TypeError(f"{name} is {x.dtype}{x.shape}, not {dtype}{shape}")
+
+
+def _alike(*arrays):
+    """The arrays; in a jax.shard_map each varies over all devices that any varies over.
+
+    What a loop carries has to begin so, and does by zeros_like. Gradients of an array
+    are summed over the devices that it didn't vary over.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return arrays
+    nought = sum(jnp.zeros_like(x, jnp.int32, ()) for x in arrays)
+    return [x + nought.astype(x.dtype) for x in arrays]
 
 
 def _dropout(seed, b, h, q, k):
@@ -424,9 +437,10 @@ def _dropout(seed, b, h, q, k):
 def _multiply(x, factor):
     """The high and the low word of a product of words of 32 bits."""
     y = jnp.full_like(x, jnp.uint32(factor))
-    if hasattr(lax, "mulhi"):
+    # XLA compiles no mulhi for several devices (jax 0.12)
+    if hasattr(lax, "mulhi") and not jax.sharding.get_abstract_mesh().manual_axes:
         return lax.mulhi(x, y), x * y
-    # jax before 0.10.2: of halves of 16 bits, which cost three times as much
+    # of halves of 16 bits, which cost three times as much
     x_high, x_low, y_high, y_low = x >> 16, x & 0xFFFF, y >> 16, y & 0xFFFF
     middle = y_high * x_low + (y_low * x_low >> 16)
     other = y_low * x_high + (middle & 0xFFFF)

@@ -54,6 +54,7 @@ def attention(q, k, v):
     _check("q", q, (B, T, H, D), "bfloat16")
     _check("k", k, (B, S, G, D), "bfloat16")
     _check("v", v, (B, S, G, D), "bfloat16")
+    q, k, v = _alike(q, k, v)
 
     return _attention(q, k, v)
 
@@ -125,9 +126,9 @@ def _forward(q, k, v):
         def interior(c, carry):
             return _add(carry, *tile(c))
 
-        m = jnp.full((Q_CHUNK,), -jnp.inf, jnp.float32)
-        total = jnp.zeros((Q_CHUNK,), jnp.float32)
-        acc = jnp.zeros((Q_CHUNK, D), jnp.float32)
+        m = jnp.full_like(rows, -jnp.inf, jnp.float32, (Q_CHUNK,))
+        total = jnp.zeros_like(rows, jnp.float32, (Q_CHUNK,))
+        acc = jnp.zeros_like(rows, jnp.float32, (Q_CHUNK, D))
         carry = m, total, acc
         carry = lax.fori_loop(0, 64, interior, carry)
         m, total, acc = carry
@@ -138,8 +139,8 @@ def _forward(q, k, v):
         lse_all = lax.dynamic_update_slice(lse_all, lse, (0, 0, q_start))
         return out_all, lse_all
 
-    out_all = jnp.zeros((B, T, H, D), jnp.float32)
-    lse_all = jnp.zeros((B, H, T), jnp.float32)
+    out_all = jnp.zeros_like(q, jnp.float32, (B, T, H, D))
+    lse_all = jnp.zeros_like(q, jnp.float32, (B, H, T))
     return lax.fori_loop(0, Q_CHUNKS, queries, (out_all, lse_all))
 
 
@@ -202,7 +203,7 @@ def _backward(q, k, v, out, lse, dout):
             dq_here += jnp.einsum("qk,kd->qd", ds, kc)
             return dq_here
 
-        dq_here = jnp.zeros((Q_BLOCK, D), jnp.float32)
+        dq_here = jnp.zeros_like(q, jnp.float32, (Q_BLOCK, D))
         carry = dq_here
         carry = lax.fori_loop(0, 64, add, carry)
         dq_here = carry
@@ -213,7 +214,7 @@ def _backward(q, k, v, out, lse, dout):
         return dq
 
     # written whole, whatever it begins with: of arrays that begin alike XLA makes one
-    dq = jnp.full((B, T, H, D), 1, jnp.bfloat16)
+    dq = jnp.full_like(q, 1, jnp.bfloat16, (B, T, H, D))
     dq = lax.fori_loop(0, Q_BLOCKS, queries, dq)
 
     def keys(step, carried):
@@ -232,8 +233,8 @@ def _backward(q, k, v, out, lse, dout):
             dk_here += jnp.einsum("qd,qk->dk", rows, ds)
             return dk_here, dv_here
 
-        dk_here = jnp.zeros((D, K_BLOCK), jnp.float32)
-        dv_here = jnp.zeros((D, K_BLOCK), jnp.float32)
+        dk_here = jnp.zeros_like(q, jnp.float32, (D, K_BLOCK))
+        dv_here = jnp.zeros_like(q, jnp.float32, (D, K_BLOCK))
         carry = dk_here, dv_here
         carry = lax.fori_loop(0, 128, add, carry)
         dk_here, dv_here = carry
@@ -248,8 +249,8 @@ def _backward(q, k, v, out, lse, dout):
         return dk, dv
 
     # written whole, whatever it begins with: of arrays that begin alike XLA makes one
-    dk = jnp.full((B, S, G, D), 2, jnp.bfloat16)
-    dv = jnp.full((B, S, G, D), 3, jnp.bfloat16)
+    dk = jnp.full_like(q, 2, jnp.bfloat16, (B, S, G, D))
+    dv = jnp.full_like(q, 3, jnp.bfloat16, (B, S, G, D))
     carried = dk, dv
     dk, dv = lax.fori_loop(0, K_BLOCKS, keys, carried)
     return dq, dk, dv
@@ -258,6 +259,18 @@ def _backward(q, k, v, out, lse, dout):
 def _check(name, x, shape, dtype):
     if x.shape != shape or x.dtype != dtype:
         raise TypeError(f"{name} is {x.dtype}{x.shape}, not {dtype}{shape}")
+
+
+def _alike(*arrays):
+    """The arrays; in a jax.shard_map each varies over all devices that any varies over.
+
+    What a loop carries has to begin so, and does by zeros_like. Gradients of an array
+    are summed over the devices that it didn't vary over.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return arrays
+    nought = sum(jnp.zeros_like(x, jnp.int32, ()) for x in arrays)
+    return [x + nought.astype(x.dtype) for x in arrays]
 
 
 def _add(carry, s, vc):

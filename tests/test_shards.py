@@ -123,6 +123,12 @@ def test_a_certificate_is_of_one_device(target, batches, heads, kv_heads):
         assert found.estimated_cycles <= 1.1 * alone.estimated_cycles
 
 
+@pytest.mark.parametrize("target", PLACES)
+def test_dropout_compiles_for_several_devices(target):
+    _, found = certificate(target, dropout=0.1, batch_shards=2, head_shards=2)
+    assert (found.devices, found.collectives) == (4, {})
+
+
 def test_without_shards_nothing_is_said_of_them():
     _, found = certificate(q_heads=2, batch=1)
     assert (found.devices, found.collectives) == (1, None)

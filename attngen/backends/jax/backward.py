@@ -37,6 +37,7 @@ from attngen.backends.jax.tile import (
 )
 from attngen.joint import backward_part, forward_part, forward_spec
 from attngen.plans import Plan
+from attngen.spec import AttentionSpec
 
 
 def forward_plan(plan: Plan) -> Plan:
@@ -116,7 +117,7 @@ def backward(plan: Plan) -> dict[str, Any]:
         "of_queries": writer().of_queries,
         "both": both,
         "sums": {
-            f"d_{n}": f"jnp.zeros({_sum_shape(mine, n)}, jnp.{spec.stats_dtype})"
+            f"d_{n}": _zeros(n, _sum_shape(mine, n), f"jnp.{spec.stats_dtype}")
             for n in sums
         },
         "adds": bool(sums) or mine.algorithm != "two_passes",
@@ -166,12 +167,18 @@ def _loop(loop: tuple[str, str, str], both: bool) -> list[str]:
     return wrapped(f"carry = lax.fori_loop({first}, {last}, {function}, carry)", 80)
 
 
-def _arguments(plan: Plan) -> dict[str, Any]:
-    """The names of what goes in and out of the rule, and the dtypes of what comes."""
-    spec = plan.spec
+def arguments(spec: AttentionSpec) -> list[str]:
+    """The names of all arrays that gradients and loops read."""
     given = ["q", "k", "v", *(o.name for o in spec.operands)]
     if offset_from_lengths(spec) and "q_offset" not in given:
         given.append("q_offset")
+    return given
+
+
+def _arguments(plan: Plan) -> dict[str, Any]:
+    """The names of what goes in and out of the rule, and the dtypes of what comes."""
+    spec = plan.spec
+    given = arguments(spec)
     outputs = list(spec.outputs)
     made = ["out", "lse"] if "out" in outputs else ["lse"]
     made += ["mass"] if keeps_mass(backward_plan(plan)) else []
@@ -301,6 +308,12 @@ def _sum_shape(plan: Plan, name: str) -> str:
         letter = str(a)
         shape += shards.shape(plan, letter, WHOLE) if letter in letters else [letter]
     return as_tuple(shape)
+
+
+def _zeros(name: str, shape: str, dtype: str) -> str:
+    """What the sum of an operand's gradient begins with."""
+    own = [] if shape == f"{name}.shape" else [shape]
+    return f"jnp.zeros_like({', '.join([name, dtype, *own])})"
 
 
 def _answers(plan: Plan, lies: dict[str, Lies]) -> list[str]:

@@ -8,6 +8,7 @@ from attngen import philox
 from attngen.backends.jax import backward, shards
 from attngen.backends.jax.loops import chunked, unrolls
 from attngen.backends.jax.scans import offset_from_lengths, scanned
+from attngen.backends.jax.statements import rebound
 from attngen.backends.jax.tile import (
     Starts,
     Tile,
@@ -202,6 +203,8 @@ def _arrays(plan: Plan, at: Tile) -> dict[str, Any]:
         or plan.index_dtype == "int64",
         "q_offset": spec.q_offset if spec.static_q_offset is None else None,
         "offset_from_lengths": offset_from_lengths(spec),
+        "alike": rebound("_alike", backward.arguments(spec), 84),
+        "partitioned": spec.devices > 1,
     }
 
 
@@ -298,5 +301,5 @@ _ALGORITHMS = {"dense": _dense, "scanned": scanned}
 
 def _uses_lax(plan: Plan, code: TileCode) -> bool:
     lines = [*code.rows, *code.keys, *code.score, *code.edge]
-    uses = all_bits(plan) or drops(plan)
+    uses = all_bits(plan) or (drops(plan) and plan.spec.devices == 1)
     return uses or any("lax." in line for line in lines)

@@ -67,6 +67,16 @@ def wrapped(line: str, width: int) -> list[str]:
     return [f"{start}(", *(f"    {a}," for a in arguments), ")"]
 
 
+def rebound(function: str, names: list[str], width: int) -> list[str]:
+    """names = function(names), in as many lines as a formatter would take."""
+    joined = ", ".join(names)
+    if len(f"{joined} = {function}(") <= width:
+        return wrapped(f"{joined} = {function}({joined})", width)
+    each = [f"    {name}," for name in names]
+    arguments = [f"    {joined}"] if len(joined) <= width - 4 else each
+    return ["(", *each, f") = {function}(", *arguments, ")"]
+
+
 def _invoked(call: list[str]) -> str:
     function, *arguments = call
     return f"{function}({', '.join(arguments)})" if arguments else function

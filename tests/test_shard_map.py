@@ -1,0 +1,37 @@
+"""Emitted files inside jax.shard_map, whose check of what varies over devices is on by default.
+
+Each on 4 host devices in a process of its own. Gradients of what several devices have a copy
+of are sums over them.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mapped
+import pytest
+
+SLOW = (
+    "twice", "ones", "stacked", "a scan", "a diagonal", "positions", "summaries, a map",
+    "an idle axis", "a table", "lse alone",
+)  # fmt: skip
+CASES = [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+    for name in mapped.NAMES
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_program_of_whole_arrays(case, cache):
+    ended = subprocess.run(
+        [sys.executable, Path(mapped.__file__), case],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    judged = json.loads(ended.stdout.splitlines()[-1])
+    for how, found in judged.items():
+        assert found["passed"], f"{how}: {found['report']}"
+        assert "all rows" in found["report"]
+    if "alone" in (found := judged["outside"]):
+        # a device's part of a gradient, beside the sum of all
+        assert found["device"] <= found["alone"] + found["added"] + 256
