@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from attngen import building, planner, targets
+from attngen import building, joint, planner, targets
 from attngen.backends import Backend
 from attngen.errors import CompileError, InternalError, PlanError
-from attngen.plans import Alternative, Plan
+from attngen.gpus import Gpu
+from attngen.plans import Alternative, Choice, Plan
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
 from attngen.units import show_bytes, show_time
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from attngen.reports import Certificate
 
 Certified = tuple[Plan, "Source", "Certificate"]
+Failed = tuple[Plan, bool]  # and whether it is the forward pass that doesn't fit
 
 TRIES = 8  # plans that a build compiles, at most, before the smallest
 GROUP = 2  # of them a process
@@ -38,7 +40,7 @@ def first_certified(ranked: tuple[Plan, ...], by: Backend) -> Certified:
         CompileError: the compiler refused one that came before, or crashed at it.
     """
     target = targets.get(ranked[0].target)
-    failed: list[Plan] = []
+    failed: list[Failed] = []
     reasons: list[str] = []
     usable: list[Certified] = []
     before: list[Alternative] = []
@@ -48,7 +50,8 @@ def first_certified(ranked: tuple[Plan, ...], by: Backend) -> Certified:
     for candidate, source, certificate in _certified(groups, by):
         if reason := unfit(certificate, candidate):
             reasons.append(reason)
-            failed.append(candidate)
+            alone = dataclasses.replace(certificate, kernels=None)
+            failed.append((candidate, unfit(alone, candidate) is not None))
             before.append(_left(candidate, certificate))
         elif within(certificate, candidate.spec):
             usable.append((candidate, source, certificate))
@@ -75,8 +78,10 @@ def first_certified(ranked: tuple[Plan, ...], by: Backend) -> Certified:
 
 def _left(plan: Plan, certificate: Certificate) -> Alternative:
     """A plan that was compiled and not taken, with why in a few words."""
-    if certificate.spill_bytes:
-        reason = f"spills {show_bytes(certificate.spill_bytes)}"
+    kernels = (certificate.kernels or {}).values()
+    spilled = [certificate.spill_bytes or 0, *(k["spill_bytes"] for k in kernels)]
+    if any(spilled):
+        reason = f"spills {show_bytes(max(spilled))}"
     elif unfit(certificate, plan):
         reason = "doesn't fit, compiled"
     else:
@@ -116,14 +121,12 @@ def unfit(certificate: Certificate, plan: Plan) -> str | None:
     gpu = targets.get(plan.target).gpu
     if gpu is None:
         return None
-    size = f"{plan.q_chunk} × {plan.k_chunk}"
-    if certificate.spill_bytes:
-        return f"{size} spills {certificate.spill_bytes} bytes of registers"
-    for name, found in {
-        "": certificate.to_dict(),
-        **(certificate.kernels or {}),
-    }.items():
-        what = f"{size}, {name}," if name else size
+    kernels = {"": certificate.to_dict(), **(certificate.kernels or {})}
+    for name, found in kernels.items():
+        own = joint.backward_part(plan.choice) if name else plan.choice
+        what = f"{name} of " * bool(name) + f"{own['q_chunk']} × {own['k_chunk']}"
+        if found["spill_bytes"]:
+            return f"{what} spills {found['spill_bytes']} bytes of registers"
         if (found["shared_bytes"] or 0) > gpu.shared_bytes:
             return f"{what} takes {found['shared_bytes']} bytes of shared memory"
         if found["blocks_per_multiprocessor"] == 0:
@@ -138,16 +141,28 @@ def bound_s(plan: Plan, certificate: Certificate, target: Target) -> float | Non
     Programs go in waves of as many as the multiprocessors hold at once; those that share
     one share its pipes.
     """
-    gpu, cycles = target.gpu, certificate.bound_cycles
-    together = certificate.blocks_per_multiprocessor
-    if gpu is None or cycles is None or not together:
+    gpu = target.gpu
+    kernels = [certificate.to_dict(), *(certificate.kernels or {}).values()]
+    if gpu is None or any(not k["blocks_per_multiprocessor"] for k in kernels):
         return None
-    spec = plan.spec
-    blocks = -(-spec.q_len // plan.q_chunk)
+    forward, backward = plan.choice, joint.backward_part(plan.choice)
+    total = 0.0
+    for kernel, choice in zip(kernels, (forward, *[backward] * 9), strict=False):
+        if (cycles := kernel.get("bound_cycles")) is None:
+            return None
+        total += cycles * _turns(plan, choice, kernel["blocks_per_multiprocessor"], gpu)
+    return total / gpu.clock_hz
+
+
+def _turns(plan: Plan, choice: Choice, together: int, gpu: Gpu) -> float:
+    """Tiles that the busiest multiprocessor does, one after the other."""
+    spec, q, k = plan.spec, int(choice["q_chunk"]), int(choice["k_chunk"])
+    blocks = -(-spec.q_len // q)
     programs = spec.batch * spec.q_heads * blocks
     together = min(together, -(-programs // gpu.multiprocessors))
     waves = -(-programs // (gpu.multiprocessors * together))
-    return waves * together * plan.tiles.visited / blocks * cycles / gpu.clock_hz
+    visited = plan.tiles.visited * plan.q_chunk * plan.k_chunk / (q * k)
+    return waves * together * visited / blocks
 
 
 # Which plans are tried, and in what order.
@@ -186,7 +201,7 @@ def _smaller(ranked: Sequence[Plan]) -> list[list[Plan]]:
     return [tried[:1]] + [tried[i : i + GROUP] for i in range(1, len(tried), GROUP)]
 
 
-def _several(ranked: Sequence[Plan], failed: Sequence[Plan]) -> Iterator[list[Plan]]:
+def _several(ranked: Sequence[Plan], failed: Sequence[Failed]) -> Iterator[list[Plan]]:
     """The fastest whose tiles differ, without what holds as much as one that failed.
 
     Args:
@@ -202,7 +217,7 @@ def _several(ranked: Sequence[Plan], failed: Sequence[Plan]) -> Iterator[list[Pl
             if any(
                 _tile(plan) == _tile(p)
                 for p in known
-                if not any(p is x for x in failed)
+                if not any(p is x for x, _ in failed)
             ):
                 continue
             group.append(plan)
@@ -212,24 +227,27 @@ def _several(ranked: Sequence[Plan], failed: Sequence[Plan]) -> Iterator[list[Pl
             break
         tried += group
         yield group
-    smallest = min(ranked, key=lambda p: (_rows(p) * p.k_chunk, p.q_chunk))
+    smallest = min(ranked, key=lambda p: (_rows(p.choice) * p.k_chunk, p.q_chunk))
     if smallest not in tried and len(tried) == len(failed):
         yield [smallest]
 
 
-def _rows(plan: Plan) -> float:
-    return plan.q_chunk / int(plan.choice["num_warps"])
+def _rows(choice: Choice) -> float:
+    return int(choice["q_chunk"]) / int(choice["num_warps"])
 
 
 def _tile(plan: Plan) -> tuple[object, ...]:
     return plan.q_chunk, plan.k_chunk, plan.choice["num_warps"], plan.choice["head_dim"]
 
 
-def _holds(plan: Plan, other: Plan) -> bool:
-    """Whether a warp surely holds as much as in another plan: rows, keys, stages."""
+def _holds(plan: Plan, failed: Failed) -> bool:
+    """Whether a warp surely holds as much as in one that failed: rows, keys, stages."""
+    other, forward = failed
+    part = joint.forward_part if forward else joint.backward_part
+    own, its = part(plan.choice), part(other.choice)
     return (
-        _rows(plan) >= _rows(other)
-        and plan.k_chunk >= other.k_chunk
-        and int(plan.choice["num_stages"]) >= int(other.choice["num_stages"])
-        and plan.choice["loads"] == other.choice["loads"]
+        _rows(own) >= _rows(its)
+        and int(own["k_chunk"]) >= int(its["k_chunk"])
+        and int(own["num_stages"]) >= int(its["num_stages"])
+        and own.get("loads") == its.get("loads")
     )

@@ -93,6 +93,9 @@ def _pairs(
         if chooser is backend:
             refused += reasons
     pairs = [of.join(f, b) for f in sides[0] for b in sides[1]]
+    if passes.spills:
+        known = {id(b) for b in sides[1]}
+        pairs += [of.join(sides[0][0], b) for b in priced if id(b) not in known]
     return sorted(pairs, key=_by_time), refused
 
 

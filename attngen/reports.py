@@ -127,7 +127,7 @@ class Certificate:
         bound_cycles, bound_pipe: the most of them, and whose it is.
         flops_per_cycle: useful ones, of a multiprocessor that reaches the bound.
         kernels: of a file with several, those beside the forward pass's, by name: these
-            same figures of each. spill_bytes is then the most of any.
+            same figures of each.
         devices: that share the work; all figures are of one of them.
         collectives: what they exchange, by the operation's name, as often as the program
             has it; None for a program of one device.

@@ -2,7 +2,8 @@
 
 For each file of the gallery: the kernel is built for the GPU that is here, validated
 compiled, tuned, and timed in turns beside compiled flex_attention, and torch's
-scaled_dot_product_attention where it can say the same. Writes results/gpu_<target>.json.
+scaled_dot_product_attention where it can say the same; with derivatives forward and backward
+together. Writes results/gpu_<target>.json.
 
     python benchmarks/gpu.py [--only llama3_8b,t5_large] [--rounds 15] [--seconds 30]
 """
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import gallery
 
 import attngen
-from attngen import AttentionSpec, backends, gpus, inputs, masks
+from attngen import AttentionSpec, backends, gpus, inputs, masks, slopes
 from attngen.backends.triton.loader import gpu_here, has_gpu, target_here
 from attngen.errors import CALL_FAULTS, AttngenError
 from attngen.peers import torch_peers
@@ -46,7 +47,11 @@ def heads_first(spec: AttentionSpec, arrays: dict[str, Any]) -> dict[str, Any]:
     """q, k and v as torch's own are at home: contiguous [b, h, t, d]; operands as they are."""
     if spec.layout == "bhtd":
         return arrays
-    moved = {n: arrays[n].transpose(1, 2).contiguous() for n in "qkv"}
+    moved = {
+        n: arrays[n].transpose(1, 2).contiguous()
+        for n in ("q", "k", "v", "dout")
+        if n in arrays
+    }
     return arrays | moved
 
 
@@ -119,13 +124,38 @@ def lse_asked(flex: Any) -> dict[str, Any]:
     return {"return_lse": True}
 
 
+def with_gradients(spec: AttentionSpec, call: Call, given: dict[str, Any]) -> Call:
+    """A contender's call that returns gradients behind its outputs, as attngen's does.
+
+    Args:
+        given: its tensors, which require gradients, and cotangents.
+    """
+    import torch
+
+    of = [given[name] for name in slopes.gradients(spec).values()]
+    pulled = [given[name] for name in slopes.cotangents(spec)]
+
+    def both() -> Any:
+        outputs = call()
+        return (*outputs, *torch.autograd.grad(outputs, of, pulled))
+
+    return both
+
+
 def difference(spec: AttentionSpec, call: Call, ours: Any) -> float:
-    """The largest of a contender's outputs to attngen's: what says that both do the same."""
+    """The largest of a contender's outputs to attngen's: what says that both do the same.
+
+    Gradients count as shares of the largest.
+    """
     ours = ours if isinstance(ours, tuple) else (ours,)
     largest = 0.0
-    for name, x, y in zip(spec.outputs, call(), ours, strict=True):
-        if name == "out" and spec.layout == "bthd":
+    names = (*spec.outputs, *slopes.gradients(spec))
+    for name, x, y in zip(names, call(), ours, strict=True):
+        if name in ("out", "dq", "dk", "dv") and spec.layout == "bthd":
             x = x.transpose(1, 2)
+        if name not in spec.outputs:
+            most = y.abs().max()
+            x, y = x / most, y / most
         apart = (x.float() - y.float()).abs()
         largest = max(largest, float(apart[x != y].max()) if (x != y).any() else 0.0)
     return largest
@@ -163,16 +193,24 @@ def measured(name: str, target: str, rounds: int, allowance: float) -> dict[str,
     estimate = attngen.build(spec, target, "triton", fix=fix)
     attngen.tune(spec, target, "triton", fix=fix, seconds=allowance)
     tuned = attngen.build(spec, target, "triton", "measure", fix)
-    made = inputs.arrays(spec, nan=False)
-    arrays = {n: by.array(x, spec.dtype_of(n)) for n, x in made.items()}
-    calls: dict[str, Call] = {"attngen": lambda: tuned(**arrays)}
+    made = inputs.arrays(spec, nan=False) | inputs.cotangents(spec)
+    of = slopes.cotangents(spec)
+    arrays = {n: by.array(x, spec.dtype_of(of.get(n, n))) for n, x in made.items()}
+    programs = {"attngen": by.program(spec, tuned)}
     if estimate.plan.choice != tuned.plan.choice:
-        calls["attngen, estimate"] = lambda: estimate(**arrays)
-    given, ours = heads_first(spec, arrays), tuned(**arrays)
+        programs["attngen, estimate"] = by.program(spec, estimate)
+    calls: dict[str, Call] = {
+        n: functools.partial(p, **arrays) for n, p in programs.items()
+    }
+    given, ours = heads_first(spec, arrays), calls["attngen"]()
+    for wanted in slopes.gradients(spec).values():
+        given[wanted] = given[wanted].detach().requires_grad_()
     apart, left_out = {}, {}
     for other, make in CONTENDERS.items():
         try:
             if (call := make(spec, given)) is not None:
+                if spec.derivatives is not None:
+                    call = with_gradients(spec, call, given)
                 apart[other] = difference(spec, call, ours)
                 calls[other] = call
         except CALL_FAULTS as error:  # no memory for a block mask, say

@@ -213,6 +213,20 @@ TRITON = {
     "checkerboard": Entry(
         checkerboard, "mi355x", {"q_chunk": 16, "k_chunk": 32, "num_warps": 1}
     ),
+    "training_llama3_8b": Entry(
+        of_preset("llama3-8b", derivatives="vjp"), "h100", {"num_stages": 2}
+    ),
+    "training": Entry(training, "rtx4090", {}),
+    "training_alibi": Entry(
+        lambda: dataclasses.replace(training_alibi(), dtype="bfloat16"), "a100", {}
+    ),
+    "training_documents": Entry(
+        lambda: dataclasses.replace(training_documents(), dtype="bfloat16"), "b200", {}
+    ),
+    "training_t5": Entry(of_preset("t5-large", derivatives="vjp"), "mi300x", {}),
+    "alphafold_pair": Entry(
+        of_preset("alphafold-pair", batch=8, dtype="bfloat16"), "h200", {}
+    ),
 }
 
 

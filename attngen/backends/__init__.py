@@ -25,6 +25,8 @@ class Backward(Protocol):
     Under the names of a forward plan's choices: algorithm, q_chunk, k_chunk and others.
     """
 
+    spills: bool  # whether compiled ones may turn out not to fit: then all are ranked
+
     def space(
         self, spec: AttentionSpec, target: Target, *, whole: bool = False
     ) -> Mapping[str, Mapping[str, Sequence[Option]]]:

@@ -42,6 +42,8 @@ STORED = ("p", "narrow")
 class Passes:
     """See `backends.Backward`."""
 
+    spills = False
+
     def space(
         self, spec: AttentionSpec, target: Target, *, whole: bool = False
     ) -> Mapping[str, Mapping[str, Sequence[Option]]]:

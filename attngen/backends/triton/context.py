@@ -64,7 +64,7 @@ def context(plan: Plan) -> dict[str, Any]:
         back = made.context() | _back_dims(spec)
     runtime = back["runtime"] if back else []
     return {
-        **_constants(plan, folded),
+        **_constants(plan, folded, guard.interior),
         **_arguments(plan, out, lse, runtime, listed=tiles is not None),
         **_loads(plan, out),
         **_dims(plan, out),
@@ -193,7 +193,7 @@ def _reads(name: str, lines: list[str]) -> bool:
     return any(re.search(rf"\b{name}\b", line) for line in lines)
 
 
-def _constants(plan: Plan, folded: bool) -> dict[str, Any]:
+def _constants(plan: Plan, folded: bool, natural: bool) -> dict[str, Any]:
     spec = plan.spec
     scale = spec.scale_value
     lines: list[tuple[str, str, str]] = [
@@ -220,7 +220,7 @@ def _constants(plan: Plan, folded: bool) -> dict[str, Any]:
         lines.append(("LOG2E", repr(LOG2E), "exp(s) is 2**(s * LOG2E)"))
     if spec.dropout:
         lines.append(("DROPOUT", repr(spec.dropout), "share of weights that are 0"))
-    if "lse" in spec.outputs:
+    if "lse" in spec.outputs or (back and natural):
         lines.append(("LN2", "0.6931471805599453", ""))
     if offset_source(spec) == "constant" and spec.expressions:
         lines.append(("Q_OFFSET", str(spec.q_offset), "position of query 0"))

@@ -31,6 +31,8 @@ PRODUCTS = 7  # of a tile: three for dq, four for dk and dv
 class Passes:
     """See `backends.Backward`."""
 
+    spills = True
+
     def space(
         self, spec: AttentionSpec, target: Target, *, whole: bool = False
     ) -> Mapping[str, Mapping[str, Sequence[Option]]]:
@@ -135,6 +137,8 @@ def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     held, step = int(choice["q_chunk"]), int(choice["k_chunk"])
     threads = int(choice["num_warps"]) * gpu.warp_size
     own = 96 if gpu.backend == "cuda" else 150
+    # whole float32 products on NVIDIA's are multiply-adds, whose factors lie in registers
+    own += 64 if spec.dtype == "float32" and gpu.backend == "cuda" else 0
     return held * (dims + 3 * step) // threads + own
 
 
