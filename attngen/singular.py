@@ -11,6 +11,7 @@ Intervals tell what can be singular; sums and products are taken not to overflow
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 
@@ -34,6 +35,7 @@ TAMED = expr.var("tame", "float")
 OPPOSITE = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}  # of integers
 
 
+@functools.lru_cache(maxsize=64)
 def hides_keys(spec: AttentionSpec) -> bool:
     """Whether a score of −inf may hide a key, as a mask does.
 
@@ -57,6 +59,7 @@ def hides_keys(spec: AttentionSpec) -> bool:
     return False
 
 
+@functools.lru_cache(maxsize=64)
 def guarded(spec: AttentionSpec) -> tuple[Expr, ...]:
     """The spec's scores, with what guards them: conditions on `LIVE` and on branches.
 

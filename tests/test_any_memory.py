@@ -69,6 +69,8 @@ def test_no_policy_saves_scores(policy, tmp_path):
 HEADS = AttentionSpec(
     batch=2, q_heads=4, kv_heads=2, q_len=500, qk_dim=32, derivatives="any"
 )
+GATE = attngen.operand("gate", axes="k", dtype="float32")
+GATED = attngen.score(lambda s, b, h, q, k: s * GATE[k] + attngen.log(GATE[k]))
 MODELLED = {
     "plain": ({}, {}),
     "bfloat16": ({"dtype": "bfloat16"}, {}),
@@ -77,6 +79,10 @@ MODELLED = {
     "window": ({"mask": masks.causal() & masks.sliding_window(50)}, {"k_chunk": 16}),
     "together": ({"layout": "bhtd"}, {"head_chunk": 2, "batch_chunk": 2}),
     "scores": ({"score": (scores.softcap(9.0), scores.bias(axes="hqk"))}, {}),
+    "guarded": (
+        {"mask": masks.causal(), "score": (GATED,)},
+        {"q_chunk": 250, "k_chunk": 256, "head_chunk": 2, "batch_chunk": 2},
+    ),
     "lengths": ({"kv_lengths": True, "sink": True, "outputs": ("out", "lse")}, {}),
 }
 
