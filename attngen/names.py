@@ -33,7 +33,7 @@ _BACKWARD = """
     queries_of keys_of of_queries of_keys summing sums heads add
     known share scored dropped ds dp again same ds_of dq_part
     new here whole made outs given n
-    VISITS begin chunk chunks inside nought scores skipped
+    VISITS begin chunk chunks inside nought scores skipped live
 """
 # of the Triton templates
 _TRITON = """

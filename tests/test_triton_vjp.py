@@ -159,12 +159,12 @@ def test_dropout_drops_the_same_weights_as_jax_whatever_the_blocks():
     given = inputs.arrays(spec, nan=False)
     given["q"][:] = 0  # all weights are equal
     given["v"] = np.eye(64, dtype=np.float32)[None, :, None].repeat(2, 0)
-    jax_kernel = attngen.build(spec, backend="jax", validate=False)
+    jax_kernel = attngen.build(spec, backend="jax")
     want = np.asarray(jax_kernel(**given)) > 0
     for kv_offset in (0, 4, 6):  # four words at a time, and one by one
         moved = dataclasses.replace(spec, kv_offset=kv_offset)
         if kv_offset:
-            jax_kernel = attngen.build(moved, backend="jax", validate=False)
+            jax_kernel = attngen.build(moved, backend="jax")
             want = np.asarray(jax_kernel(**given)) > 0
         for k_chunk in (16, 32):
             fix = {"q_chunk": 16, "k_chunk": k_chunk}

@@ -12,10 +12,9 @@ import functools
 from typing import Any
 
 from attngen.backends.jax.bounds import bounds
+from attngen.backends.jax.guarded import tile_code
 from attngen.backends.jax.lengths import Lengths
 from attngen.backends.jax.tile import Starts, Tile, guards, heads, order, without_keys
-from attngen.backends.jax.tile_code import tile_code
-from attngen.expr import walk
 from attngen.plans import Choice, Plan
 from attngen.slopes import trained
 from attngen.spec import AttentionSpec
@@ -23,7 +22,6 @@ from attngen.spec_checks import position_variables
 from attngen.tiles import Limits, chunk_limits, key_chunks
 
 CHUNKS = 4096  # of queries, at most, whose key chunks are all looked at
-SINGULAR = ("div", "log")  # whose slopes may be infinite where a key isn't seen
 
 
 @functools.lru_cache(maxsize=64)
@@ -62,7 +60,7 @@ def scanned(plan: Plan, at: Tile) -> dict[str, Any]:
         q="q_start" if spec.q_len != plan.q_chunk else "0",
         k="k_start",
     )
-    code = tile_code(plan, at, starts, indent=16, ragged=ragged)
+    code, reads_seen = tile_code(plan, at, starts, indent=16, ragged=ragged)
     visited = bounds(plan, at, starts, ragged, Lengths(plan, at, starts), width=76)
     given = ["q", "k", "v", *(o.name for o in trained(spec))]
     known = [o.name for o in spec.operands if o.name not in given]
@@ -86,7 +84,7 @@ def scanned(plan: Plan, at: Tile) -> dict[str, Any]:
         "q_ragged": spec.q_len % plan.q_chunk != 0,
         "scores_start": any("k_start" in line for line in uses),
         "edge_start": any("k_start" in line for line in code.edge),
-        "singular": bool(code.edge) and _singular(spec),
+        "reads_seen": reads_seen,
         "tile_shape": at.shape(at.letters),
         "token_axis": order(spec.layout, "bqh").index("q"),
         "head_axis": order(spec.layout, "bqh").index("h"),
@@ -106,12 +104,6 @@ def offset_from_lengths(spec: AttentionSpec) -> bool:
     """Whether positions of queries are counted back from the keys that are there."""
     counted = spec.q_offset == "bottom_right" and spec.kv_lengths
     return counted and any("q" in position_variables(e) for e in spec.expressions)
-
-
-def _singular(spec: AttentionSpec) -> bool:
-    """Whether a score's slope may be infinite at a key that isn't seen."""
-    found = [n for s in spec.score for n in walk(s.expr) if n.op in SINGULAR]
-    return any(n.args[-1].op != "const" for n in found)
 
 
 def _tile_shape(spec: AttentionSpec, at: Tile) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from attngen import expr
@@ -95,18 +95,7 @@ class Writer:
         self.env = domain(plan.spec)
 
     def write(self) -> TileCode:
-        for i, score in enumerate(self.spec.score):
-            dtype = self.spec.stats_dtype
-            self.before(i)
-            self._needs(score.expr, self.code.keys, dtype)
-            printer = self.printer(dtype, f"score{i}")
-            self.code.score += printer.lines("s", score.expr, width=self.width)
-            if "s" not in expr.variables(score.expr):  # perhaps not of every axis
-                shape = self.at.shape(self.at.letters)
-                self.code.score.append(f"s = jnp.full({shape}, s, jnp.{dtype})")
-            self.after(i)
-            for node in [n for n in self.gathered if "s" in expr.variables(n)]:
-                del self.gathered[node]  # the next score has another s
+        self.scores([score.expr for score in self.spec.score])
         if drops(self.plan):
             self._dropout()
         if not self.one_scope:
@@ -114,6 +103,21 @@ class Writer:
         self.at = self.edge or self.at
         self._mask()
         return self.code
+
+    def scores(self, expressions: Iterable[Expr]) -> None:
+        """The statements of scores that are applied one after another."""
+        dtype = self.spec.stats_dtype
+        for i, node in enumerate(expressions):
+            self.before(i)
+            self._needs(node, self.code.keys, dtype)
+            printer = self.printer(dtype, f"score{i}")
+            self.code.score += printer.lines("s", node, width=self.width)
+            if "s" not in expr.variables(node):  # perhaps not of every axis
+                shape = self.at.shape(self.at.letters)
+                self.code.score.append(f"s = jnp.full({shape}, s, jnp.{dtype})")
+            self.after(i)
+            for read in [n for n in self.gathered if "s" in expr.variables(n)]:
+                del self.gathered[read]  # the next score has another s
 
     def before(self, i: int) -> None:
         """What comes before the statements of score i."""
