@@ -46,6 +46,7 @@ POINTERS = {
     "float8_e4m3": "*fp8e4nv", "int64": "*i64", "int32": "*i32", "int8": "*i8",
     "uint32": "*u32", "bool": "*i1",
 }  # fmt: skip
+ROWS = ("lse", "norm", "mass", "delta", "dlse")  # float32, one of each query
 Shape = tuple[str, Sequence[int], str]
 
 
@@ -158,7 +159,9 @@ def arguments(
         dtypes[f"d{name}"], shape_of[f"d{name}"] = dtypes[name], shape_of[name]
     pointers = [p.name for p in kernel.params if p.name.endswith("_ptr")]
     for name in (p.removesuffix("_ptr") for p in pointers):
-        if name not in dtypes:  # of rows, or what gradients of operands are made of
+        if name in ROWS or name.startswith(
+            "d_"
+        ):  # what operands' gradients are made of
             dtypes[name], shape_of[name] = "float32", rows
     sizes = {n: math.prod(s) * BYTES[dtypes[n]] for n, s in shape_of.items()}
     signature: dict[str, str] = {}

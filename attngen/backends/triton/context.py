@@ -222,7 +222,7 @@ def _constants(plan: Plan, folded: bool, natural: bool) -> dict[str, Any]:
         lines.append(("DROPOUT", repr(spec.dropout), "share of weights that are 0"))
     if "lse" in spec.outputs or (back and natural):
         lines.append(("LN2", "0.6931471805599453", ""))
-    if offset_source(spec) == "constant" and spec.expressions:
+    if offset_source(spec) == "constant" and (spec.expressions or spec.dropout):
         lines.append(("Q_OFFSET", str(spec.q_offset), "position of query 0"))
     if spec.kv_offset:
         lines.append(("K_OFFSET", str(spec.kv_offset), "position of key 0"))

@@ -83,6 +83,10 @@ class Writer:
         self.gathers = self.indices = 0
         if edge:
             self._define("k_index", self.code.keys)
+        if self.spec.dropout:
+            self._variable("q", self.rows)
+            if self.spec.kv_offset % 4:
+                self._variable("k", self.code.keys)
         for i, score in enumerate(self.spec.score):
             self._needs(score.expr, self.code.keys)
             self.before(i)
@@ -96,10 +100,8 @@ class Writer:
         if edge:
             self._mask()
         if self.spec.dropout:
-            self._variable("q", self.rows)
             at = f"b_index, h_index, {self.names['q']}"
             if self.spec.kv_offset % 4:
-                self._variable("k", self.code.keys)
                 at += f", {self.names['k']}"
             else:  # four words at a time
                 shift = " + K_OFFSET" if self.spec.kv_offset else ""
