@@ -179,6 +179,7 @@ def _check(q, k, v, **operands):
     if q.device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(f"q is on {q.device}; this kernel needs a GPU")
 
+
 @torch.library.custom_op(GRADIENTS, mutates_args=())
 def _gradients(
     q: torch.Tensor,
@@ -204,7 +205,8 @@ def _gradients(
     strides = [s for x in (q, k, v, dout, out, dq, dk, dv) for s in x.stride()[:3]]
     align = math.gcd(16, *strides)
     with torch.cuda.device_of(q):
-        backward_queries[(triton.cdiv(T, BACKWARD_BLOCK) * H * B,)](
+        programs = triton.cdiv(T, BACKWARD_BLOCK) * H * B
+        backward_queries[(programs,)](
             q,
             k,
             v,
@@ -233,7 +235,8 @@ def _gradients(
             num_warps=BACKWARD_WARPS,
             num_stages=BACKWARD_STAGES,
         )
-        backward_keys[(triton.cdiv(S, BACKWARD_BLOCK) * G * B,)](
+        programs = triton.cdiv(S, BACKWARD_BLOCK) * G * B
+        backward_keys[(programs,)](
             q,
             k,
             v,
@@ -265,7 +268,12 @@ def _gradients(
 
 @_gradients.register_fake
 def _fake_gradients(q, k, v, sink, out, lse, norm, mass, dout, dlse):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(sink)
+    return (
+        torch.empty_like(q),
+        torch.empty_like(k),
+        torch.empty_like(v),
+        torch.empty_like(sink),
+    )
 
 
 def _save(ctx, inputs, output):
@@ -277,9 +285,7 @@ def _save(ctx, inputs, output):
 def _pull(ctx, dout, dlse, *_):
     """Gradients of what was given, from those of the outputs."""
     q, k, v, sink, out, lse, norm, mass = ctx.saved_tensors
-    dq, dk, dv, d_sink = _gradients(
-        q, k, v, sink, out, lse, norm, mass, dout, dlse
-    )
+    dq, dk, dv, d_sink = _gradients(q, k, v, sink, out, lse, norm, mass, dout, dlse)
     return dq, dk, dv, d_sink
 
 
@@ -521,7 +527,7 @@ def backward_queries(
     mass = tl.load(mass_ptr + row, mask=q_there, other=1.0)
     q = tl.load(
         q_head
-        + q_start.to(tl.int64) * q_step
+        + tl.cast(q_start, tl.int64) * q_step
         + rows[:, None] * q_step
         + d[None, :] * q_stride_d,
         mask=alive[:, None],
@@ -529,13 +535,12 @@ def backward_queries(
     )
     dout = tl.load(
         dout_head
-        + q_start.to(tl.int64) * dout_step
+        + tl.cast(q_start, tl.int64) * dout_step
         + rows[:, None] * dout_step
         + d[None, :] * dout_stride_d,
         mask=alive[:, None],
         other=0.0,
     )
-    k_every = cols >= 0
 
     # Key blocks [0, last) hold what any query here sees, and
     # [0, full_last) only what every one of them sees.
@@ -551,7 +556,7 @@ def backward_queries(
     out_head = _head(out_ptr, b_index, h_index, out_stride_b, out_stride_h, ALIGN)
     out = tl.load(
         out_head
-        + q_start.to(tl.int64) * out_step
+        + tl.cast(q_start, tl.int64) * out_step
         + rows[:, None] * out_step
         + d[None, :] * out_stride_d,
         mask=alive[:, None],
@@ -572,17 +577,13 @@ def backward_queries(
             k_head
             + tl.cast(c, tl.int64) * K_BLOCK * k_step
             + cols[:, None] * k_step
-            + d[None, :] * k_stride_d,
-            mask=k_every[:, None],
-            other=0.0,
+            + d[None, :] * k_stride_d
         )
         v = tl.load(
             v_head
             + tl.cast(c, tl.int64) * K_BLOCK * v_step
             + cols[:, None] * v_step
-            + d[None, :] * v_stride_d,
-            mask=k_every[:, None],
-            other=0.0,
+            + d[None, :] * v_stride_d
         )
         _p, ds, _dp, k = _tile(
             q,
@@ -641,7 +642,7 @@ def backward_queries(
     dq *= SCALE
     tl.store(
         dq_head
-        + q_start.to(tl.int64) * dq_step
+        + tl.cast(q_start, tl.int64) * dq_step
         + rows[:, None] * dq_step
         + d[None, :] * dq_stride_d,
         dq.to(dq_ptr.dtype.element_ty),
@@ -720,7 +721,7 @@ def backward_keys(
     k_there = k_start + cols < kv_len
     k = tl.load(
         k_head
-        + k_start.to(tl.int64) * k_step
+        + tl.cast(k_start, tl.int64) * k_step
         + cols[:, None] * k_step
         + d[None, :] * k_stride_d,
         mask=k_there[:, None],
@@ -728,7 +729,7 @@ def backward_keys(
     )
     v = tl.load(
         v_head
-        + k_start.to(tl.int64) * v_step
+        + tl.cast(k_start, tl.int64) * v_step
         + cols[:, None] * v_step
         + d[None, :] * v_stride_d,
         mask=k_there[:, None],
@@ -751,7 +752,9 @@ def backward_keys(
     for r in range(R):
         h_index = g_index * R + r
         q_head = _head(q_ptr, b_index, h_index, q_stride_b, q_stride_h, ALIGN)
-        dout_head = _head(dout_ptr, b_index, h_index, dout_stride_b, dout_stride_h, ALIGN)
+        dout_head = _head(
+            dout_ptr, b_index, h_index, dout_stride_b, dout_stride_h, ALIGN
+        )
         for i in range(full_first, full_last):
             q_start = i * Q_BLOCK
             row = (b_index * heads + h_index) * q_len + q_start + rows
@@ -884,7 +887,7 @@ def backward_keys(
     dk *= SCALE
     tl.store(
         dk_head
-        + k_start.to(tl.int64) * dk_step
+        + tl.cast(k_start, tl.int64) * dk_step
         + cols[:, None] * dk_step
         + d[None, :] * dk_stride_d,
         dk.to(dk_ptr.dtype.element_ty),
@@ -892,7 +895,7 @@ def backward_keys(
     )
     tl.store(
         dv_head
-        + k_start.to(tl.int64) * dv_step
+        + tl.cast(k_start, tl.int64) * dv_step
         + cols[:, None] * dv_step
         + d[None, :] * dv_stride_d,
         dv.to(dv_ptr.dtype.element_ty),
@@ -955,4 +958,3 @@ def _products(x, y, ROWS: tl.constexpr):
         return tl.dot(x, tl.trans(y), input_precision="ieee")
     else:
         return tl.dot(y, tl.trans(x), input_precision="ieee")
-

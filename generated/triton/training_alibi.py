@@ -172,6 +172,7 @@ def _check(q, k, v, **operands):
     if q.device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(f"q is on {q.device}; this kernel needs a GPU")
 
+
 @torch.library.custom_op(GRADIENTS, mutates_args=())
 def _gradients(
     q: torch.Tensor,
@@ -192,7 +193,8 @@ def _gradients(
     strides = [s for x in (q, k, v, dout, dq, dk, dv) for s in x.stride()[:3]]
     align = math.gcd(16, *strides)
     with torch.cuda.device_of(q):
-        backward_queries[(triton.cdiv(T, BACKWARD_BLOCK) * H * B,)](
+        programs = triton.cdiv(T, BACKWARD_BLOCK) * H * B
+        backward_queries[(programs,)](
             q,
             k,
             v,
@@ -216,7 +218,8 @@ def _gradients(
             num_warps=BACKWARD_WARPS,
             num_stages=BACKWARD_STAGES,
         )
-        backward_keys[(triton.cdiv(S, BACKWARD_BLOCK) * G * B,)](
+        programs = triton.cdiv(S, BACKWARD_BLOCK) * G * B
+        backward_keys[(programs,)](
             q,
             k,
             v,
@@ -247,21 +250,24 @@ def _gradients(
 
 @_gradients.register_fake
 def _fake_gradients(q, k, v, slopes, norm, dout):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(slopes)
+    return (
+        torch.empty_like(q),
+        torch.empty_like(k),
+        torch.empty_like(v),
+        torch.empty_like(slopes),
+    )
 
 
 def _save(ctx, inputs, output):
     """For the backward pass: what was given, and norm."""
-    out, norm = output
+    _out, norm = output
     ctx.save_for_backward(*inputs, norm)
 
 
 def _pull(ctx, dout, *_):
     """Gradients of what was given, from those of the outputs."""
     q, k, v, slopes, norm = ctx.saved_tensors
-    dq, dk, dv, d_slopes = _gradients(
-        q, k, v, slopes, norm, dout
-    )
+    dq, dk, dv, d_slopes = _gradients(q, k, v, slopes, norm, dout)
     return dq, dk, dv, d_slopes
 
 
@@ -537,7 +543,7 @@ def backward_queries(
     alive = norm < float("inf")  # it sees a key
     q = tl.load(
         q_head
-        + q_start.to(tl.int64) * q_step
+        + tl.cast(q_start, tl.int64) * q_step
         + rows[:, None] * q_step
         + d[None, :] * q_stride_d,
         mask=alive[:, None] & d_there[None, :],
@@ -545,13 +551,12 @@ def backward_queries(
     )
     dout = tl.load(
         dout_head
-        + q_start.to(tl.int64) * dout_step
+        + tl.cast(q_start, tl.int64) * dout_step
         + rows[:, None] * dout_step
         + d[None, :] * dout_stride_d,
         mask=alive[:, None] & d_there[None, :],
         other=0.0,
     )
-    k_every = cols >= 0
 
     # Key blocks [0, last) hold what any query here sees.
     # q_hi: positions, half-open
@@ -643,7 +648,7 @@ def backward_queries(
     dq *= SCALE
     tl.store(
         dq_head
-        + q_start.to(tl.int64) * dq_step
+        + tl.cast(q_start, tl.int64) * dq_step
         + rows[:, None] * dq_step
         + d[None, :] * dq_stride_d,
         dq.to(dq_ptr.dtype.element_ty),
@@ -723,7 +728,7 @@ def backward_keys(
     k_there = k_start + cols < kv_len
     k = tl.load(
         k_head
-        + k_start.to(tl.int64) * k_step
+        + tl.cast(k_start, tl.int64) * k_step
         + cols[:, None] * k_step
         + d[None, :] * k_stride_d,
         mask=k_there[:, None] & d_there[None, :],
@@ -731,7 +736,7 @@ def backward_keys(
     )
     v = tl.load(
         v_head
-        + k_start.to(tl.int64) * v_step
+        + tl.cast(k_start, tl.int64) * v_step
         + cols[:, None] * v_step
         + d[None, :] * v_stride_d,
         mask=k_there[:, None] & d_there[None, :],
@@ -749,7 +754,9 @@ def backward_keys(
     for r in range(R):
         h_index = g_index * R + r
         q_head = _head(q_ptr, b_index, h_index, q_stride_b, q_stride_h, ALIGN)
-        dout_head = _head(dout_ptr, b_index, h_index, dout_stride_b, dout_stride_h, ALIGN)
+        dout_head = _head(
+            dout_ptr, b_index, h_index, dout_stride_b, dout_stride_h, ALIGN
+        )
         for i in range(first, last):
             q_start = i * Q_BLOCK
             row = (b_index * heads + h_index) * q_len + q_start + rows
@@ -797,7 +804,7 @@ def backward_keys(
     dk *= SCALE
     tl.store(
         dk_head
-        + k_start.to(tl.int64) * dk_step
+        + tl.cast(k_start, tl.int64) * dk_step
         + cols[:, None] * dk_step
         + d[None, :] * dk_stride_d,
         dk.to(dk_ptr.dtype.element_ty),
@@ -805,7 +812,7 @@ def backward_keys(
     )
     tl.store(
         dv_head
-        + k_start.to(tl.int64) * dv_step
+        + tl.cast(k_start, tl.int64) * dv_step
         + cols[:, None] * dv_step
         + d[None, :] * dv_stride_d,
         dv.to(dv_ptr.dtype.element_ty),
@@ -882,7 +889,6 @@ def _products(x, y, ROWS: tl.constexpr):
         return tl.dot(x, tl.trans(y))
     else:
         return tl.dot(y, tl.trans(x))
-
 
 
 @triton.jit

@@ -90,6 +90,11 @@ def attention(q, k, v, *, seed, document_ids):
     out     (B, T, H, 64) bfloat16
     out is 0 where a query sees no key
     """
+    if isinstance(seed, int):
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed is {seed}, not a number of 64 bits")
+        seed = torch.tensor([seed >> 32, seed % 2**32], dtype=torch.uint32)
+        seed = seed.to(q.device)
     _check(q, k, v, seed=seed, document_ids=document_ids)
     return _attention(q, k, v, seed, document_ids)[0]
 
@@ -233,6 +238,7 @@ def _check(q, k, v, **operands):
     if q.device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(f"q is on {q.device}; this kernel needs a GPU")
 
+
 @torch.library.custom_op(GRADIENTS, mutates_args=())
 def _gradients(
     q: torch.Tensor,
@@ -254,7 +260,8 @@ def _gradients(
     strides = [s for x in (q, k, v, dout, out, dq, dk, dv) for s in x.stride()[:3]]
     align = math.gcd(16, *strides)
     with torch.cuda.device_of(q):
-        backward_queries[(triton.cdiv(T, BACKWARD_BLOCK) * H * B,)](
+        programs = triton.cdiv(T, BACKWARD_BLOCK) * H * B
+        backward_queries[(programs,)](
             q,
             k,
             v,
@@ -281,7 +288,8 @@ def _gradients(
             num_warps=BACKWARD_WARPS,
             num_stages=BACKWARD_STAGES,
         )
-        backward_keys[(triton.cdiv(S, BACKWARD_BLOCK) * G * B,)](
+        programs = triton.cdiv(S, BACKWARD_BLOCK) * G * B
+        backward_keys[(programs,)](
             q,
             k,
             v,
@@ -325,9 +333,7 @@ def _save(ctx, inputs, output):
 def _pull(ctx, dout, *_):
     """Gradients of what was given, from those of the outputs."""
     q, k, v, seed, document_ids, out, norm = ctx.saved_tensors
-    dq, dk, dv = _gradients(
-        q, k, v, seed, document_ids, out, norm, dout
-    )
+    dq, dk, dv = _gradients(q, k, v, seed, document_ids, out, norm, dout)
     return dq, dk, dv, None, None
 
 
@@ -575,7 +581,7 @@ def backward_queries(
     alive = norm < float("inf")  # it sees a key
     q = tl.load(
         q_head
-        + q_start.to(tl.int64) * q_step
+        + tl.cast(q_start, tl.int64) * q_step
         + rows[:, None] * q_step
         + d[None, :] * q_stride_d,
         mask=alive[:, None],
@@ -583,13 +589,12 @@ def backward_queries(
     )
     dout = tl.load(
         dout_head
-        + q_start.to(tl.int64) * dout_step
+        + tl.cast(q_start, tl.int64) * dout_step
         + rows[:, None] * dout_step
         + d[None, :] * dout_stride_d,
         mask=alive[:, None],
         other=0.0,
     )
-    k_every = cols >= 0
 
     # Key blocks [0, last) hold what any query here sees.
     # q_hi: positions, half-open
@@ -601,7 +606,7 @@ def backward_queries(
     out_head = _head(out_ptr, b_index, h_index, out_stride_b, out_stride_h, ALIGN)
     out = tl.load(
         out_head
-        + q_start.to(tl.int64) * out_step
+        + tl.cast(q_start, tl.int64) * out_step
         + rows[:, None] * out_step
         + d[None, :] * out_stride_d,
         mask=alive[:, None],
@@ -656,7 +661,7 @@ def backward_queries(
     dq *= SCALE
     tl.store(
         dq_head
-        + q_start.to(tl.int64) * dq_step
+        + tl.cast(q_start, tl.int64) * dq_step
         + rows[:, None] * dq_step
         + d[None, :] * dq_stride_d,
         dq.to(dq_ptr.dtype.element_ty),
@@ -737,7 +742,7 @@ def backward_keys(
     k_there = k_start + cols < kv_len
     k = tl.load(
         k_head
-        + k_start.to(tl.int64) * k_step
+        + tl.cast(k_start, tl.int64) * k_step
         + cols[:, None] * k_step
         + d[None, :] * k_stride_d,
         mask=k_there[:, None],
@@ -745,7 +750,7 @@ def backward_keys(
     )
     v = tl.load(
         v_head
-        + k_start.to(tl.int64) * v_step
+        + tl.cast(k_start, tl.int64) * v_step
         + cols[:, None] * v_step
         + d[None, :] * v_stride_d,
         mask=k_there[:, None],
@@ -763,7 +768,9 @@ def backward_keys(
     for r in range(R):
         h_index = g_index * R + r
         q_head = _head(q_ptr, b_index, h_index, q_stride_b, q_stride_h, ALIGN)
-        dout_head = _head(dout_ptr, b_index, h_index, dout_stride_b, dout_stride_h, ALIGN)
+        dout_head = _head(
+            dout_ptr, b_index, h_index, dout_stride_b, dout_stride_h, ALIGN
+        )
         for i in range(first, last):
             q_start = i * Q_BLOCK
             row = (b_index * heads + h_index) * q_len + q_start + rows
@@ -817,7 +824,7 @@ def backward_keys(
     dv *= 1.0 / (1.0 - DROPOUT)
     tl.store(
         dk_head
-        + k_start.to(tl.int64) * dk_step
+        + tl.cast(k_start, tl.int64) * dk_step
         + cols[:, None] * dk_step
         + d[None, :] * dk_stride_d,
         dk.to(dk_ptr.dtype.element_ty),
@@ -825,7 +832,7 @@ def backward_keys(
     )
     tl.store(
         dv_head
-        + k_start.to(tl.int64) * dv_step
+        + tl.cast(k_start, tl.int64) * dv_step
         + cols[:, None] * dv_step
         + d[None, :] * dv_stride_d,
         dv.to(dv_ptr.dtype.element_ty),
@@ -903,7 +910,6 @@ def _products(x, y, ROWS: tl.constexpr):
         return tl.dot(x, tl.trans(y))
     else:
         return tl.dot(y, tl.trans(x))
-
 
 
 @triton.jit

@@ -163,6 +163,7 @@ def _check(q, k, v):
     if q.device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(f"q is on {q.device}; this kernel needs a GPU")
 
+
 @torch.library.custom_op(GRADIENTS, mutates_args=())
 def _gradients(
     q: torch.Tensor,
@@ -182,7 +183,8 @@ def _gradients(
     strides = [s for x in (q, k, v, dout, out, dq, dk, dv) for s in x.stride()[:3]]
     align = math.gcd(16, *strides)
     with torch.cuda.device_of(q):
-        backward_queries[(triton.cdiv(T, BACKWARD_BLOCK) * H * B,)](
+        programs = triton.cdiv(T, BACKWARD_BLOCK) * H * B
+        backward_queries[(programs,)](
             q,
             k,
             v,
@@ -205,7 +207,8 @@ def _gradients(
             num_warps=BACKWARD_WARPS,
             num_stages=BACKWARD_STAGES,
         )
-        backward_keys[(triton.cdiv(S, BACKWARD_BLOCK) * G * B,)](
+        programs = triton.cdiv(S, BACKWARD_BLOCK) * G * B
+        backward_keys[(programs,)](
             q,
             k,
             v,
@@ -245,9 +248,7 @@ def _save(ctx, inputs, output):
 def _pull(ctx, dout, *_):
     """Gradients of what was given, from those of the outputs."""
     q, k, v, out, norm = ctx.saved_tensors
-    dq, dk, dv = _gradients(
-        q, k, v, out, norm, dout
-    )
+    dq, dk, dv = _gradients(q, k, v, out, norm, dout)
     return dq, dk, dv
 
 
@@ -470,7 +471,7 @@ def backward_queries(
     alive = norm < float("inf")  # it sees a key
     q = tl.load(
         q_head
-        + q_start.to(tl.int64) * q_step
+        + tl.cast(q_start, tl.int64) * q_step
         + rows[:, None] * q_step
         + d[None, :] * q_stride_d,
         mask=alive[:, None],
@@ -478,13 +479,12 @@ def backward_queries(
     )
     dout = tl.load(
         dout_head
-        + q_start.to(tl.int64) * dout_step
+        + tl.cast(q_start, tl.int64) * dout_step
         + rows[:, None] * dout_step
         + d[None, :] * dout_stride_d,
         mask=alive[:, None],
         other=0.0,
     )
-    k_every = cols >= 0
 
     # Key blocks [0, last) hold what any query here sees, and
     # [0, full_last) only what every one of them sees.
@@ -500,7 +500,7 @@ def backward_queries(
     out_head = _head(out_ptr, b_index, h_index, out_stride_b, out_stride_h, ALIGN)
     out = tl.load(
         out_head
-        + q_start.to(tl.int64) * out_step
+        + tl.cast(q_start, tl.int64) * out_step
         + rows[:, None] * out_step
         + d[None, :] * out_stride_d,
         mask=alive[:, None],
@@ -514,17 +514,13 @@ def backward_queries(
             k_head
             + tl.cast(c, tl.int64) * K_BLOCK * k_step
             + cols[:, None] * k_step
-            + d[None, :] * k_stride_d,
-            mask=k_every[:, None],
-            other=0.0,
+            + d[None, :] * k_stride_d
         )
         v = tl.load(
             v_head
             + tl.cast(c, tl.int64) * K_BLOCK * v_step
             + cols[:, None] * v_step
-            + d[None, :] * v_stride_d,
-            mask=k_every[:, None],
-            other=0.0,
+            + d[None, :] * v_stride_d
         )
         _p, ds, _dp, k = _tile(
             q,
@@ -581,7 +577,7 @@ def backward_queries(
     dq *= SCALE
     tl.store(
         dq_head
-        + q_start.to(tl.int64) * dq_step
+        + tl.cast(q_start, tl.int64) * dq_step
         + rows[:, None] * dq_step
         + d[None, :] * dq_stride_d,
         dq.to(dq_ptr.dtype.element_ty),
@@ -657,7 +653,7 @@ def backward_keys(
     k_there = k_start + cols < kv_len
     k = tl.load(
         k_head
-        + k_start.to(tl.int64) * k_step
+        + tl.cast(k_start, tl.int64) * k_step
         + cols[:, None] * k_step
         + d[None, :] * k_stride_d,
         mask=k_there[:, None],
@@ -665,7 +661,7 @@ def backward_keys(
     )
     v = tl.load(
         v_head
-        + k_start.to(tl.int64) * v_step
+        + tl.cast(k_start, tl.int64) * v_step
         + cols[:, None] * v_step
         + d[None, :] * v_stride_d,
         mask=k_there[:, None],
@@ -688,7 +684,9 @@ def backward_keys(
     for r in range(R):
         h_index = g_index * R + r
         q_head = _head(q_ptr, b_index, h_index, q_stride_b, q_stride_h, ALIGN)
-        dout_head = _head(dout_ptr, b_index, h_index, dout_stride_b, dout_stride_h, ALIGN)
+        dout_head = _head(
+            dout_ptr, b_index, h_index, dout_stride_b, dout_stride_h, ALIGN
+        )
         for i in range(full_first, full_last):
             q_start = i * Q_BLOCK
             row = (b_index * heads + h_index) * q_len + q_start + rows
@@ -815,7 +813,7 @@ def backward_keys(
     dk *= SCALE
     tl.store(
         dk_head
-        + k_start.to(tl.int64) * dk_step
+        + tl.cast(k_start, tl.int64) * dk_step
         + cols[:, None] * dk_step
         + d[None, :] * dk_stride_d,
         dk.to(dk_ptr.dtype.element_ty),
@@ -823,7 +821,7 @@ def backward_keys(
     )
     tl.store(
         dv_head
-        + k_start.to(tl.int64) * dv_step
+        + tl.cast(k_start, tl.int64) * dv_step
         + cols[:, None] * dv_step
         + d[None, :] * dv_stride_d,
         dv.to(dv_ptr.dtype.element_ty),
@@ -883,4 +881,3 @@ def _products(x, y, ROWS: tl.constexpr):
         return tl.dot(x, tl.trans(y))
     else:
         return tl.dot(y, tl.trans(x))
-

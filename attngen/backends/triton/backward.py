@@ -195,6 +195,8 @@ class Backward:
             "pointed": list(pointed),
             "given": given,
             "saved": saved,
+            "unpacked": [n if n in saved else f"_{n}" for n in (*spec.outputs, *kept_)],
+            "fake_given": given if len(", ".join(given)) < 60 else _fake(spec),
             "pulled": cotangents,
             "made": made,
             "made_type": "torch.Tensor, ...",
@@ -313,6 +315,14 @@ class Backward:
                 lines.append(f"{name}[{at}] += {text}" if at else f"{name} += {text}")
             lines.append(f"{name} = {name}.to({operand.name}.dtype)")
         return lines
+
+
+def _fake(spec: AttentionSpec) -> list[str]:
+    """The first of what `_gradients` takes, as far as its fake reads them; and the rest."""
+    names = list(slopes.gradients(spec).values())
+    operands = [o.name for o in spec.operands]
+    last = max((operands.index(n) for n in names if n in operands), default=-1)
+    return ["q", "k", "v", *operands[: last + 1], "*_"]
 
 
 def _count(part: Part) -> int:
