@@ -548,6 +548,8 @@ def backward_queries(
         mask=alive[:, None],
         other=0.0,
     )
+    k_at = cols[:, None] * k_step + d[None, :] * k_stride_d
+    v_at = cols[:, None] * v_step + d[None, :] * v_stride_d
 
     # Key blocks [0, last) hold what any query here sees.
     last = tl.cdiv(kv_len, K_BLOCK)
@@ -555,19 +557,14 @@ def backward_queries(
     delta = tl.zeros((Q_BLOCK,), tl.float32)
     for c in range(last):
         k_there = c * K_BLOCK + cols < kv_len
+        k_start = tl.cast(c, tl.int64) * K_BLOCK
         k = tl.load(
-            k_head
-            + tl.cast(c, tl.int64) * K_BLOCK * k_step
-            + cols[:, None] * k_step
-            + d[None, :] * k_stride_d,
+            k_head + k_start * k_step + k_at,
             mask=k_there[:, None],
             other=0.0,
         )
         v = tl.load(
-            v_head
-            + tl.cast(c, tl.int64) * K_BLOCK * v_step
-            + cols[:, None] * v_step
-            + d[None, :] * v_stride_d,
+            v_head + k_start * v_step + v_at,
             mask=k_there[:, None],
             other=0.0,
         )
@@ -577,7 +574,6 @@ def backward_queries(
             v,
             dout,
             norm,
-            alive,
             delta,
             q_start,
             c,
@@ -598,19 +594,14 @@ def backward_queries(
     dq = tl.zeros((Q_BLOCK, 32), tl.float32)
     for c in range(last):
         k_there = c * K_BLOCK + cols < kv_len
+        k_start = tl.cast(c, tl.int64) * K_BLOCK
         k = tl.load(
-            k_head
-            + tl.cast(c, tl.int64) * K_BLOCK * k_step
-            + cols[:, None] * k_step
-            + d[None, :] * k_stride_d,
+            k_head + k_start * k_step + k_at,
             mask=k_there[:, None],
             other=0.0,
         )
         v = tl.load(
-            v_head
-            + tl.cast(c, tl.int64) * K_BLOCK * v_step
-            + cols[:, None] * v_step
-            + d[None, :] * v_stride_d,
+            v_head + k_start * v_step + v_at,
             mask=k_there[:, None],
             other=0.0,
         )
@@ -620,7 +611,6 @@ def backward_queries(
             v,
             dout,
             norm,
-            alive,
             delta,
             q_start,
             c,
@@ -734,6 +724,8 @@ def backward_keys(
         mask=k_there[:, None],
         other=0.0,
     )
+    q_at = rows[:, None] * q_step + d[None, :] * q_stride_d
+    dout_at = rows[:, None] * dout_step + d[None, :] * dout_stride_d
 
     # Query blocks [0, last) hold what any key here sees.
     last = tl.cdiv(q_len, Q_BLOCK)
@@ -752,19 +744,14 @@ def backward_keys(
             norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
             alive = norm < float("inf")  # it sees a key
             delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
+            first_row = tl.cast(q_start, tl.int64)
             q = tl.load(
-                q_head
-                + tl.cast(q_start, tl.int64) * q_step
-                + rows[:, None] * q_step
-                + d[None, :] * q_stride_d,
+                q_head + first_row * q_step + q_at,
                 mask=alive[:, None],
                 other=0.0,
             )
             dout = tl.load(
-                dout_head
-                + tl.cast(q_start, tl.int64) * dout_step
-                + rows[:, None] * dout_step
-                + d[None, :] * dout_stride_d,
+                dout_head + first_row * dout_step + dout_at,
                 mask=alive[:, None],
                 other=0.0,
             )
@@ -774,7 +761,6 @@ def backward_keys(
                 v,
                 dout,
                 norm,
-                alive,
                 delta,
                 q_start,
                 c,
@@ -919,7 +905,6 @@ def backward_pair_bias_at_hqk(
             v,
             dout,
             norm,
-            alive,
             delta,
             q_start,
             c,
@@ -949,7 +934,6 @@ def _tile(
     v,
     dout,
     norm,
-    alive,
     delta,
     q_start,
     c,
@@ -974,7 +958,6 @@ def _tile(
     rows = tl.expand_dims(tl.arange(0, Q_BLOCK), 1 - ROWS)
     cols = tl.expand_dims(tl.arange(0, K_BLOCK), ROWS)
     norm = tl.expand_dims(norm, 1 - ROWS)
-    alive = tl.expand_dims(alive, 1 - ROWS)
     delta = tl.expand_dims(delta, 1 - ROWS)
     q_index = q_start + rows
     k_index = c * K_BLOCK + cols
@@ -993,7 +976,7 @@ def _tile(
     p = tl.exp2((s - norm) * LOG2E)
     if MASKED:
         seen = k_index < kv_len
-        seen &= alive
+        seen &= norm < float("inf")  # of a query that is there, and sees a key
         seen &= s != float("-inf")
         p = tl.where(seen, p, 0.0)
         there = tl.max(tl.broadcast_to(seen, p.shape).to(tl.int32), ROWS) > 0

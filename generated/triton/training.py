@@ -541,6 +541,8 @@ def backward_queries(
         mask=alive[:, None],
         other=0.0,
     )
+    k_at = cols[:, None] * k_step + d[None, :] * k_stride_d
+    v_at = cols[:, None] * v_step + d[None, :] * v_stride_d
 
     # Key blocks [0, last) hold what any query here sees, and
     # [0, full_last) only what every one of them sees.
@@ -573,18 +575,9 @@ def backward_queries(
     tl.store(delta_ptr + row, delta, mask=q_there)
     dq = tl.zeros((Q_BLOCK, 64), tl.float32)
     for c in range(full_last):
-        k = tl.load(
-            k_head
-            + tl.cast(c, tl.int64) * K_BLOCK * k_step
-            + cols[:, None] * k_step
-            + d[None, :] * k_stride_d
-        )
-        v = tl.load(
-            v_head
-            + tl.cast(c, tl.int64) * K_BLOCK * v_step
-            + cols[:, None] * v_step
-            + d[None, :] * v_stride_d
-        )
+        k_start = tl.cast(c, tl.int64) * K_BLOCK
+        k = tl.load(k_head + k_start * k_step + k_at)
+        v = tl.load(v_head + k_start * v_step + v_at)
         _p, ds, _dp, k = _tile(
             q,
             k,
@@ -592,7 +585,6 @@ def backward_queries(
             dout,
             norm,
             mass,
-            alive,
             delta,
             q_start,
             c,
@@ -605,19 +597,14 @@ def backward_queries(
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     for c in range(full_last, last):
         k_there = c * K_BLOCK + cols < kv_len
+        k_start = tl.cast(c, tl.int64) * K_BLOCK
         k = tl.load(
-            k_head
-            + tl.cast(c, tl.int64) * K_BLOCK * k_step
-            + cols[:, None] * k_step
-            + d[None, :] * k_stride_d,
+            k_head + k_start * k_step + k_at,
             mask=k_there[:, None],
             other=0.0,
         )
         v = tl.load(
-            v_head
-            + tl.cast(c, tl.int64) * K_BLOCK * v_step
-            + cols[:, None] * v_step
-            + d[None, :] * v_stride_d,
+            v_head + k_start * v_step + v_at,
             mask=k_there[:, None],
             other=0.0,
         )
@@ -628,7 +615,6 @@ def backward_queries(
             dout,
             norm,
             mass,
-            alive,
             delta,
             q_start,
             c,
@@ -735,6 +721,8 @@ def backward_keys(
         mask=k_there[:, None],
         other=0.0,
     )
+    q_at = rows[:, None] * q_step + d[None, :] * q_stride_d
+    dout_at = rows[:, None] * dout_step + d[None, :] * dout_stride_d
 
     # Query blocks [first, last) hold what any key here sees, and
     # [full_first, full_last) only what every one of them sees.
@@ -758,27 +746,12 @@ def backward_keys(
         for i in range(full_first, full_last):
             q_start = i * Q_BLOCK
             row = (b_index * heads + h_index) * q_len + q_start + rows
-            q_there = q_start + rows < q_len
-            norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
-            alive = norm < float("inf")  # it sees a key
-            mass = tl.load(mass_ptr + row, mask=q_there, other=1.0)
-            delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
-            q = tl.load(
-                q_head
-                + tl.cast(q_start, tl.int64) * q_step
-                + rows[:, None] * q_step
-                + d[None, :] * q_stride_d,
-                mask=alive[:, None],
-                other=0.0,
-            )
-            dout = tl.load(
-                dout_head
-                + tl.cast(q_start, tl.int64) * dout_step
-                + rows[:, None] * dout_step
-                + d[None, :] * dout_stride_d,
-                mask=alive[:, None],
-                other=0.0,
-            )
+            norm = tl.load(norm_ptr + row)
+            mass = tl.load(mass_ptr + row)
+            delta = tl.load(delta_ptr + row)
+            first_row = tl.cast(q_start, tl.int64)
+            q = tl.load(q_head + first_row * q_step + q_at)
+            dout = tl.load(dout_head + first_row * dout_step + dout_at)
             p, ds, _dp, _k = _tile(
                 q,
                 k,
@@ -786,7 +759,6 @@ def backward_keys(
                 dout,
                 norm,
                 mass,
-                alive,
                 delta,
                 q_start,
                 c,
@@ -806,19 +778,14 @@ def backward_keys(
             alive = norm < float("inf")  # it sees a key
             mass = tl.load(mass_ptr + row, mask=q_there, other=1.0)
             delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
+            first_row = tl.cast(q_start, tl.int64)
             q = tl.load(
-                q_head
-                + tl.cast(q_start, tl.int64) * q_step
-                + rows[:, None] * q_step
-                + d[None, :] * q_stride_d,
+                q_head + first_row * q_step + q_at,
                 mask=alive[:, None],
                 other=0.0,
             )
             dout = tl.load(
-                dout_head
-                + tl.cast(q_start, tl.int64) * dout_step
-                + rows[:, None] * dout_step
-                + d[None, :] * dout_stride_d,
+                dout_head + first_row * dout_step + dout_at,
                 mask=alive[:, None],
                 other=0.0,
             )
@@ -829,7 +796,6 @@ def backward_keys(
                 dout,
                 norm,
                 mass,
-                alive,
                 delta,
                 q_start,
                 c,
@@ -849,19 +815,14 @@ def backward_keys(
             alive = norm < float("inf")  # it sees a key
             mass = tl.load(mass_ptr + row, mask=q_there, other=1.0)
             delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
+            first_row = tl.cast(q_start, tl.int64)
             q = tl.load(
-                q_head
-                + tl.cast(q_start, tl.int64) * q_step
-                + rows[:, None] * q_step
-                + d[None, :] * q_stride_d,
+                q_head + first_row * q_step + q_at,
                 mask=alive[:, None],
                 other=0.0,
             )
             dout = tl.load(
-                dout_head
-                + tl.cast(q_start, tl.int64) * dout_step
-                + rows[:, None] * dout_step
-                + d[None, :] * dout_stride_d,
+                dout_head + first_row * dout_step + dout_at,
                 mask=alive[:, None],
                 other=0.0,
             )
@@ -872,7 +833,6 @@ def backward_keys(
                 dout,
                 norm,
                 mass,
-                alive,
                 delta,
                 q_start,
                 c,
@@ -911,7 +871,6 @@ def _tile(
     dout,
     norm,
     mass,
-    alive,
     delta,
     q_start,
     c,
@@ -930,7 +889,6 @@ def _tile(
     cols = tl.expand_dims(tl.arange(0, K_BLOCK), ROWS)
     norm = tl.expand_dims(norm, 1 - ROWS)
     mass = tl.expand_dims(mass, 1 - ROWS)
-    alive = tl.expand_dims(alive, 1 - ROWS)
     delta = tl.expand_dims(delta, 1 - ROWS)
     q_index = q_start + rows
     k_index = c * K_BLOCK + cols
@@ -940,7 +898,7 @@ def _tile(
     if MASKED:
         seen = k_index <= q_index
         seen &= k_index < kv_len
-        seen &= alive
+        seen &= norm < float("inf")  # of a query that is there, and sees a key
         p = tl.where(seen, p, 0.0)
         there = tl.max(tl.broadcast_to(seen, p.shape).to(tl.int32), ROWS) > 0
         k = tl.where(there[:, None], k, 0.0)  # else a NaN no query sees

@@ -557,6 +557,8 @@ def backward_queries(
         mask=alive[:, None] & d_there[None, :],
         other=0.0,
     )
+    k_at = cols[:, None] * k_step + d[None, :] * k_stride_d
+    v_at = cols[:, None] * v_step + d[None, :] * v_stride_d
 
     # Key blocks [0, last) hold what any query here sees.
     # q_hi: positions, half-open
@@ -567,19 +569,14 @@ def backward_queries(
     delta = tl.zeros((Q_BLOCK,), tl.float32)
     for c in range(last):
         k_there = c * K_BLOCK + cols < kv_len
+        k_start = tl.cast(c, tl.int64) * K_BLOCK
         k = tl.load(
-            k_head
-            + tl.cast(c, tl.int64) * K_BLOCK * k_step
-            + cols[:, None] * k_step
-            + d[None, :] * k_stride_d,
+            k_head + k_start * k_step + k_at,
             mask=k_there[:, None] & d_there[None, :],
             other=0.0,
         )
         v = tl.load(
-            v_head
-            + tl.cast(c, tl.int64) * K_BLOCK * v_step
-            + cols[:, None] * v_step
-            + d[None, :] * v_stride_d,
+            v_head + k_start * v_step + v_at,
             mask=k_there[:, None] & d_there[None, :],
             other=0.0,
         )
@@ -589,7 +586,6 @@ def backward_queries(
             v,
             dout,
             norm,
-            alive,
             delta,
             q_start,
             c,
@@ -608,19 +604,14 @@ def backward_queries(
     sum_d_slopes_at_h = tl.zeros((Q_BLOCK,), tl.float32)
     for c in range(last):
         k_there = c * K_BLOCK + cols < kv_len
+        k_start = tl.cast(c, tl.int64) * K_BLOCK
         k = tl.load(
-            k_head
-            + tl.cast(c, tl.int64) * K_BLOCK * k_step
-            + cols[:, None] * k_step
-            + d[None, :] * k_stride_d,
+            k_head + k_start * k_step + k_at,
             mask=k_there[:, None] & d_there[None, :],
             other=0.0,
         )
         v = tl.load(
-            v_head
-            + tl.cast(c, tl.int64) * K_BLOCK * v_step
-            + cols[:, None] * v_step
-            + d[None, :] * v_stride_d,
+            v_head + k_start * v_step + v_at,
             mask=k_there[:, None] & d_there[None, :],
             other=0.0,
         )
@@ -630,7 +621,6 @@ def backward_queries(
             v,
             dout,
             norm,
-            alive,
             delta,
             q_start,
             c,
@@ -742,6 +732,8 @@ def backward_keys(
         mask=k_there[:, None] & d_there[None, :],
         other=0.0,
     )
+    q_at = rows[:, None] * q_step + d[None, :] * q_stride_d
+    dout_at = rows[:, None] * dout_step + d[None, :] * dout_stride_d
 
     # Query blocks [first, last) hold what any key here sees.
     # k_lo: positions, half-open
@@ -764,19 +756,14 @@ def backward_keys(
             norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
             alive = norm < float("inf")  # it sees a key
             delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
+            first_row = tl.cast(q_start, tl.int64)
             q = tl.load(
-                q_head
-                + tl.cast(q_start, tl.int64) * q_step
-                + rows[:, None] * q_step
-                + d[None, :] * q_stride_d,
+                q_head + first_row * q_step + q_at,
                 mask=alive[:, None] & d_there[None, :],
                 other=0.0,
             )
             dout = tl.load(
-                dout_head
-                + tl.cast(q_start, tl.int64) * dout_step
-                + rows[:, None] * dout_step
-                + d[None, :] * dout_stride_d,
+                dout_head + first_row * dout_step + dout_at,
                 mask=alive[:, None] & d_there[None, :],
                 other=0.0,
             )
@@ -786,7 +773,6 @@ def backward_keys(
                 v,
                 dout,
                 norm,
-                alive,
                 delta,
                 q_start,
                 c,
@@ -827,7 +813,6 @@ def _tile(
     v,
     dout,
     norm,
-    alive,
     delta,
     q_start,
     c,
@@ -849,7 +834,6 @@ def _tile(
     rows = tl.expand_dims(tl.arange(0, Q_BLOCK), 1 - ROWS)
     cols = tl.expand_dims(tl.arange(0, K_BLOCK), ROWS)
     norm = tl.expand_dims(norm, 1 - ROWS)
-    alive = tl.expand_dims(alive, 1 - ROWS)
     delta = tl.expand_dims(delta, 1 - ROWS)
     slopes_at_h = tl.load(slopes_ptr + h_index * slopes_stride_0)
     q_index = q_start + rows
@@ -863,7 +847,7 @@ def _tile(
     if MASKED:
         seen = k_index <= q_index
         seen &= k_index < kv_len
-        seen &= alive
+        seen &= norm < float("inf")  # of a query that is there, and sees a key
         seen &= s != float("-inf")
         p = tl.where(seen, p, 0.0)
         there = tl.max(tl.broadcast_to(seen, p.shape).to(tl.int32), ROWS) > 0

@@ -15,7 +15,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           document_ids [2, 2048]  int32
           out     [2, 2048, 4, 64]  bfloat16
 plan      running · 128 queries × 64 keys · 8 warps · 3 stages · last queries first;
-          backward: two passes · 128 held × 32 a step · 8 warps · 2 stages
+          backward: two passes · 128 held × 64 a step · 8 warps · 2 stages
           tiles of a head: 512; 240 always empty, at most 272 visited: document_ids says
           which at run time
 cost      20.5 GFLOP, 298.5 KiB of temporaries (modelled)
@@ -26,7 +26,7 @@ spec      {"batch": 2, "q_heads": 4, "kv_heads": 4, "q_len": 2048, "kv_len": 204
 choices   {"backend": "triton", "target": "b200", "algorithm": "running", "q_chunk":
           128, "k_chunk": 64, "num_warps": 8, "num_stages": 3, "order": "reverse",
           "head_dim": "padded", "loads": "pointers", "skip": "list", "backward":
-          "two_passes", "backward_q_chunk": 128, "backward_k_chunk": 32,
+          "two_passes", "backward_q_chunk": 128, "backward_k_chunk": 64,
           "backward_num_warps": 8, "backward_num_stages": 2}
 """
 
@@ -51,7 +51,7 @@ DROPOUT = tl.constexpr(0.1)  # share of weights that are 0
 OUT_DTYPE = torch.bfloat16
 NUM_WARPS, NUM_STAGES = 8, 3
 # of the backward pass: tokens that a program holds, and of the other kind at a time
-BACKWARD_BLOCK, BACKWARD_STEP = 128, 32
+BACKWARD_BLOCK, BACKWARD_STEP = 128, 64
 BACKWARD_WARPS, BACKWARD_STAGES = 8, 2
 BACKWARD = {
     "backward_queries": {"Q_BLOCK": BACKWARD_BLOCK, "K_BLOCK": BACKWARD_STEP},
@@ -595,6 +595,8 @@ def backward_queries(
         mask=alive[:, None],
         other=0.0,
     )
+    k_at = cols[:, None] * k_step + d[None, :] * k_stride_d
+    v_at = cols[:, None] * v_step + d[None, :] * v_stride_d
 
     # Key blocks [0, last) hold what any query here sees.
     # q_hi: positions, half-open
@@ -617,19 +619,14 @@ def backward_queries(
     dq = tl.zeros((Q_BLOCK, 64), tl.float32)
     for c in range(last):
         k_there = c * K_BLOCK + cols < kv_len
+        k_start = tl.cast(c, tl.int64) * K_BLOCK
         k = tl.load(
-            k_head
-            + tl.cast(c, tl.int64) * K_BLOCK * k_step
-            + cols[:, None] * k_step
-            + d[None, :] * k_stride_d,
+            k_head + k_start * k_step + k_at,
             mask=k_there[:, None],
             other=0.0,
         )
         v = tl.load(
-            v_head
-            + tl.cast(c, tl.int64) * K_BLOCK * v_step
-            + cols[:, None] * v_step
-            + d[None, :] * v_stride_d,
+            v_head + k_start * v_step + v_at,
             mask=k_there[:, None],
             other=0.0,
         )
@@ -639,7 +636,6 @@ def backward_queries(
             v,
             dout,
             norm,
-            alive,
             delta,
             q_start,
             c,
@@ -756,6 +752,8 @@ def backward_keys(
         mask=k_there[:, None],
         other=0.0,
     )
+    q_at = rows[:, None] * q_step + d[None, :] * q_stride_d
+    dout_at = rows[:, None] * dout_step + d[None, :] * dout_stride_d
 
     # Query blocks [first, last) hold what any key here sees.
     # k_lo: positions, half-open
@@ -778,19 +776,14 @@ def backward_keys(
             norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
             alive = norm < float("inf")  # it sees a key
             delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
+            first_row = tl.cast(q_start, tl.int64)
             q = tl.load(
-                q_head
-                + tl.cast(q_start, tl.int64) * q_step
-                + rows[:, None] * q_step
-                + d[None, :] * q_stride_d,
+                q_head + first_row * q_step + q_at,
                 mask=alive[:, None],
                 other=0.0,
             )
             dout = tl.load(
-                dout_head
-                + tl.cast(q_start, tl.int64) * dout_step
-                + rows[:, None] * dout_step
-                + d[None, :] * dout_stride_d,
+                dout_head + first_row * dout_step + dout_at,
                 mask=alive[:, None],
                 other=0.0,
             )
@@ -800,7 +793,6 @@ def backward_keys(
                 v,
                 dout,
                 norm,
-                alive,
                 delta,
                 q_start,
                 c,
@@ -847,7 +839,6 @@ def _tile(
     v,
     dout,
     norm,
-    alive,
     delta,
     q_start,
     c,
@@ -873,7 +864,6 @@ def _tile(
     rows = tl.expand_dims(tl.arange(0, Q_BLOCK), 1 - ROWS)
     cols = tl.expand_dims(tl.arange(0, K_BLOCK), ROWS)
     norm = tl.expand_dims(norm, 1 - ROWS)
-    alive = tl.expand_dims(alive, 1 - ROWS)
     delta = tl.expand_dims(delta, 1 - ROWS)
     seed = _seed(seed_ptr, seed_stride_0)
     q_index = q_start + rows
@@ -889,7 +879,7 @@ def _tile(
         document_ids_at_bk = tl.load(document_ids_at_bk, mask=k_index < kv_len, other=0)
         seen = (k_index <= q_index) & (document_ids_at_bq == document_ids_at_bk)
         seen &= k_index < kv_len
-        seen &= alive
+        seen &= norm < float("inf")  # of a query that is there, and sees a key
         p = tl.where(seen, p, 0.0)
         there = tl.max(tl.broadcast_to(seen, p.shape).to(tl.int32), ROWS) > 0
         k = tl.where(there[:, None], k, 0.0)  # else a NaN no query sees

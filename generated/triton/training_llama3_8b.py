@@ -10,7 +10,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           v       [1, 8192, 8, 128]  bfloat16
           out     [1, 8192, 32, 128]  bfloat16
 plan      running · 128 queries × 128 keys · 8 warps · 2 stages · last queries first;
-          backward: two passes · 128 held × 16 a step · 8 warps · 2 stages
+          backward: two passes · 128 held × 32 a step · 8 warps · 2 stages
           tiles of a head: 4096; 2016 full, 64 on an edge, 2016 empty and never visited
 cost      2.51 TFLOP, 2.0 MiB of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen
@@ -19,7 +19,7 @@ spec      {"q_heads": 32, "kv_heads": 8, "q_len": 8192, "kv_len": 8192, "qk_dim"
 choices   {"backend": "triton", "target": "h100", "algorithm": "running", "q_chunk":
           128, "k_chunk": 128, "num_warps": 8, "num_stages": 2, "order": "reverse",
           "head_dim": "padded", "loads": "pointers", "backward": "two_passes",
-          "backward_q_chunk": 128, "backward_k_chunk": 16, "backward_num_warps": 8,
+          "backward_q_chunk": 128, "backward_k_chunk": 32, "backward_num_warps": 8,
           "backward_num_stages": 2}
 """
 
@@ -43,7 +43,7 @@ SCALE = tl.constexpr(0.08838834764831845)
 OUT_DTYPE = torch.bfloat16
 NUM_WARPS, NUM_STAGES = 8, 2
 # of the backward pass: tokens that a program holds, and of the other kind at a time
-BACKWARD_BLOCK, BACKWARD_STEP = 128, 16
+BACKWARD_BLOCK, BACKWARD_STEP = 128, 32
 BACKWARD_WARPS, BACKWARD_STAGES = 8, 2
 BACKWARD = {
     "backward_queries": {"Q_BLOCK": BACKWARD_BLOCK, "K_BLOCK": BACKWARD_STEP},
@@ -485,6 +485,8 @@ def backward_queries(
         mask=alive[:, None],
         other=0.0,
     )
+    k_at = cols[:, None] * k_step + d[None, :] * k_stride_d
+    v_at = cols[:, None] * v_step + d[None, :] * v_stride_d
 
     # Key blocks [0, last) hold what any query here sees, and
     # [0, full_last) only what every one of them sees.
@@ -510,25 +512,15 @@ def backward_queries(
     tl.store(delta_ptr + row, delta, mask=q_there)
     dq = tl.zeros((Q_BLOCK, 128), tl.float32)
     for c in range(full_last):
-        k = tl.load(
-            k_head
-            + tl.cast(c, tl.int64) * K_BLOCK * k_step
-            + cols[:, None] * k_step
-            + d[None, :] * k_stride_d
-        )
-        v = tl.load(
-            v_head
-            + tl.cast(c, tl.int64) * K_BLOCK * v_step
-            + cols[:, None] * v_step
-            + d[None, :] * v_stride_d
-        )
+        k_start = tl.cast(c, tl.int64) * K_BLOCK
+        k = tl.load(k_head + k_start * k_step + k_at)
+        v = tl.load(v_head + k_start * v_step + v_at)
         _p, ds, _dp, k = _tile(
             q,
             k,
             v,
             dout,
             norm,
-            alive,
             delta,
             q_start,
             c,
@@ -541,19 +533,14 @@ def backward_queries(
         dq = tl.dot(ds.to(k.dtype), k, dq)
     for c in range(full_last, last):
         k_there = c * K_BLOCK + cols < kv_len
+        k_start = tl.cast(c, tl.int64) * K_BLOCK
         k = tl.load(
-            k_head
-            + tl.cast(c, tl.int64) * K_BLOCK * k_step
-            + cols[:, None] * k_step
-            + d[None, :] * k_stride_d,
+            k_head + k_start * k_step + k_at,
             mask=k_there[:, None],
             other=0.0,
         )
         v = tl.load(
-            v_head
-            + tl.cast(c, tl.int64) * K_BLOCK * v_step
-            + cols[:, None] * v_step
-            + d[None, :] * v_stride_d,
+            v_head + k_start * v_step + v_at,
             mask=k_there[:, None],
             other=0.0,
         )
@@ -563,7 +550,6 @@ def backward_queries(
             v,
             dout,
             norm,
-            alive,
             delta,
             q_start,
             c,
@@ -667,6 +653,8 @@ def backward_keys(
         mask=k_there[:, None],
         other=0.0,
     )
+    q_at = rows[:, None] * q_step + d[None, :] * q_stride_d
+    dout_at = rows[:, None] * dout_step + d[None, :] * dout_stride_d
 
     # Query blocks [first, last) hold what any key here sees, and
     # [full_first, full_last) only what every one of them sees.
@@ -690,33 +678,17 @@ def backward_keys(
         for i in range(full_first, full_last):
             q_start = i * Q_BLOCK
             row = (b_index * heads + h_index) * q_len + q_start + rows
-            q_there = q_start + rows < q_len
-            norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
-            alive = norm < float("inf")  # it sees a key
-            delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
-            q = tl.load(
-                q_head
-                + tl.cast(q_start, tl.int64) * q_step
-                + rows[:, None] * q_step
-                + d[None, :] * q_stride_d,
-                mask=alive[:, None],
-                other=0.0,
-            )
-            dout = tl.load(
-                dout_head
-                + tl.cast(q_start, tl.int64) * dout_step
-                + rows[:, None] * dout_step
-                + d[None, :] * dout_stride_d,
-                mask=alive[:, None],
-                other=0.0,
-            )
+            norm = tl.load(norm_ptr + row)
+            delta = tl.load(delta_ptr + row)
+            first_row = tl.cast(q_start, tl.int64)
+            q = tl.load(q_head + first_row * q_step + q_at)
+            dout = tl.load(dout_head + first_row * dout_step + dout_at)
             p, ds, _dp, _k = _tile(
                 q,
                 k,
                 v,
                 dout,
                 norm,
-                alive,
                 delta,
                 q_start,
                 c,
@@ -735,19 +707,14 @@ def backward_keys(
             norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
             alive = norm < float("inf")  # it sees a key
             delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
+            first_row = tl.cast(q_start, tl.int64)
             q = tl.load(
-                q_head
-                + tl.cast(q_start, tl.int64) * q_step
-                + rows[:, None] * q_step
-                + d[None, :] * q_stride_d,
+                q_head + first_row * q_step + q_at,
                 mask=alive[:, None],
                 other=0.0,
             )
             dout = tl.load(
-                dout_head
-                + tl.cast(q_start, tl.int64) * dout_step
-                + rows[:, None] * dout_step
-                + d[None, :] * dout_stride_d,
+                dout_head + first_row * dout_step + dout_at,
                 mask=alive[:, None],
                 other=0.0,
             )
@@ -757,7 +724,6 @@ def backward_keys(
                 v,
                 dout,
                 norm,
-                alive,
                 delta,
                 q_start,
                 c,
@@ -776,19 +742,14 @@ def backward_keys(
             norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
             alive = norm < float("inf")  # it sees a key
             delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
+            first_row = tl.cast(q_start, tl.int64)
             q = tl.load(
-                q_head
-                + tl.cast(q_start, tl.int64) * q_step
-                + rows[:, None] * q_step
-                + d[None, :] * q_stride_d,
+                q_head + first_row * q_step + q_at,
                 mask=alive[:, None],
                 other=0.0,
             )
             dout = tl.load(
-                dout_head
-                + tl.cast(q_start, tl.int64) * dout_step
-                + rows[:, None] * dout_step
-                + d[None, :] * dout_stride_d,
+                dout_head + first_row * dout_step + dout_at,
                 mask=alive[:, None],
                 other=0.0,
             )
@@ -798,7 +759,6 @@ def backward_keys(
                 v,
                 dout,
                 norm,
-                alive,
                 delta,
                 q_start,
                 c,
@@ -836,7 +796,6 @@ def _tile(
     v,
     dout,
     norm,
-    alive,
     delta,
     q_start,
     c,
@@ -854,7 +813,6 @@ def _tile(
     rows = tl.expand_dims(tl.arange(0, Q_BLOCK), 1 - ROWS)
     cols = tl.expand_dims(tl.arange(0, K_BLOCK), ROWS)
     norm = tl.expand_dims(norm, 1 - ROWS)
-    alive = tl.expand_dims(alive, 1 - ROWS)
     delta = tl.expand_dims(delta, 1 - ROWS)
     q_index = q_start + rows
     k_index = c * K_BLOCK + cols
@@ -863,7 +821,7 @@ def _tile(
     if MASKED:
         seen = k_index <= q_index
         seen &= k_index < kv_len
-        seen &= alive
+        seen &= norm < float("inf")  # of a query that is there, and sees a key
         p = tl.where(seen, p, 0.0)
         there = tl.max(tl.broadcast_to(seen, p.shape).to(tl.int32), ROWS) > 0
         k = tl.where(there[:, None], k, 0.0)  # else a NaN no query sees

@@ -13,7 +13,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1.0
           relative_bias [16, 32]  float32
           out     [1, 512, 16, 64]  float32
 plan      running · 32 queries × 32 keys · 1 warp · 2 stages; backward: two passes · 64
-          held × 32 a step · 2 warps · 2 stages
+          held × 64 a step · 2 warps · 1 stage
           tiles of a head: 256; 256 full, 0 on an edge, 0 empty and never visited
 cost      4.83 GFLOP, 164.0 KiB of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen
@@ -23,8 +23,8 @@ spec      {"q_heads": 16, "kv_heads": 16, "q_len": 512, "kv_len": 512, "qk_dim":
 choices   {"backend": "triton", "target": "mi300x", "algorithm": "running", "q_chunk":
           32, "k_chunk": 32, "num_warps": 1, "num_stages": 2, "order": "forward",
           "head_dim": "padded", "loads": "pointers", "backward": "two_passes",
-          "backward_q_chunk": 64, "backward_k_chunk": 32, "backward_num_warps": 2,
-          "backward_num_stages": 2}
+          "backward_q_chunk": 64, "backward_k_chunk": 64, "backward_num_warps": 2,
+          "backward_num_stages": 1}
 """
 
 import math
@@ -46,8 +46,8 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(s) is 2**(s * LOG2E)
 OUT_DTYPE = torch.float32
 NUM_WARPS, NUM_STAGES = 1, 2
 # of the backward pass: tokens that a program holds, and of the other kind at a time
-BACKWARD_BLOCK, BACKWARD_STEP = 64, 32
-BACKWARD_WARPS, BACKWARD_STAGES = 2, 2
+BACKWARD_BLOCK, BACKWARD_STEP = 64, 64
+BACKWARD_WARPS, BACKWARD_STAGES = 2, 1
 BACKWARD = {
     "backward_queries": {"Q_BLOCK": BACKWARD_BLOCK, "K_BLOCK": BACKWARD_STEP},
     "backward_keys": {"Q_BLOCK": BACKWARD_STEP, "K_BLOCK": BACKWARD_BLOCK},
@@ -547,6 +547,8 @@ def backward_queries(
         mask=alive[:, None],
         other=0.0,
     )
+    k_at = cols[:, None] * k_step + d[None, :] * k_stride_d
+    v_at = cols[:, None] * v_step + d[None, :] * v_stride_d
 
     # Key blocks [0, last) hold what any query here sees.
     last = tl.cdiv(kv_len, K_BLOCK)
@@ -554,19 +556,14 @@ def backward_queries(
     delta = tl.zeros((Q_BLOCK,), tl.float32)
     for c in range(last):
         k_there = c * K_BLOCK + cols < kv_len
+        k_start = tl.cast(c, tl.int64) * K_BLOCK
         k = tl.load(
-            k_head
-            + tl.cast(c, tl.int64) * K_BLOCK * k_step
-            + cols[:, None] * k_step
-            + d[None, :] * k_stride_d,
+            k_head + k_start * k_step + k_at,
             mask=k_there[:, None],
             other=0.0,
         )
         v = tl.load(
-            v_head
-            + tl.cast(c, tl.int64) * K_BLOCK * v_step
-            + cols[:, None] * v_step
-            + d[None, :] * v_stride_d,
+            v_head + k_start * v_step + v_at,
             mask=k_there[:, None],
             other=0.0,
         )
@@ -577,7 +574,6 @@ def backward_queries(
             dout,
             norm,
             mass,
-            alive,
             delta,
             q_start,
             c,
@@ -598,19 +594,14 @@ def backward_queries(
     sum_d_relative_bias_at_i0 = tl.zeros((32,), tl.float32)
     for c in range(last):
         k_there = c * K_BLOCK + cols < kv_len
+        k_start = tl.cast(c, tl.int64) * K_BLOCK
         k = tl.load(
-            k_head
-            + tl.cast(c, tl.int64) * K_BLOCK * k_step
-            + cols[:, None] * k_step
-            + d[None, :] * k_stride_d,
+            k_head + k_start * k_step + k_at,
             mask=k_there[:, None],
             other=0.0,
         )
         v = tl.load(
-            v_head
-            + tl.cast(c, tl.int64) * K_BLOCK * v_step
-            + cols[:, None] * v_step
-            + d[None, :] * v_stride_d,
+            v_head + k_start * v_step + v_at,
             mask=k_there[:, None],
             other=0.0,
         )
@@ -621,7 +612,6 @@ def backward_queries(
             dout,
             norm,
             mass,
-            alive,
             delta,
             q_start,
             c,
@@ -739,6 +729,8 @@ def backward_keys(
         mask=k_there[:, None],
         other=0.0,
     )
+    q_at = rows[:, None] * q_step + d[None, :] * q_stride_d
+    dout_at = rows[:, None] * dout_step + d[None, :] * dout_stride_d
 
     # Query blocks [0, last) hold what any key here sees.
     last = tl.cdiv(q_len, Q_BLOCK)
@@ -758,19 +750,14 @@ def backward_keys(
             alive = norm < float("inf")  # it sees a key
             mass = tl.load(mass_ptr + row, mask=q_there, other=1.0)
             delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
+            first_row = tl.cast(q_start, tl.int64)
             q = tl.load(
-                q_head
-                + tl.cast(q_start, tl.int64) * q_step
-                + rows[:, None] * q_step
-                + d[None, :] * q_stride_d,
+                q_head + first_row * q_step + q_at,
                 mask=alive[:, None],
                 other=0.0,
             )
             dout = tl.load(
-                dout_head
-                + tl.cast(q_start, tl.int64) * dout_step
-                + rows[:, None] * dout_step
-                + d[None, :] * dout_stride_d,
+                dout_head + first_row * dout_step + dout_at,
                 mask=alive[:, None],
                 other=0.0,
             )
@@ -781,7 +768,6 @@ def backward_keys(
                 dout,
                 norm,
                 mass,
-                alive,
                 delta,
                 q_start,
                 c,
@@ -825,7 +811,6 @@ def _tile(
     dout,
     norm,
     mass,
-    alive,
     delta,
     q_start,
     c,
@@ -850,7 +835,6 @@ def _tile(
     cols = tl.expand_dims(tl.arange(0, K_BLOCK), ROWS)
     norm = tl.expand_dims(norm, 1 - ROWS)
     mass = tl.expand_dims(mass, 1 - ROWS)
-    alive = tl.expand_dims(alive, 1 - ROWS)
     delta = tl.expand_dims(delta, 1 - ROWS)
     q_index = q_start + rows
     k_index = c * K_BLOCK + cols
@@ -874,7 +858,7 @@ def _tile(
     p *= 1.0 / mass  # they add up to 1: norm is rounded
     if MASKED:
         seen = k_index < kv_len
-        seen &= alive
+        seen &= norm < float("inf")  # of a query that is there, and sees a key
         seen &= s != float("-inf")
         p = tl.where(seen, p, 0.0)
         there = tl.max(tl.broadcast_to(seen, p.shape).to(tl.int32), ROWS) > 0

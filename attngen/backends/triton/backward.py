@@ -246,7 +246,7 @@ class Backward:
     def _tile_parameters(self) -> list[str]:
         """What `_tile` takes: its blocks, and of the rest what its statements read."""
         blocks = ["q", "k", *(["v", "dout"] if self.out else []), *kept(self.spec)]
-        blocks += ["alive", "delta"]
+        blocks += ["delta"]
         text = "\n".join(self._lines())
         if self.spec.dropout and self.out:
             text += "seed_ptr seed_stride_0"

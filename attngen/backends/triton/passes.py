@@ -37,12 +37,14 @@ class Passes:
         self, spec: AttentionSpec, target: Target, *, whole: bool = False
     ) -> Mapping[str, Mapping[str, Sequence[Option]]]:
         longest = max(spec.q_len, spec.kv_len)
+        # others load ahead by way of registers, of which there are none left
+        ahead = target.gpu is None or target.gpu.copies_to_shared
         return {
             "two_passes": {
                 "q_chunk": blocks(longest, 256 if whole else 128),
                 "k_chunk": blocks(longest, 256 if whole else 64),
                 "num_warps": WARPS if whole else (2, 4, 8),
-                "num_stages": STAGES if whole else (1, 2),
+                "num_stages": STAGES if whole else (1, 2) if ahead else (1,),
             }
         }
 
@@ -61,7 +63,7 @@ class Passes:
             return (
                 f"{choice['num_warps']} warps are {threads} threads; a block has 1024"
             )
-        if (shared := shared_bytes(spec, choice)) > gpu.shared_bytes:
+        if (shared := shared_bytes(spec, choice, gpu)) > gpu.shared_bytes:
             return (
                 f"tiles need {shared} bytes of shared memory; "
                 f"{target.name} has {gpu.shared_bytes} a block"
@@ -118,13 +120,22 @@ def _sums(spec: AttentionSpec, choice: Choice) -> int:
     return total
 
 
-def shared_bytes(spec: AttentionSpec, choice: Choice) -> int:
-    """Modelled: what a program holds of two tensors, what it visits of two, p and ds."""
+def shared_bytes(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
+    """Modelled: what a program holds of two tensors, what it visits of two, p and ds.
+
+    AMD's hold what they hold in registers.
+    """
     size = BYTES[spec.dtype]
     dims = power_above(spec.qk_dim) + power_above(spec.v_dim)
     held, step = int(choice["q_chunk"]), int(choice["k_chunk"])
+    if gpu.backend == "hip":
+        return 2 * size * step * dims * int(choice["num_stages"])
     stages = max(1, int(choice["num_stages"]) - 1)
     return size * (held * dims + step * dims * stages + held * step)
+
+
+# architecture → registers of a thread that no tile accounts for; others of NVIDIA's: 96
+_OWN = {"sm90": 78, "sm100": 78, "gfx942": 150, "gfx950": 150}
 
 
 def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
@@ -136,7 +147,7 @@ def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     dims = power_above(spec.qk_dim) + power_above(spec.v_dim)
     held, step = int(choice["q_chunk"]), int(choice["k_chunk"])
     threads = int(choice["num_warps"]) * gpu.warp_size
-    own = 96 if gpu.backend == "cuda" else 150
+    own = _OWN.get(gpu.architecture, 96)
     # whole float32 products on NVIDIA's are multiply-adds, whose factors lie in registers
     own += 64 if spec.dtype == "float32" and gpu.backend == "cuda" else 0
     return held * (dims + 3 * step) // threads + own
