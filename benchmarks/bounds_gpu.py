@@ -86,15 +86,15 @@ BLOCKS = {"BLOCK_M": (128, 64), "BLOCK_N": (128, 64, 32)}  # its own, as all her
 WARPS, STAGES = (4, 8), {"cuda": (2, 3, 4), "hip": (1,)}
 
 
-def tutorials_kernel(path: Path, folder: Path) -> Any:
-    """The tutorial's forward kernel and what it calls, without what needs a device."""
+def tutorials_kernel(path: Path, folder: Path, kernel: str = KERNEL) -> Any:
+    """A kernel of the tutorial and what it calls, without what needs a device."""
     tree = ast.parse(path.read_text())
     functions = {x.name: x for x in tree.body if isinstance(x, ast.FunctionDef)}
-    if KERNEL not in functions:
-        sys.exit(f"{path} defines no {KERNEL}: it isn't the fused-attention tutorial")
+    if kernel not in functions:
+        sys.exit(f"{path} defines no {kernel}: it isn't the fused-attention tutorial")
     for function in functions.values():
         function.decorator_list = []  # of autotuning, which asks for a device
-    needed, known = [KERNEL], []
+    needed, known = [kernel], []
     while needed:
         name = needed.pop()
         known.append(name)
@@ -110,7 +110,7 @@ def tutorials_kernel(path: Path, folder: Path) -> Any:
     specification = importlib.util.spec_from_file_location(extracted.stem, extracted)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    return getattr(module, KERNEL)
+    return getattr(module, kernel)
 
 
 def of_tutorial(kernel: Any, target: str, dim: int, causal: bool) -> dict[str, Any]:

@@ -214,18 +214,44 @@ TRITON = {
         checkerboard, "mi355x", {"q_chunk": 16, "k_chunk": 32, "num_warps": 1}
     ),
     "training_llama3_8b": Entry(
-        of_preset("llama3-8b", derivatives="vjp"), "h100", {"num_stages": 2}
+        of_preset("llama3-8b", derivatives="vjp"),
+        "h100",
+        {"num_stages": 2, "backward_k_chunk": 16},
     ),
     "training": Entry(training, "rtx4090", {}),
     "training_alibi": Entry(
-        lambda: dataclasses.replace(training_alibi(), dtype="bfloat16"), "a100", {}
+        lambda: dataclasses.replace(training_alibi(), dtype="bfloat16"),
+        "a100",
+        {
+            "q_chunk": 64,
+            "k_chunk": 64,
+            "num_warps": 4,
+            "num_stages": 2,
+            "backward_q_chunk": 32,
+            "backward_k_chunk": 16,
+            "backward_num_warps": 2,
+        },
     ),
     "training_documents": Entry(
-        lambda: dataclasses.replace(training_documents(), dtype="bfloat16"), "b200", {}
+        lambda: dataclasses.replace(training_documents(), dtype="bfloat16"),
+        "b200",
+        {"q_chunk": 64, "k_chunk": 64, "num_warps": 4, "backward_k_chunk": 32},
     ),
-    "training_t5": Entry(of_preset("t5-large", derivatives="vjp"), "mi300x", {}),
+    "training_t5": Entry(
+        of_preset("t5-large", derivatives="vjp"),
+        "mi300x",
+        {"backward_q_chunk": 32, "backward_k_chunk": 64, "backward_num_warps": 2},
+    ),
     "alphafold_pair": Entry(
-        of_preset("alphafold-pair", batch=8, dtype="bfloat16"), "h200", {}
+        of_preset("alphafold-pair", batch=8, dtype="bfloat16"),
+        "h200",
+        {
+            "q_chunk": 64,
+            "num_warps": 4,
+            "num_stages": 2,
+            "backward_q_chunk": 64,
+            "backward_num_warps": 8,
+        },
     ),
 }
 

@@ -10,8 +10,8 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           v       [8, 256, 4, 32]  bfloat16
           pair_bias [4, 256, 256]  float32
           out     [8, 256, 4, 32]  bfloat16
-plan      running · 64 queries × 64 keys · 4 warps · 3 stages; backward: two passes · 64
-          held × 64 a step · 4 warps · 2 stages
+plan      running · 64 queries × 64 keys · 4 warps · 2 stages; backward: two passes · 64
+          held × 64 a step · 8 warps · 2 stages
           tiles of a head: 16; 16 full, 0 on an edge, 0 empty and never visited
 cost      1.21 GFLOP, 2.1 MiB of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen
@@ -19,9 +19,9 @@ spec      {"batch": 8, "q_heads": 4, "kv_heads": 4, "q_len": 256, "kv_len": 256,
           "qk_dim": 32, "v_dim": 32, "dtype": "bfloat16", "score": [{"bias": {"name":
           "pair_bias", "axes": "hqk"}}], "derivatives": "vjp"}
 choices   {"backend": "triton", "target": "h200", "algorithm": "running", "q_chunk": 64,
-          "k_chunk": 64, "num_warps": 4, "num_stages": 3, "order": "forward",
+          "k_chunk": 64, "num_warps": 4, "num_stages": 2, "order": "forward",
           "head_dim": "padded", "loads": "pointers", "backward": "two_passes",
-          "backward_q_chunk": 64, "backward_k_chunk": 64, "backward_num_warps": 4,
+          "backward_q_chunk": 64, "backward_k_chunk": 64, "backward_num_warps": 8,
           "backward_num_stages": 2}
 """
 
@@ -43,10 +43,10 @@ SCALE = tl.constexpr(0.1767766952966369)
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(s) is 2**(s * LOG2E)
 LN2 = tl.constexpr(0.6931471805599453)
 OUT_DTYPE = torch.bfloat16
-NUM_WARPS, NUM_STAGES = 4, 3
+NUM_WARPS, NUM_STAGES = 4, 2
 # of the backward pass: tokens that a program holds, and of the other kind at a time
 BACKWARD_BLOCK, BACKWARD_STEP = 64, 64
-BACKWARD_WARPS, BACKWARD_STAGES = 4, 2
+BACKWARD_WARPS, BACKWARD_STAGES = 8, 2
 BACKWARD = {
     "backward_queries": {"Q_BLOCK": BACKWARD_BLOCK, "K_BLOCK": BACKWARD_STEP},
     "backward_keys": {"Q_BLOCK": BACKWARD_STEP, "K_BLOCK": BACKWARD_BLOCK},

@@ -10,7 +10,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           v       [1, 8192, 8, 128]  bfloat16
           out     [1, 8192, 32, 128]  bfloat16
 plan      running · 128 queries × 128 keys · 8 warps · 2 stages · last queries first;
-          backward: two passes · 128 held × 32 a step · 8 warps · 2 stages
+          backward: two passes · 128 held × 16 a step · 8 warps · 2 stages
           tiles of a head: 4096; 2016 full, 64 on an edge, 2016 empty and never visited
 cost      2.51 TFLOP, 2.0 MiB of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen
@@ -19,7 +19,7 @@ spec      {"q_heads": 32, "kv_heads": 8, "q_len": 8192, "kv_len": 8192, "qk_dim"
 choices   {"backend": "triton", "target": "h100", "algorithm": "running", "q_chunk":
           128, "k_chunk": 128, "num_warps": 8, "num_stages": 2, "order": "reverse",
           "head_dim": "padded", "loads": "pointers", "backward": "two_passes",
-          "backward_q_chunk": 128, "backward_k_chunk": 32, "backward_num_warps": 8,
+          "backward_q_chunk": 128, "backward_k_chunk": 16, "backward_num_warps": 8,
           "backward_num_stages": 2}
 """
 
@@ -43,7 +43,7 @@ SCALE = tl.constexpr(0.08838834764831845)
 OUT_DTYPE = torch.bfloat16
 NUM_WARPS, NUM_STAGES = 8, 2
 # of the backward pass: tokens that a program holds, and of the other kind at a time
-BACKWARD_BLOCK, BACKWARD_STEP = 128, 32
+BACKWARD_BLOCK, BACKWARD_STEP = 128, 16
 BACKWARD_WARPS, BACKWARD_STAGES = 8, 2
 BACKWARD = {
     "backward_queries": {"Q_BLOCK": BACKWARD_BLOCK, "K_BLOCK": BACKWARD_STEP},

@@ -12,7 +12,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1.0
           v       [1, 512, 16, 64]  float32
           relative_bias [16, 32]  float32
           out     [1, 512, 16, 64]  float32
-plan      running · 32 queries × 32 keys · 1 warp · 2 stages; backward: two passes · 64
+plan      running · 32 queries × 32 keys · 1 warp · 2 stages; backward: two passes · 32
           held × 64 a step · 2 warps · 1 stage
           tiles of a head: 256; 256 full, 0 on an edge, 0 empty and never visited
 cost      4.83 GFLOP, 164.0 KiB of temporaries (modelled)
@@ -23,7 +23,7 @@ spec      {"q_heads": 16, "kv_heads": 16, "q_len": 512, "kv_len": 512, "qk_dim":
 choices   {"backend": "triton", "target": "mi300x", "algorithm": "running", "q_chunk":
           32, "k_chunk": 32, "num_warps": 1, "num_stages": 2, "order": "forward",
           "head_dim": "padded", "loads": "pointers", "backward": "two_passes",
-          "backward_q_chunk": 64, "backward_k_chunk": 64, "backward_num_warps": 2,
+          "backward_q_chunk": 32, "backward_k_chunk": 64, "backward_num_warps": 2,
           "backward_num_stages": 1}
 """
 
@@ -46,7 +46,7 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(s) is 2**(s * LOG2E)
 OUT_DTYPE = torch.float32
 NUM_WARPS, NUM_STAGES = 1, 2
 # of the backward pass: tokens that a program holds, and of the other kind at a time
-BACKWARD_BLOCK, BACKWARD_STEP = 64, 64
+BACKWARD_BLOCK, BACKWARD_STEP = 32, 64
 BACKWARD_WARPS, BACKWARD_STAGES = 2, 1
 BACKWARD = {
     "backward_queries": {"Q_BLOCK": BACKWARD_BLOCK, "K_BLOCK": BACKWARD_STEP},

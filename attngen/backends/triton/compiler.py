@@ -219,10 +219,7 @@ def compile_kernel(
 
 def figures(compiled: Any, gpu: Gpu, warps: int, tile: Tile | None) -> dict[str, Any]:
     """What assembly and metadata say of a compiled kernel."""
-    if gpu.backend == "cuda":
-        program, used = _nvidia(compiled.asm["cubin"])
-    else:
-        program, used = _amd(compiled.asm["amdgcn"])
+    program, used = program_of(compiled, gpu)
     shared = int(compiled.metadata.shared)
     # warp specialisation adds warps
     held = int(getattr(compiled.metadata, "num_warps", warps) or warps)
@@ -250,6 +247,13 @@ def figures(compiled: Any, gpu: Gpu, warps: int, tile: Tile | None) -> dict[str,
         found = dataclasses.asdict(pipes(inner, gpu, tile, warps))
         made |= {"pipe_cycles": found.pop("cycles"), **found}
     return made
+
+
+def program_of(compiled: Any, gpu: Gpu) -> tuple[assembly.Program, dict[str, Any]]:
+    """A compiled kernel's assembly; its registers, and the bytes that it spills."""
+    if gpu.backend == "cuda":
+        return _nvidia(compiled.asm["cubin"])
+    return _amd(compiled.asm["amdgcn"])
 
 
 def _nvidia(cubin: bytes) -> tuple[assembly.Program, dict[str, Any]]:
