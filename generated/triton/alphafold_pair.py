@@ -10,8 +10,8 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           v       [8, 256, 4, 32]  bfloat16
           pair_bias [4, 256, 256]  float32
           out     [8, 256, 4, 32]  bfloat16
-plan      running · 64 queries × 64 keys · 4 warps · 2 stages; backward: two passes · 64
-          held × 64 a step · 8 warps · 2 stages
+plan      running · 64 queries × 64 keys · 4 warps · 2 stages; backward: 64 held × 64 ·
+          8 warps · 2 stages
           tiles of a head: 16; 16 full, 0 on an edge, 0 empty and never visited
 cost      1.21 GFLOP, 2.1 MiB of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen

@@ -13,7 +13,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           out     [1, 2048, 8, 64]  float32
           lse     [1, 8, 2048]  float32
 plan      running · 64 queries × 32 keys · 8 warps · 3 stages · last queries first;
-          backward: two passes · 64 held × 32 a step · 8 warps · 2 stages
+          backward: 64 held × 32 · 8 warps · 2 stages
           tiles of a head: 2048; 992 full, 64 on an edge, 992 empty and never visited
 cost      19.9 GFLOP, 320.1 KiB of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen

@@ -13,8 +13,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           slopes  [8]  float32
           out     [1, 8, 1000, 72]  bfloat16
 plan      running · 64 queries × 64 keys · 4 warps · 2 stages · last queries first ·
-          head dim in pieces; backward: two passes · 32 held × 16 a step · 2 warps · 2
-          stages
+          head dim in pieces; backward: 32 held × 16 · 2 warps · 2 stages
           tiles of a head: 256; 119 full, 17 on an edge, 120 empty and never visited
 cost      5.64 GFLOP, 125.1 KiB of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen

@@ -15,7 +15,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           document_ids [2, 2048]  int32
           out     [2, 2048, 4, 64]  bfloat16
 plan      running · 64 queries × 64 keys · 4 warps · 3 stages · last queries first;
-          backward: two passes · 128 held × 32 a step · 8 warps · 2 stages
+          backward: 128 held × 32 · 8 warps · 2 stages
           tiles of a head: 1024; 496 always empty, at most 528 visited: document_ids
           says which at run time
 cost      20.4 GFLOP, 341.0 KiB of temporaries (modelled)

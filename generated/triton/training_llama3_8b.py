@@ -10,7 +10,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           v       [1, 8192, 8, 128]  bfloat16
           out     [1, 8192, 32, 128]  bfloat16
 plan      running · 128 queries × 128 keys · 8 warps · 2 stages · last queries first;
-          backward: two passes · 128 held × 16 a step · 8 warps · 2 stages
+          backward: 128 held × 16 · 8 warps · 2 stages
           tiles of a head: 4096; 2016 full, 64 on an edge, 2016 empty and never visited
 cost      2.51 TFLOP, 2.0 MiB of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen

@@ -12,8 +12,8 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1.0
           v       [1, 512, 16, 64]  float32
           relative_bias [16, 32]  float32
           out     [1, 512, 16, 64]  float32
-plan      running · 32 queries × 32 keys · 1 warp · 2 stages; backward: two passes · 32
-          held × 64 a step · 2 warps · 1 stage
+plan      running · 32 queries × 32 keys · 1 warp · 2 stages; backward: 32 held × 64 · 2
+          warps · 1 stage
           tiles of a head: 256; 256 full, 0 on an edge, 0 empty and never visited
 cost      4.83 GFLOP, 164.0 KiB of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen

@@ -98,7 +98,7 @@ class Passes:
     def describe(self, choice: Choice) -> str:
         """A candidate in a few words."""
         warps, stages = choice.get("num_warps"), choice.get("num_stages")
-        text = f"two passes · {choice['q_chunk']} held × {choice['k_chunk']} a step"
+        text = f"{choice['q_chunk']} held × {choice['k_chunk']}"
         if warps is not None:
             text += f" · {warps} warp{'s' * (warps != 1)}"
         if stages is not None:
