@@ -57,6 +57,7 @@ BACKWARD = {
     "backward_queries": {"Q_BLOCK": BACKWARD_BLOCK, "K_BLOCK": BACKWARD_STEP},
     "backward_keys": {"Q_BLOCK": BACKWARD_STEP, "K_BLOCK": BACKWARD_BLOCK},
 }
+LARGEST_BLOCK = max(Q_BLOCK.value, K_BLOCK.value, BACKWARD_BLOCK, BACKWARD_STEP)
 # of this very text: an edited copy is another operation to torch
 OPERATION = f"attngen::attention_{zlib.crc32(Path(__file__).read_bytes()):08x}"
 GRADIENTS = OPERATION.replace("attention", "gradients")
@@ -230,10 +231,10 @@ def _check(q, k, v, **operands):
             raise TypeError(f"{name} is {got}, not {dtype}{list(shape)}")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}")
-    blocks = {"q": Q_BLOCK.value, "k": K_BLOCK.value, "v": K_BLOCK.value}
-    for name, block in blocks.items():  # within a block offsets have 32 bits
+    for name in ("q", "k", "v"):  # within a block offsets have 32 bits
         x = given[name]
-        if (block - 1) * x.stride(1) + x.shape[3] * x.stride(3) >= 2**31:
+        span = (LARGEST_BLOCK - 1) * x.stride(1)
+        if span + x.shape[3] * x.stride(3) >= 2**31:
             raise ValueError(f"{name} has strides {x.stride()}: too large for a block")
     if q.device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(f"q is on {q.device}; this kernel needs a GPU")
@@ -256,6 +257,9 @@ def _gradients(
     dq = q.new_empty(q.shape)
     dk = k.new_empty(k.shape)
     dv = v.new_empty(v.shape)
+    span = (LARGEST_BLOCK - 1) * dout.stride(1)
+    if span + dout.shape[3] * dout.stride(3) >= 2**31:  # as in _check
+        dout = dout.contiguous()
     delta = norm.new_empty(norm.shape)
     strides = [s for x in (q, k, v, dout, out, dq, dk, dv) for s in x.stride()[:3]]
     align = math.gcd(16, *strides)
@@ -321,7 +325,7 @@ def _gradients(
 
 @_gradients.register_fake
 def _fake_gradients(q, k, v, seed, document_ids, out, norm, dout):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx, inputs, output):
@@ -438,7 +442,7 @@ def forward(
         s = tl.dot(q, k)
         m, total, p, rescale = _softmax(s, m, total, UNSEEN=False)
         kept = _dropout(seed, b_index, h_index, q_index, c * K_BLOCK, K_BLOCK, 0)
-        p = tl.where(kept, p, 0.0)  # total is of all
+        p *= kept  # total is of all
         v = tl.load(v_head + c * v_block + v_at)
         acc *= rescale[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc)
@@ -461,7 +465,7 @@ def forward(
         seen = tl.broadcast_to(seen, (Q_BLOCK, K_BLOCK)) & q_there[:, None]
         there = tl.max(seen.to(tl.int32), 0) > 0  # else a NaN no query sees
         kept = _dropout(seed, b_index, h_index, q_index, c * K_BLOCK, K_BLOCK, 0)
-        p = tl.where(kept, p, 0.0)  # total is of all
+        p *= kept  # total is of all
         v = tl.load(
             v_head + c * v_block + v_at,
             mask=there[:, None],
@@ -481,7 +485,7 @@ def forward(
     )
     row = (b_index * heads + h_index) * q_len + q_start + rows
     norm = m + tl.log2(total)
-    saw = total > 0  # a key
+    saw = total != 0  # a key; NaN is one that it saw
     tl.store(norm_ptr + row, tl.where(saw, norm, float("inf")), mask=q_there)
 
 
@@ -578,7 +582,7 @@ def backward_queries(
     row = (b_index * heads + h_index) * q_len + q_start + rows
     q_there = q_start + rows < q_len
     norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
-    alive = norm < float("inf")  # it sees a key
+    alive = norm != float("inf")  # it sees a key
     q = tl.load(
         q_head
         + tl.cast(q_start, tl.int64) * q_step
@@ -776,7 +780,7 @@ def backward_keys(
             row = (b_index * heads + h_index) * q_len + q_start + rows
             q_there = q_start + rows < q_len
             norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
-            alive = norm < float("inf")  # it sees a key
+            alive = norm != float("inf")  # it sees a key
             delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
             q = tl.load(
                 q_head
@@ -897,9 +901,9 @@ def _tile(
     if MASKED:
         dp = tl.where(seen, dp, 0.0)
     kept = _dropout(seed, b_index, h_index, q_index, c * K_BLOCK, K_BLOCK, ROWS)
-    dp = tl.where(kept, dp * (1.0 / (1.0 - DROPOUT)), 0.0)
+    dp = dp * kept * (1.0 / (1.0 - DROPOUT))
     ds = p * (dp - delta)
-    p = tl.where(kept, p, 0.0)  # to be divided by 1 - DROPOUT
+    p *= kept  # to be divided by 1 - DROPOUT
     return p, ds, dp, k
 
 
@@ -921,7 +925,7 @@ def _seed(seed_ptr, stride):
 
 @triton.jit
 def _dropout(seed, b, h, q, k_start, K_BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """Which weights are kept: by Philox 4x32-10, of positions, whatever the tile.
+    """1 where a weight is kept, else 0: by Philox 4x32-10, of positions, whatever the tile.
 
     The key is the seed, the counter (k // 4, q, h, b), and k % 4 tells which of four
     words is compared with DROPOUT. k_start, of K_BLOCK keys, is a multiple of four.
@@ -935,4 +939,6 @@ def _dropout(seed, b, h, q, k_start, K_BLOCK: tl.constexpr, ROWS: tl.constexpr):
         words = tl.reshape(words, (words.shape[0], K_BLOCK))
     else:
         words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), (K_BLOCK, words.shape[1]))
-    return words >= 429496730  # DROPOUT * 2**32
+    kept = words >= 429496730  # DROPOUT * 2**32
+    # as numbers: Triton can't move bits to where a product takes its weights
+    return tl.where(kept, 1.0, 0.0).to(tl.float16)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from attngen import slopes
+from attngen.backends.triton.slope_code import unplaced
 from attngen.dtypes import BYTES
 from attngen.errors import NotBuiltError
 from attngen.expr import variables, walk
 from attngen.gpus import Gpu
 from attngen.lists import Blocks, listed, skips, unlistable
+from attngen.operands import Operand
 from attngen.plans import Choice, Option
 from attngen.regions import analyse
 from attngen.spec import AttentionSpec
@@ -54,6 +57,18 @@ def refuse(spec: AttentionSpec) -> None:
             got="out_dtype='float64'",
             needed="out_dtype=None, or one of " + ", ".join(DTYPES),
         )
+    reads = [n for score in spec.score for n in slopes.reads(score)]
+    for node in reads if spec.derivatives else ():
+        if what := unplaced(node):
+            assert isinstance(node.value, Operand)
+            name = node.value.name
+            raise NotBuiltError(
+                f"The gradient of {name} isn't built for Triton, as a score reads it.",
+                got=f"a read of {name} at {what}",
+                needed="a read of each axis at another index, and of queries and keys "
+                "at their own alone",
+                hint='derivatives=None, or backend="jax"',
+            )
 
 
 def pieces(dim: int, choice: Option) -> tuple[tuple[int, int], ...]:

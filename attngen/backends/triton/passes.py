@@ -13,8 +13,10 @@ from dataclasses import replace
 from attngen import slopes
 from attngen.backends.triton import model
 from attngen.backends.triton.candidates import BLOCKS, WARPS, blocks, power_above
+from attngen.backends.triton.slope_code import entries_of, kind_of
 from attngen.cost import Cost
 from attngen.dtypes import BYTES
+from attngen.expr import variables
 from attngen.gpus import Gpu
 from attngen.plans import Choice, Option
 from attngen.spec import AttentionSpec
@@ -113,8 +115,20 @@ def _sums(spec: AttentionSpec, choice: Choice) -> int:
     """What kernels write for operands' gradients before it is added up."""
     total = 0
     for operand in slopes.trained(spec):
-        own = 2 * 4 * spec.bytes_of(operand.name) // BYTES[operand.dtype]
-        total += own + _rows(spec) * spec.kv_len // spec.q_len + _rows(spec)
+        total += 2 * 4 * spec.bytes_of(operand.name) // BYTES[operand.dtype]
+    heads, total = spec.batch * spec.q_heads, total + _rows(spec) * spec.sink
+    sizes = {
+        "rows": spec.q_len, "row_entries": spec.q_len, "columns": spec.kv_len,
+        "column_entries": spec.kv_len, "entries": -(-spec.q_len // int(choice["q_chunk"])),
+    }  # fmt: skip
+    for node in dict.fromkeys(n for s in spec.score for n in slopes.reads(s)):
+        kind = kind_of(node)
+        if kind == "pairs":
+            reads = variables(node)
+            shared = spec.batch ** ("b" in reads) * spec.q_heads ** ("h" in reads)
+            total += 4 * shared * spec.q_len * spec.kv_len
+        else:
+            total += 4 * heads * sizes[kind] * entries_of(node)
     return total
 
 
