@@ -254,6 +254,9 @@ def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     twice = gpu.architecture == "sm100" or gpu.backend == "hip"
     tile = q * (4 * (v + k + k * twice) + size * narrow) // 4
     tile += q * k * gathers(spec) * (2 if from_shared else 4)  # an address, an index
+    tile += (
+        q * k * 3 // 2 if spec.dropout else 0
+    )  # Philox's words, as compiled for sm90
     own, each = _OWN[gpu.architecture]
     if gpu.architecture == "sm90" and stages > 2:
         own += 16

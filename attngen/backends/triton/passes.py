@@ -27,6 +27,7 @@ STAGES = (1, 2, 3, 4)
 VALUES: dict[str, tuple[Option, ...]] = {
     "q_chunk": BLOCKS, "k_chunk": BLOCKS, "num_warps": WARPS, "num_stages": STAGES,
 }  # fmt: skip
+DROPPING = 96  # registers more with dropout, as compiled for sm90
 PRODUCTS = 7  # of a tile: three for dq, four for dk and dv
 
 
@@ -87,7 +88,12 @@ class Passes:
         }  # fmt: skip
         forward = model.cost(replace(spec, derivatives=None), target, own, tiles)
         bytes_ = self.kept_bytes(spec, target) + _rows(spec) + _sums(spec, choice)
-        return replace(forward, temp_bytes=bytes_, time_s=forward.time_s * PRODUCTS / 2)
+        time_s = forward.time_s * PRODUCTS / 2
+        gpu = target.gpu
+        if spec.dropout and gpu is not None:
+            need = registers(spec, choice, gpu) + DROPPING
+            time_s *= 4 if need > _most(choice, gpu) else 1  # it likely spills
+        return replace(forward, temp_bytes=bytes_, time_s=time_s)
 
     def flop(self, spec: AttentionSpec, choice: Choice, tiles: Tiles) -> int:
         """Of the products: three for dq, four for dk and dv."""
