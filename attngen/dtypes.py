@@ -12,3 +12,4 @@ BYTES = {
 }
 BYTES |= {"int64": 8, "int32": 4, "uint32": 4, "bool": 1}
 FLOAT32_LIMIT = (2 - 2**-24) * 2.0**127  # from here on a number rounds to infinity
+DIGITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}  # of significands

@@ -34,6 +34,7 @@ _BACKWARD = """
     known share scored dropped ds dp again same ds_of dq_part
     new here whole made outs given n
     VISITS begin chunk chunks inside nought scores skipped live
+    norm align programs span ctx inputs output GRADIENTS LARGEST_BLOCK BACKWARD
 """
 # of the Triton templates
 _TRITON = """
@@ -53,6 +54,7 @@ _PATTERN = re.compile(
 # of files with derivatives: scores as they were, their slopes, rows and gradients
 _OF_BACKWARD = re.compile(
     "|".join(_BACKWARD.split())
+    + r"|BACKWARD_\w+|backward_\w+"
     + r"|s_\d+|slope\d+_\d+|(lse|dlse|delta|mass|d|out)_rows?|mass(_all)?"
     r"|d[qkv]_(here|before)|(dout|out)_here|d_.*|.*_part"
 )

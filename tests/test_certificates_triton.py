@@ -358,3 +358,14 @@ def assert_launched_as_certified(spec, target, fix, monkeypatch):
     known = {at: what for at, what in launched[0][2].items() if what}
     assert launched == [(signature, placed, launched[0][2])]
     assert known == attributes
+
+
+def test_dropout_beside_a_read_of_keys_compiles():
+    """Triton moves what a product's weights are made of, of which bits can't be."""
+    spec = AttentionSpec(
+        q_heads=8, q_len=1024, qk_dim=64, dtype="bfloat16", dropout=0.1,
+        score=scores.bias(axes="hk"),
+    )  # fmt: skip
+    fix = {"q_chunk": 64, "k_chunk": 32, "num_warps": 4, "num_stages": 3}
+    plan = attngen.plan(spec, target="h100", backend="triton", fix=fix)
+    assert attngen.certify(plan).spill_bytes == 0

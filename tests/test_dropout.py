@@ -21,7 +21,7 @@ from attngen import (
     scores,
     slopes,
 )
-from attngen.errors import NotBuiltError, OperandError, PlanError
+from attngen.errors import OperandError, PlanError
 
 BASE = AttentionSpec(
     batch=2,
@@ -343,8 +343,3 @@ def test_peers_do_not_drop_what_attngen_drops():
 
     for name in peers.names():
         assert "dropout" in peers.refuse(peers.get(name), SMALL)
-
-
-def test_triton_has_none_yet():
-    with refused(NotBuiltError):
-        attngen.plan(SMALL, target="h100", backend="triton")

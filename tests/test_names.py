@@ -13,6 +13,7 @@ from attngen.names import is_free, is_free_of_backward
 # functions that operands are arguments of
 TAKE_OPERANDS = (
     "attention", "_attention", "_forward", "_attention_fwd", "_attention_bwd", "_backward", "_scanned",
+    "_gradients", "_fake_gradients", "_save", "_pull",
 )  # fmt: skip
 
 

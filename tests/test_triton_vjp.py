@@ -19,6 +19,7 @@ from test_vjp import SPECS as OWN
 import attngen
 from attngen import AttentionSpec, api, inputs, masks, scores
 from attngen.errors import NotBuiltError
+from attngen.symbols import where
 
 DTYPES = ("float32", "float16")
 BLOCKS = ((16, 16), (32, 16), (16, 32))
@@ -92,6 +93,98 @@ def test_library_with_everything(name, offset, dtype):
         judge(spec, (16, 32))
 
 
+def biased(**fields):
+    given = {"batch": 2, "q_heads": 4, "kv_heads": 2, "q_len": 37, "qk_dim": 16}
+    given |= {"outputs": ("out", "lse"), "derivatives": "vjp"}
+    return AttentionSpec(**given | fields)
+
+
+def reading(name, axes, read, dtype="float32"):
+    """A score of each function, which all read the same operand."""
+    operand = attngen.operand(name, axes=axes, dtype=dtype)
+    return tuple(
+        attngen.score(lambda s, b, h, q, k, f=f: f(operand, s, b, h, q, k))
+        for f in read
+    )
+
+
+FAR = 2**30 - 1
+ROWS = reading(
+    "by_query", ("b", "h", "q", 5), [lambda x, s, b, h, q, k: s + x[b, h, q, k // 8]]
+)
+ODD = {
+    "entries of each query": biased(
+        score=ROWS, mask=masks.causal(), q_lengths=True, dtype="float16"
+    ),
+    "entries of each key": biased(
+        score=reading(
+            "by_key", ("k", 3, 2), [lambda x, s, b, h, q, k: s + x[k, (q // 4) % 3, k % 2]]
+        ),
+        mask=masks.causal(), kv_lengths=True, layout="bhtd",
+    ),
+    "a long name, read by two scores": biased(
+        q_len=20,
+        score=reading(
+            "relative_bias_all_head", ("h", 40),
+            [
+                lambda x, s, b, h, q, k: s + 2 * x[h, k - q + 20],
+                lambda x, s, b, h, q, k: s * x[h, k - q + 20],
+            ],
+        ),
+    ),
+    "axes exchanged, of 16 bits": biased(
+        score=reading(
+            "kq", ("k", "h", "q"), [lambda x, s, b, h, q, k: s + x[k, h, q]], "bfloat16"
+        ),
+        dtype="float16",
+    ),
+    "a bias, dropout, lengths": biased(
+        score=scores.bias(axes="bqk"), dropout=0.2, kv_lengths=True, q_lengths=True
+    ),
+    "far positions": biased(
+        mask=masks.sliding_window(9), q_offset=FAR, kv_offset=FAR
+    ),
+    "out is coarser than q": biased(out_dtype="float16", sink=True, mask=masks.causal()),
+    "a sink beside low scores": biased(
+        sink=True,
+        score=attngen.score(lambda s, b, h, q, k: where(k < q - 3, s, -10000.0)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd(name):
+    judge(ODD[name])
+
+
+def test_a_sink_takes_no_part_in_lse():
+    """However large it is: its weight beside the keys' would be infinite."""
+    spec = biased(outputs=("lse",), sink=True)
+    given = inputs.arrays(spec, nan=False)
+    given["sink"][:] = (500, -500, 0, 90)
+    given["dlse"] = np.ones((2, 4, 37), np.float32)
+    choices = {"q_chunk": 16, "k_chunk": 16, "backward_q_chunk": 32}
+    path = api.stored(attngen.emit(interpreted.plan(spec, **choices)))
+    lse, *made = interpreted.program(spec, path)(**given)
+    assert np.isfinite(lse).all()
+    assert all(np.isfinite(x).all() for x in made)
+    assert not made[-1].any()
+
+
+@pytest.mark.parametrize(
+    ("axes", "read", "what"),
+    [
+        (("b", "q", "k"), lambda x, s, b, h, q, k: s + x[b, q, q], "two axes"),
+        ((2, "q", "k"), lambda x, s, b, h, q, k: s + x[b % 2, q, k], "computed"),
+    ],
+)
+def test_gradients_that_have_no_place_are_refused(axes, read, what):
+    spec = biased(score=reading("x", axes, [read]))
+    with refused(NotBuiltError, what):
+        interpreted.plan(spec)
+    interpreted.plan(dataclasses.replace(spec, derivatives=None))
+
+
 IN_TORCH = """
 import importlib.util, sys, torch
 made = importlib.util.spec_from_file_location("emitted", sys.argv[1])
@@ -108,6 +201,14 @@ def loss(q, k, v, bias):
 
 def gradients(function, parts):
     return torch.autograd.grad(function(*parts), parts)
+
+taken = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in parts[:3]]
+dout, dlse = torch.randn(2, 32, 70, 2).permute(0, 2, 3, 1), torch.randn(2, 70, 2).mT
+kept = [x.detach() for x in (*module._attention(*taken, parts[3]),)]
+taken = [x.detach() for x in (*taken, parts[3])]
+made = torch.library.opcheck(
+    module._gradients, [*taken, *kept[2:], dout, dlse], test_utils=("test_faketensor",)
+)
 
 once, again = gradients(loss, parts), gradients(loss, parts)
 assert all(torch.equal(x, y) for x, y in zip(once, again))
@@ -127,6 +228,14 @@ out, _ = module.attention(*parts[:3], bias=parts[3])  # lse is left as it is
 assert len(torch.autograd.grad(out.sum(), parts)) == 4
 only = torch.autograd.grad(module.attention(*parts[:3], bias=parts[3])[0].sum(), parts[1])
 assert torch.isfinite(only[0]).all()
+for size in ((0, 70), (2, 0)):  # no batch, or no tokens
+    none = [torch.randn(*size, *s[2:]) for s in shapes.values()]
+    none[3] = torch.randn(2, size[1])
+    none = [x.requires_grad_() for x in none]
+    assert not any(x.any() for x in gradients(loss, none))
+bad = [x.detach().clone() for x in parts]
+bad[0][1, 5, 0, 3] = torch.nan  # reaches the gradients, and hides from none
+assert gradients(loss, [x.requires_grad_() for x in bad])[0][1, 5, 0].isnan().all()
 first = torch.autograd.grad(loss(*parts), parts, create_graph=True)
 try:
     torch.autograd.grad(first[0].sum(), parts[0])

@@ -13,7 +13,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
 plan      running · 64 queries × 64 keys · 4 warps · 2 stages; backward: 64 held × 64 ·
           8 warps · 2 stages
           tiles of a head: 16; 16 full, 0 on an edge, 0 empty and never visited
-cost      1.21 GFLOP, 2.1 MiB of temporaries (modelled)
+cost      1.21 GFLOP, 3.1 MiB of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen
 spec      {"batch": 8, "q_heads": 4, "kv_heads": 4, "q_len": 256, "kv_len": 256,
           "qk_dim": 32, "v_dim": 32, "dtype": "bfloat16", "score": [{"bias": {"name":
@@ -52,6 +52,7 @@ BACKWARD = {
     "backward_keys": {"Q_BLOCK": BACKWARD_STEP, "K_BLOCK": BACKWARD_BLOCK},
     "backward_pair_bias_at_hqk": {"Q_BLOCK": BACKWARD_BLOCK, "K_BLOCK": BACKWARD_STEP},
 }
+LARGEST_BLOCK = max(Q_BLOCK.value, K_BLOCK.value, BACKWARD_BLOCK, BACKWARD_STEP)
 # of this very text: an edited copy is another operation to torch
 OPERATION = f"attngen::attention_{zlib.crc32(Path(__file__).read_bytes()):08x}"
 GRADIENTS = OPERATION.replace("attention", "gradients")
@@ -162,10 +163,10 @@ def _check(q, k, v, **operands):
             raise TypeError(f"{name} is {got}, not {dtype}{list(shape)}")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}")
-    blocks = {"q": Q_BLOCK.value, "k": K_BLOCK.value, "v": K_BLOCK.value}
-    for name, block in blocks.items():  # within a block offsets have 32 bits
+    for name in ("q", "k", "v"):  # within a block offsets have 32 bits
         x = given[name]
-        if (block - 1) * x.stride(1) + x.shape[3] * x.stride(3) >= 2**31:
+        span = (LARGEST_BLOCK - 1) * x.stride(1)
+        if span + x.shape[3] * x.stride(3) >= 2**31:
             raise ValueError(f"{name} has strides {x.stride()}: too large for a block")
     if q.device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(f"q is on {q.device}; this kernel needs a GPU")
@@ -186,6 +187,9 @@ def _gradients(
     dq = q.new_empty(q.shape)
     dk = k.new_empty(k.shape)
     dv = v.new_empty(v.shape)
+    span = (LARGEST_BLOCK - 1) * dout.stride(1)
+    if span + dout.shape[3] * dout.stride(3) >= 2**31:  # as in _check
+        dout = dout.contiguous()
     delta = norm.new_empty(norm.shape)
     d_pair_bias_at_hqk = norm.new_empty((H, T, S))
     strides = [s for x in (q, k, v, dout, dq, dk, dv) for s in x.stride()[:3]]
@@ -272,10 +276,10 @@ def _gradients(
 @_gradients.register_fake
 def _fake_gradients(q, k, v, pair_bias, norm, dout):
     return (
-        torch.empty_like(q),
-        torch.empty_like(k),
-        torch.empty_like(v),
-        torch.empty_like(pair_bias),
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        pair_bias.new_empty(pair_bias.shape),
     )
 
 
@@ -440,7 +444,7 @@ def forward(
     )
     row = (b_index * heads + h_index) * q_len + q_start + rows
     norm = m + tl.log2(total) * LN2
-    saw = total > 0  # a key
+    saw = total != 0  # a key; NaN is one that it saw
     tl.store(norm_ptr + row, tl.where(saw, norm, float("inf")), mask=q_there)
 
 
@@ -531,7 +535,7 @@ def backward_queries(
     row = (b_index * heads + h_index) * q_len + q_start + rows
     q_there = q_start + rows < q_len
     norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
-    alive = norm < float("inf")  # it sees a key
+    alive = norm != float("inf")  # it sees a key
     q = tl.load(
         q_head
         + tl.cast(q_start, tl.int64) * q_step
@@ -742,7 +746,7 @@ def backward_keys(
             row = (b_index * heads + h_index) * q_len + q_start + rows
             q_there = q_start + rows < q_len
             norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
-            alive = norm < float("inf")  # it sees a key
+            alive = norm != float("inf")  # it sees a key
             delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
             first_row = tl.cast(q_start, tl.int64)
             q = tl.load(
@@ -854,7 +858,6 @@ def backward_pair_bias_at_hqk(
         b_index = tl.cast(other, tl.int64)
         h_index = tl.cast(own, tl.int64)
         g_index = h_index // R
-
         q_head = _head(q_ptr, b_index, h_index, q_stride_b, q_stride_h, ALIGN)
         k_head = _head(k_ptr, b_index, g_index, k_stride_b, k_stride_h, ALIGN)
         v_head = _head(v_ptr, b_index, g_index, v_stride_b, v_stride_h, ALIGN)
@@ -864,7 +867,7 @@ def backward_pair_bias_at_hqk(
         row = (b_index * heads + h_index) * q_len + q_start + rows
         q_there = q_start + rows < q_len
         norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
-        alive = norm < float("inf")  # it sees a key
+        alive = norm != float("inf")  # it sees a key
         delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
         k_there = c * K_BLOCK + cols < kv_len
         q = tl.load(
@@ -976,7 +979,7 @@ def _tile(
     p = tl.exp2((s - norm) * LOG2E)
     if MASKED:
         seen = k_index < kv_len
-        seen &= norm < float("inf")  # of a query that is there, and sees a key
+        seen &= norm != float("inf")  # of a query that is there, and sees a key
         seen &= s != float("-inf")
         p = tl.where(seen, p, 0.0)
         there = tl.max(tl.broadcast_to(seen, p.shape).to(tl.int32), ROWS) > 0

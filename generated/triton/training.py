@@ -15,7 +15,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
 plan      running · 64 queries × 32 keys · 8 warps · 3 stages · last queries first;
           backward: 64 held × 32 · 8 warps · 2 stages
           tiles of a head: 2048; 992 full, 64 on an edge, 992 empty and never visited
-cost      19.9 GFLOP, 320.1 KiB of temporaries (modelled)
+cost      19.9 GFLOP, 256.1 KiB of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen
 spec      {"q_heads": 8, "kv_heads": 2, "q_len": 2048, "kv_len": 2048, "qk_dim": 64,
           "v_dim": 64, "mask": "causal", "sink": true, "outputs": ["out", "lse"],
@@ -55,6 +55,7 @@ BACKWARD = {
     "backward_queries": {"Q_BLOCK": BACKWARD_BLOCK, "K_BLOCK": BACKWARD_STEP},
     "backward_keys": {"Q_BLOCK": BACKWARD_STEP, "K_BLOCK": BACKWARD_BLOCK},
 }
+LARGEST_BLOCK = max(Q_BLOCK.value, K_BLOCK.value, BACKWARD_BLOCK, BACKWARD_STEP)
 # of this very text: an edited copy is another operation to torch
 OPERATION = f"attngen::attention_{zlib.crc32(Path(__file__).read_bytes()):08x}"
 GRADIENTS = OPERATION.replace("attention", "gradients")
@@ -171,10 +172,10 @@ def _check(q, k, v, **operands):
             raise TypeError(f"{name} is {got}, not {dtype}{list(shape)}")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}")
-    blocks = {"q": Q_BLOCK.value, "k": K_BLOCK.value, "v": K_BLOCK.value}
-    for name, block in blocks.items():  # within a block offsets have 32 bits
+    for name in ("q", "k", "v"):  # within a block offsets have 32 bits
         x = given[name]
-        if (block - 1) * x.stride(1) + x.shape[3] * x.stride(3) >= 2**31:
+        span = (LARGEST_BLOCK - 1) * x.stride(1)
+        if span + x.shape[3] * x.stride(3) >= 2**31:
             raise ValueError(f"{name} has strides {x.stride()}: too large for a block")
     if q.device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(f"q is on {q.device}; this kernel needs a GPU")
@@ -200,6 +201,9 @@ def _gradients(
     dk = k.new_empty(k.shape)
     dv = v.new_empty(v.shape)
     dlse = dlse.contiguous()
+    span = (LARGEST_BLOCK - 1) * dout.stride(1)
+    if span + dout.shape[3] * dout.stride(3) >= 2**31:  # as in _check
+        dout = dout.contiguous()
     delta = norm.new_empty(norm.shape)
     d_sink = norm.new_empty((B, H, T))
     strides = [s for x in (q, k, v, dout, out, dq, dk, dv) for s in x.stride()[:3]]
@@ -214,9 +218,9 @@ def _gradients(
             out,
             dq,
             lse,
+            dlse,
             norm,
             mass,
-            dlse,
             delta,
             d_sink,
             sink,
@@ -243,6 +247,8 @@ def _gradients(
             dout,
             dk,
             dv,
+            lse,
+            dlse,
             norm,
             mass,
             delta,
@@ -269,10 +275,10 @@ def _gradients(
 @_gradients.register_fake
 def _fake_gradients(q, k, v, sink, out, lse, norm, mass, dout, dlse):
     return (
-        torch.empty_like(q),
-        torch.empty_like(k),
-        torch.empty_like(v),
-        torch.empty_like(sink),
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        sink.new_empty(sink.shape),
     )
 
 
@@ -421,7 +427,7 @@ def forward(
     )
     row = (b_index * heads + h_index) * q_len + q_start + rows
     norm = m_sink + tl.log2(whole)
-    saw = total > 0  # a key
+    saw = total != 0  # a key; NaN is one that it saw
     tl.store(norm_ptr + row, tl.where(saw, norm, float("inf")), mask=q_there)
     mass = whole * tl.exp2(m_sink - norm)
     tl.store(mass_ptr + row, tl.where(saw, mass, 1.0), mask=q_there)
@@ -459,9 +465,9 @@ def backward_queries(
     out_ptr,
     dq_ptr,
     lse_ptr,
+    dlse_ptr,
     norm_ptr,
     mass_ptr,
-    dlse_ptr,
     delta_ptr,
     d_sink_ptr,
     sink_ptr,
@@ -523,8 +529,10 @@ def backward_queries(
     row = (b_index * heads + h_index) * q_len + q_start + rows
     q_there = q_start + rows < q_len
     norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
-    alive = norm < float("inf")  # it sees a key
+    alive = norm != float("inf")  # it sees a key
     mass = tl.load(mass_ptr + row, mask=q_there, other=1.0)
+    lse = tl.load(lse_ptr + row, mask=alive, other=0.0)
+    dlse = tl.load(dlse_ptr + row, mask=alive, other=0.0)
     q = tl.load(
         q_head
         + tl.cast(q_start, tl.int64) * q_step
@@ -568,10 +576,6 @@ def backward_queries(
     sink = tl.load(sink_ptr + h_index * sink_stride_0)
     p_sink = tl.exp2(sink * LOG2E - norm)
     tl.store(d_sink_ptr + row, tl.where(alive, -p_sink * delta, 0.0), mask=q_there)
-    dlse = tl.load(dlse_ptr + row, mask=alive, other=0.0)
-    lse = tl.load(lse_ptr + row, mask=alive, other=0.0)
-    dlse *= tl.exp2(norm - lse * LOG2E)  # which is of keys alone
-    delta -= tl.where(alive, dlse, 0.0)
     tl.store(delta_ptr + row, delta, mask=q_there)
     dq = tl.zeros((Q_BLOCK, 64), tl.float32)
     for c in range(full_last):
@@ -586,6 +590,8 @@ def backward_queries(
             norm,
             mass,
             delta,
+            lse,
+            dlse,
             q_start,
             c,
             kv_len,
@@ -616,6 +622,8 @@ def backward_queries(
             norm,
             mass,
             delta,
+            lse,
+            dlse,
             q_start,
             c,
             kv_len,
@@ -644,6 +652,8 @@ def backward_keys(
     dout_ptr,
     dk_ptr,
     dv_ptr,
+    lse_ptr,
+    dlse_ptr,
     norm_ptr,
     mass_ptr,
     delta_ptr,
@@ -748,6 +758,8 @@ def backward_keys(
             row = (b_index * heads + h_index) * q_len + q_start + rows
             norm = tl.load(norm_ptr + row)
             mass = tl.load(mass_ptr + row)
+            lse = tl.load(lse_ptr + row)
+            dlse = tl.load(dlse_ptr + row)
             delta = tl.load(delta_ptr + row)
             first_row = tl.cast(q_start, tl.int64)
             q = tl.load(q_head + first_row * q_step + q_at)
@@ -760,6 +772,8 @@ def backward_keys(
                 norm,
                 mass,
                 delta,
+                lse,
+                dlse,
                 q_start,
                 c,
                 kv_len,
@@ -775,8 +789,10 @@ def backward_keys(
             row = (b_index * heads + h_index) * q_len + q_start + rows
             q_there = q_start + rows < q_len
             norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
-            alive = norm < float("inf")  # it sees a key
+            alive = norm != float("inf")  # it sees a key
             mass = tl.load(mass_ptr + row, mask=q_there, other=1.0)
+            lse = tl.load(lse_ptr + row, mask=alive, other=0.0)
+            dlse = tl.load(dlse_ptr + row, mask=alive, other=0.0)
             delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
             first_row = tl.cast(q_start, tl.int64)
             q = tl.load(
@@ -797,6 +813,8 @@ def backward_keys(
                 norm,
                 mass,
                 delta,
+                lse,
+                dlse,
                 q_start,
                 c,
                 kv_len,
@@ -812,8 +830,10 @@ def backward_keys(
             row = (b_index * heads + h_index) * q_len + q_start + rows
             q_there = q_start + rows < q_len
             norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
-            alive = norm < float("inf")  # it sees a key
+            alive = norm != float("inf")  # it sees a key
             mass = tl.load(mass_ptr + row, mask=q_there, other=1.0)
+            lse = tl.load(lse_ptr + row, mask=alive, other=0.0)
+            dlse = tl.load(dlse_ptr + row, mask=alive, other=0.0)
             delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
             first_row = tl.cast(q_start, tl.int64)
             q = tl.load(
@@ -834,6 +854,8 @@ def backward_keys(
                 norm,
                 mass,
                 delta,
+                lse,
+                dlse,
                 q_start,
                 c,
                 kv_len,
@@ -872,6 +894,8 @@ def _tile(
     norm,
     mass,
     delta,
+    lse,
+    dlse,
     q_start,
     c,
     kv_len,
@@ -890,6 +914,8 @@ def _tile(
     norm = tl.expand_dims(norm, 1 - ROWS)
     mass = tl.expand_dims(mass, 1 - ROWS)
     delta = tl.expand_dims(delta, 1 - ROWS)
+    lse = tl.expand_dims(lse, 1 - ROWS)
+    dlse = tl.expand_dims(dlse, 1 - ROWS)
     q_index = q_start + rows
     k_index = c * K_BLOCK + cols
     s = _products(q, k, ROWS)
@@ -898,7 +924,7 @@ def _tile(
     if MASKED:
         seen = k_index <= q_index
         seen &= k_index < kv_len
-        seen &= norm < float("inf")  # of a query that is there, and sees a key
+        seen &= norm != float("inf")  # of a query that is there, and sees a key
         p = tl.where(seen, p, 0.0)
         there = tl.max(tl.broadcast_to(seen, p.shape).to(tl.int32), ROWS) > 0
         k = tl.where(there[:, None], k, 0.0)  # else a NaN no query sees
@@ -906,6 +932,11 @@ def _tile(
     if MASKED:
         dp = tl.where(seen, dp, 0.0)
     ds = p * (dp - delta)
+    # what lse passes on: its weights are of keys alone, and may be large beside a sink's
+    p_lse = tl.exp2(s * SCALE_LOG2 - lse * LOG2E)
+    if MASKED:
+        p_lse = tl.where(seen, p_lse, 0.0)
+    ds += p_lse * dlse
     return p, ds, dp, k
 
 

@@ -15,18 +15,17 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           document_ids [2, 2048]  int32
           out     [2, 2048, 4, 64]  bfloat16
 plan      running · 64 queries × 64 keys · 4 warps · 3 stages · last queries first;
-          backward: 128 held × 32 · 8 warps · 2 stages
-          tiles of a head: 1024; 496 always empty, at most 528 visited: document_ids
-          says which at run time
-cost      20.4 GFLOP, 341.0 KiB of temporaries (modelled)
+          backward: 64 held × 32 · 8 warps · 2 stages
+          tiles of a head: 1024; 0 full, 528 on an edge, 496 empty and never visited
+cost      19.9 GFLOP, 128.0 KiB of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen
 spec      {"batch": 2, "q_heads": 4, "kv_heads": 4, "q_len": 2048, "kv_len": 2048,
           "qk_dim": 64, "v_dim": 64, "dtype": "bfloat16", "mask": {"and": ["causal",
           "documents"]}, "dropout": 0.1, "derivatives": "vjp"}
 choices   {"backend": "triton", "target": "b200", "algorithm": "running", "q_chunk": 64,
           "k_chunk": 64, "num_warps": 4, "num_stages": 3, "order": "reverse",
-          "head_dim": "padded", "loads": "pointers", "skip": "list", "backward":
-          "two_passes", "backward_q_chunk": 128, "backward_k_chunk": 32,
+          "head_dim": "padded", "loads": "pointers", "skip": "bounds", "backward":
+          "two_passes", "backward_q_chunk": 64, "backward_k_chunk": 32,
           "backward_num_warps": 8, "backward_num_stages": 2}
 """
 
@@ -51,12 +50,13 @@ DROPOUT = tl.constexpr(0.1)  # share of weights that are 0
 OUT_DTYPE = torch.bfloat16
 NUM_WARPS, NUM_STAGES = 4, 3
 # of the backward pass: tokens that a program holds, and of the other kind at a time
-BACKWARD_BLOCK, BACKWARD_STEP = 128, 32
+BACKWARD_BLOCK, BACKWARD_STEP = 64, 32
 BACKWARD_WARPS, BACKWARD_STAGES = 8, 2
 BACKWARD = {
     "backward_queries": {"Q_BLOCK": BACKWARD_BLOCK, "K_BLOCK": BACKWARD_STEP},
     "backward_keys": {"Q_BLOCK": BACKWARD_STEP, "K_BLOCK": BACKWARD_BLOCK},
 }
+LARGEST_BLOCK = max(Q_BLOCK.value, K_BLOCK.value, BACKWARD_BLOCK, BACKWARD_STEP)
 # of this very text: an edited copy is another operation to torch
 OPERATION = f"attngen::attention_{zlib.crc32(Path(__file__).read_bytes()):08x}"
 GRADIENTS = OPERATION.replace("attention", "gradients")
@@ -66,10 +66,10 @@ RUNTIME = [
     "q_len", "kv_len", "heads", "q_stride_b", "q_stride_t", "q_stride_h", "k_stride_b",
     "k_stride_t", "k_stride_h", "v_stride_b", "v_stride_t", "v_stride_h",
     "out_stride_b", "out_stride_t", "out_stride_h", "seed_stride_0",
-    "document_ids_stride_0", "document_ids_stride_1", "tiles_stride_0",
-    "tiles_stride_1", "tiles_stride_2", "batches", "dout_stride_b", "dout_stride_t",
-    "dout_stride_h", "dq_stride_b", "dq_stride_t", "dq_stride_h", "dk_stride_b",
-    "dk_stride_t", "dk_stride_h", "dv_stride_b", "dv_stride_t", "dv_stride_h",
+    "document_ids_stride_0", "document_ids_stride_1", "batches", "dout_stride_b",
+    "dout_stride_t", "dout_stride_h", "dq_stride_b", "dq_stride_t", "dq_stride_h",
+    "dk_stride_b", "dk_stride_t", "dk_stride_h", "dv_stride_b", "dv_stride_t",
+    "dv_stride_h",
 ]  # fmt: skip
 CONSTEXPRS = {"ALIGN": 16}  # of tensors that lie densely
 
@@ -111,7 +111,6 @@ def _attention(
     B, T, H, _ = q.shape
     out = _empty_out(q)
     norm = _empty_rows(q)
-    tiles = _tiles(q, k, document_ids)
     strides = [s for x in (q, k, v, out) for s in x.stride()[:3]]
     with torch.cuda.device_of(q):
         forward[(triton.cdiv(T, Q_BLOCK.value) * H * B,)](
@@ -122,7 +121,6 @@ def _attention(
             norm,
             seed,
             document_ids,
-            tiles,
             T,
             k.shape[1],
             H,
@@ -132,58 +130,11 @@ def _attention(
             *out.stride(),
             *seed.stride(),
             *document_ids.stride(),
-            *tiles.stride()[:3],
             ALIGN=math.gcd(16, *strides),
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
         )
     return out, norm
-
-
-def _tiles(q, k, document_ids):
-    """For each chunk of queries the key blocks that it visits [B, H, chunks, 2 + blocks].
-
-    How many are full, how many visited, then the blocks, the full ones first.
-    """
-    B, T, H, _ = q.shape
-    S = k.shape[1]
-    key = torch.arange(0, S, K_BLOCK.value, device=q.device)
-    query = torch.arange(0, T, Q_BLOCK.value, device=q.device)[:, None]
-    q_lo = query
-    q_hi = (query + Q_BLOCK.value).clamp(max=T)
-    k_lo = key
-    k_hi = (key + K_BLOCK.value).clamp(max=S)
-    document_ids_at_bq_min, document_ids_at_bq_max = _extremes(
-        document_ids[..., :T], Q_BLOCK.value
-    )
-    document_ids_at_bq_min = document_ids_at_bq_min[:, None, :, None]
-    document_ids_at_bq_max = document_ids_at_bq_max[:, None, :, None]
-    document_ids_at_bk_min, document_ids_at_bk_max = _extremes(
-        document_ids[..., :S], K_BLOCK.value
-    )
-    document_ids_at_bk_min = document_ids_at_bk_min[:, None, None, :]
-    document_ids_at_bk_max = document_ids_at_bk_max[:, None, None, :]
-    some = k_lo < q_hi
-    some = some & (document_ids_at_bq_min <= document_ids_at_bk_max)
-    some = some & (document_ids_at_bk_min <= document_ids_at_bq_max)
-    every = k_hi <= q_lo + 1
-    every = every & (document_ids_at_bk_max <= document_ids_at_bq_min)
-    every = every & (document_ids_at_bq_max <= document_ids_at_bk_min)
-    every = every & (key + K_BLOCK.value <= S)
-    # 0 full, 1 partial, 2 empty
-    kind = 2 - some.to(torch.int8) - every.to(torch.int8)
-    shape = torch.broadcast_shapes(kind.shape, (1, 1, query.shape[0], key.shape[0]))
-    kind = kind.expand(shape)
-    order = kind.argsort(dim=-1, stable=True).to(torch.int32)
-    counts = [(kind < n).sum(-1, keepdim=True).to(torch.int32) for n in (1, 2)]
-    return torch.cat([*counts, order], -1).expand(B, H, -1, -1)
-
-
-def _extremes(x, block):
-    """The least and the greatest value in each block of the last axis."""
-    tail = x[..., -1:].expand(*x.shape[:-1], -x.shape[-1] % block)
-    x = torch.cat([x, tail], -1).unflatten(-1, (-1, block))
-    return x.amin(-1), x.amax(-1)
 
 
 @_attention.register_fake
@@ -230,10 +181,10 @@ def _check(q, k, v, **operands):
             raise TypeError(f"{name} is {got}, not {dtype}{list(shape)}")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}")
-    blocks = {"q": Q_BLOCK.value, "k": K_BLOCK.value, "v": K_BLOCK.value}
-    for name, block in blocks.items():  # within a block offsets have 32 bits
+    for name in ("q", "k", "v"):  # within a block offsets have 32 bits
         x = given[name]
-        if (block - 1) * x.stride(1) + x.shape[3] * x.stride(3) >= 2**31:
+        span = (LARGEST_BLOCK - 1) * x.stride(1)
+        if span + x.shape[3] * x.stride(3) >= 2**31:
             raise ValueError(f"{name} has strides {x.stride()}: too large for a block")
     if q.device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(f"q is on {q.device}; this kernel needs a GPU")
@@ -256,6 +207,9 @@ def _gradients(
     dq = q.new_empty(q.shape)
     dk = k.new_empty(k.shape)
     dv = v.new_empty(v.shape)
+    span = (LARGEST_BLOCK - 1) * dout.stride(1)
+    if span + dout.shape[3] * dout.stride(3) >= 2**31:  # as in _check
+        dout = dout.contiguous()
     delta = norm.new_empty(norm.shape)
     strides = [s for x in (q, k, v, dout, out, dq, dk, dv) for s in x.stride()[:3]]
     align = math.gcd(16, *strides)
@@ -321,7 +275,7 @@ def _gradients(
 
 @_gradients.register_fake
 def _fake_gradients(q, k, v, seed, document_ids, out, norm, dout):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx, inputs, output):
@@ -359,7 +313,6 @@ def forward(
     norm_ptr,
     seed_ptr,
     document_ids_ptr,
-    tiles_ptr,
     q_len,
     kv_len,
     heads,
@@ -382,9 +335,6 @@ def forward(
     seed_stride_0,
     document_ids_stride_0,
     document_ids_stride_1,
-    tiles_stride_0,
-    tiles_stride_1,
-    tiles_stride_2,
     ALIGN: tl.constexpr,
 ):
     """Q_BLOCK queries of one head, over the key blocks that any of them sees."""
@@ -423,27 +373,15 @@ def forward(
     v_at = cols[:, None] * v_step + d[None, :] * v_stride_d
     v_block = v_step.to(tl.int64) * K_BLOCK
 
-    # A row of the list of tiles: how many key blocks only hold what every query
-    # here sees, how many hold what any does, and which these are.
-    tiles = tiles_ptr + b_index * tiles_stride_0 + h_index * tiles_stride_1
-    tiles += (q_start // Q_BLOCK).to(tl.int64) * tiles_stride_2
-    full = tl.load(tiles)
-    visited = tl.load(tiles + 1)
+    # Key blocks [0, last) hold what any query here sees.
+    # q_hi: positions, half-open
+    q_hi = tl.minimum(q_start + Q_BLOCK, q_len)
+    high = tl.minimum(q_hi, kv_len)
+    last = tl.cdiv(high, K_BLOCK)
     m = tl.full((Q_BLOCK,), float("-inf"), tl.float32)  # in units of log 2
     total = tl.zeros((Q_BLOCK,), tl.float32)
     acc = tl.zeros((Q_BLOCK, 64), tl.float32)
-    for i in range(full):
-        c = tl.load(tiles + 2 + i)
-        k = tl.load(k_head + c * k_block + k_at)
-        s = tl.dot(q, k)
-        m, total, p, rescale = _softmax(s, m, total, UNSEEN=False)
-        kept = _dropout(seed, b_index, h_index, q_index, c * K_BLOCK, K_BLOCK, 0)
-        p = tl.where(kept, p, 0.0)  # total is of all
-        v = tl.load(v_head + c * v_block + v_at)
-        acc *= rescale[:, None]
-        acc = tl.dot(p.to(v.dtype), v, acc)
-    for i in range(full, visited):
-        c = tl.load(tiles + 2 + i)
+    for c in range(last):
         k_index = c * K_BLOCK + cols[None, :]
         k = tl.load(
             k_head + c * k_block + k_at,
@@ -461,7 +399,7 @@ def forward(
         seen = tl.broadcast_to(seen, (Q_BLOCK, K_BLOCK)) & q_there[:, None]
         there = tl.max(seen.to(tl.int32), 0) > 0  # else a NaN no query sees
         kept = _dropout(seed, b_index, h_index, q_index, c * K_BLOCK, K_BLOCK, 0)
-        p = tl.where(kept, p, 0.0)  # total is of all
+        p *= kept  # total is of all
         v = tl.load(
             v_head + c * v_block + v_at,
             mask=there[:, None],
@@ -481,7 +419,7 @@ def forward(
     )
     row = (b_index * heads + h_index) * q_len + q_start + rows
     norm = m + tl.log2(total)
-    saw = total > 0  # a key
+    saw = total != 0  # a key; NaN is one that it saw
     tl.store(norm_ptr + row, tl.where(saw, norm, float("inf")), mask=q_there)
 
 
@@ -578,7 +516,7 @@ def backward_queries(
     row = (b_index * heads + h_index) * q_len + q_start + rows
     q_there = q_start + rows < q_len
     norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
-    alive = norm < float("inf")  # it sees a key
+    alive = norm != float("inf")  # it sees a key
     q = tl.load(
         q_head
         + tl.cast(q_start, tl.int64) * q_step
@@ -774,7 +712,7 @@ def backward_keys(
             row = (b_index * heads + h_index) * q_len + q_start + rows
             q_there = q_start + rows < q_len
             norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
-            alive = norm < float("inf")  # it sees a key
+            alive = norm != float("inf")  # it sees a key
             delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
             first_row = tl.cast(q_start, tl.int64)
             q = tl.load(
@@ -879,7 +817,7 @@ def _tile(
         document_ids_at_bk = tl.load(document_ids_at_bk, mask=k_index < kv_len, other=0)
         seen = (k_index <= q_index) & (document_ids_at_bq == document_ids_at_bk)
         seen &= k_index < kv_len
-        seen &= norm < float("inf")  # of a query that is there, and sees a key
+        seen &= norm != float("inf")  # of a query that is there, and sees a key
         p = tl.where(seen, p, 0.0)
         there = tl.max(tl.broadcast_to(seen, p.shape).to(tl.int32), ROWS) > 0
         k = tl.where(there[:, None], k, 0.0)  # else a NaN no query sees
@@ -887,9 +825,9 @@ def _tile(
     if MASKED:
         dp = tl.where(seen, dp, 0.0)
     kept = _dropout(seed, b_index, h_index, q_index, c * K_BLOCK, K_BLOCK, ROWS)
-    dp = tl.where(kept, dp * (1.0 / (1.0 - DROPOUT)), 0.0)
+    dp = dp * kept * (1.0 / (1.0 - DROPOUT))
     ds = p * (dp - delta)
-    p = tl.where(kept, p, 0.0)  # to be divided by 1 - DROPOUT
+    p *= kept  # to be divided by 1 - DROPOUT
     return p, ds, dp, k
 
 
@@ -911,7 +849,7 @@ def _seed(seed_ptr, stride):
 
 @triton.jit
 def _dropout(seed, b, h, q, k_start, K_BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """Which weights are kept: by Philox 4x32-10, of positions, whatever the tile.
+    """1 where a weight is kept, else 0: by Philox 4x32-10, of positions, whatever the tile.
 
     The key is the seed, the counter (k // 4, q, h, b), and k % 4 tells which of four
     words is compared with DROPOUT. k_start, of K_BLOCK keys, is a multiple of four.
@@ -925,4 +863,6 @@ def _dropout(seed, b, h, q, k_start, K_BLOCK: tl.constexpr, ROWS: tl.constexpr):
         words = tl.reshape(words, (words.shape[0], K_BLOCK))
     else:
         words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), (K_BLOCK, words.shape[1]))
-    return words >= 429496730  # DROPOUT * 2**32
+    kept = words >= 429496730  # DROPOUT * 2**32
+    # as numbers: Triton can't move bits to where a product takes its weights
+    return tl.where(kept, 1.0, 0.0).to(tl.float16)

@@ -49,6 +49,7 @@ BACKWARD = {
     "backward_queries": {"Q_BLOCK": BACKWARD_BLOCK, "K_BLOCK": BACKWARD_STEP},
     "backward_keys": {"Q_BLOCK": BACKWARD_STEP, "K_BLOCK": BACKWARD_BLOCK},
 }
+LARGEST_BLOCK = max(Q_BLOCK.value, K_BLOCK.value, BACKWARD_BLOCK, BACKWARD_STEP)
 # of this very text: an edited copy is another operation to torch
 OPERATION = f"attngen::attention_{zlib.crc32(Path(__file__).read_bytes()):08x}"
 GRADIENTS = OPERATION.replace("attention", "gradients")
@@ -155,10 +156,10 @@ def _check(q, k, v):
             raise TypeError(f"{name} is {got}, not {dtype}{list(shape)}")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}")
-    blocks = {"q": Q_BLOCK.value, "k": K_BLOCK.value, "v": K_BLOCK.value}
-    for name, block in blocks.items():  # within a block offsets have 32 bits
+    for name in ("q", "k", "v"):  # within a block offsets have 32 bits
         x = given[name]
-        if (block - 1) * x.stride(1) + x.shape[3] * x.stride(3) >= 2**31:
+        span = (LARGEST_BLOCK - 1) * x.stride(1)
+        if span + x.shape[3] * x.stride(3) >= 2**31:
             raise ValueError(f"{name} has strides {x.stride()}: too large for a block")
     if q.device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(f"q is on {q.device}; this kernel needs a GPU")
@@ -179,6 +180,9 @@ def _gradients(
     dq = q.new_empty(q.shape)
     dk = k.new_empty(k.shape)
     dv = v.new_empty(v.shape)
+    span = (LARGEST_BLOCK - 1) * dout.stride(1)
+    if span + dout.shape[3] * dout.stride(3) >= 2**31:  # as in _check
+        dout = dout.contiguous()
     delta = norm.new_empty(norm.shape)
     strides = [s for x in (q, k, v, dout, out, dq, dk, dv) for s in x.stride()[:3]]
     align = math.gcd(16, *strides)
@@ -236,7 +240,7 @@ def _gradients(
 
 @_gradients.register_fake
 def _fake_gradients(q, k, v, out, norm, dout):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx, inputs, output):
@@ -376,7 +380,7 @@ def forward(
     )
     row = (b_index * heads + h_index) * q_len + q_start + rows
     norm = m + tl.log2(total)
-    saw = total > 0  # a key
+    saw = total != 0  # a key; NaN is one that it saw
     tl.store(norm_ptr + row, tl.where(saw, norm, float("inf")), mask=q_there)
 
 
@@ -468,7 +472,7 @@ def backward_queries(
     row = (b_index * heads + h_index) * q_len + q_start + rows
     q_there = q_start + rows < q_len
     norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
-    alive = norm < float("inf")  # it sees a key
+    alive = norm != float("inf")  # it sees a key
     q = tl.load(
         q_head
         + tl.cast(q_start, tl.int64) * q_step
@@ -705,7 +709,7 @@ def backward_keys(
             row = (b_index * heads + h_index) * q_len + q_start + rows
             q_there = q_start + rows < q_len
             norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
-            alive = norm < float("inf")  # it sees a key
+            alive = norm != float("inf")  # it sees a key
             delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
             first_row = tl.cast(q_start, tl.int64)
             q = tl.load(
@@ -740,7 +744,7 @@ def backward_keys(
             row = (b_index * heads + h_index) * q_len + q_start + rows
             q_there = q_start + rows < q_len
             norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
-            alive = norm < float("inf")  # it sees a key
+            alive = norm != float("inf")  # it sees a key
             delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
             first_row = tl.cast(q_start, tl.int64)
             q = tl.load(
@@ -821,7 +825,7 @@ def _tile(
     if MASKED:
         seen = k_index <= q_index
         seen &= k_index < kv_len
-        seen &= norm < float("inf")  # of a query that is there, and sees a key
+        seen &= norm != float("inf")  # of a query that is there, and sees a key
         p = tl.where(seen, p, 0.0)
         there = tl.max(tl.broadcast_to(seen, p.shape).to(tl.int32), ROWS) > 0
         k = tl.where(there[:, None], k, 0.0)  # else a NaN no query sees

@@ -15,7 +15,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1.0
 plan      running · 32 queries × 32 keys · 1 warp · 2 stages; backward: 32 held × 64 · 2
           warps · 1 stage
           tiles of a head: 256; 256 full, 0 on an edge, 0 empty and never visited
-cost      4.83 GFLOP, 164.0 KiB of temporaries (modelled)
+cost      4.83 GFLOP, 132.0 KiB of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen
 spec      {"q_heads": 16, "kv_heads": 16, "q_len": 512, "kv_len": 512, "qk_dim": 64,
           "v_dim": 64, "scale": 1.0, "score": ["relative_buckets"], "derivatives":
@@ -52,6 +52,7 @@ BACKWARD = {
     "backward_queries": {"Q_BLOCK": BACKWARD_BLOCK, "K_BLOCK": BACKWARD_STEP},
     "backward_keys": {"Q_BLOCK": BACKWARD_STEP, "K_BLOCK": BACKWARD_BLOCK},
 }
+LARGEST_BLOCK = max(Q_BLOCK.value, K_BLOCK.value, BACKWARD_BLOCK, BACKWARD_STEP)
 # of this very text: an edited copy is another operation to torch
 OPERATION = f"attngen::attention_{zlib.crc32(Path(__file__).read_bytes()):08x}"
 GRADIENTS = OPERATION.replace("attention", "gradients")
@@ -166,10 +167,10 @@ def _check(q, k, v, **operands):
             raise TypeError(f"{name} is {got}, not {dtype}{list(shape)}")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}")
-    blocks = {"q": Q_BLOCK.value, "k": K_BLOCK.value, "v": K_BLOCK.value}
-    for name, block in blocks.items():  # within a block offsets have 32 bits
+    for name in ("q", "k", "v"):  # within a block offsets have 32 bits
         x = given[name]
-        if (block - 1) * x.stride(1) + x.shape[3] * x.stride(3) >= 2**31:
+        span = (LARGEST_BLOCK - 1) * x.stride(1)
+        if span + x.shape[3] * x.stride(3) >= 2**31:
             raise ValueError(f"{name} has strides {x.stride()}: too large for a block")
     if q.device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(f"q is on {q.device}; this kernel needs a GPU")
@@ -191,6 +192,9 @@ def _gradients(
     dq = q.new_empty(q.shape)
     dk = k.new_empty(k.shape)
     dv = v.new_empty(v.shape)
+    span = (LARGEST_BLOCK - 1) * dout.stride(1)
+    if span + dout.shape[3] * dout.stride(3) >= 2**31:  # as in _check
+        dout = dout.contiguous()
     delta = norm.new_empty(norm.shape)
     d_relative_bias_at_i0 = norm.new_empty((B, H, triton.cdiv(T, BACKWARD_BLOCK), 32))
     strides = [s for x in (q, k, v, dout, dq, dk, dv) for s in x.stride()[:3]]
@@ -256,10 +260,10 @@ def _gradients(
 @_gradients.register_fake
 def _fake_gradients(q, k, v, relative_bias, norm, mass, dout):
     return (
-        torch.empty_like(q),
-        torch.empty_like(k),
-        torch.empty_like(v),
-        torch.empty_like(relative_bias),
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        relative_bias.new_empty(relative_bias.shape),
     )
 
 
@@ -436,7 +440,7 @@ def forward(
     )
     row = (b_index * heads + h_index) * q_len + q_start + rows
     norm = m + tl.log2(total)
-    saw = total > 0  # a key
+    saw = total != 0  # a key; NaN is one that it saw
     tl.store(norm_ptr + row, tl.where(saw, norm, float("inf")), mask=q_there)
     mass = total * tl.exp2(m - norm)
     tl.store(mass_ptr + row, tl.where(saw, mass, 1.0), mask=q_there)
@@ -529,7 +533,7 @@ def backward_queries(
     row = (b_index * heads + h_index) * q_len + q_start + rows
     q_there = q_start + rows < q_len
     norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
-    alive = norm < float("inf")  # it sees a key
+    alive = norm != float("inf")  # it sees a key
     mass = tl.load(mass_ptr + row, mask=q_there, other=1.0)
     q = tl.load(
         q_head
@@ -747,7 +751,7 @@ def backward_keys(
             row = (b_index * heads + h_index) * q_len + q_start + rows
             q_there = q_start + rows < q_len
             norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
-            alive = norm < float("inf")  # it sees a key
+            alive = norm != float("inf")  # it sees a key
             mass = tl.load(mass_ptr + row, mask=q_there, other=1.0)
             delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
             first_row = tl.cast(q_start, tl.int64)
@@ -858,7 +862,7 @@ def _tile(
     p *= 1.0 / mass  # they add up to 1: norm is rounded
     if MASKED:
         seen = k_index < kv_len
-        seen &= norm < float("inf")  # of a query that is there, and sees a key
+        seen &= norm != float("inf")  # of a query that is there, and sees a key
         seen &= s != float("-inf")
         p = tl.where(seen, p, 0.0)
         there = tl.max(tl.broadcast_to(seen, p.shape).to(tl.int32), ROWS) > 0

@@ -11,12 +11,16 @@ from attngen import slopes
 from attngen.backends.triton.bounds import Bounds, bounds, offset_source
 from attngen.backends.triton.guards import overflows
 from attngen.backends.triton.slope_code import (
+    SIZES,
+    Kind,
     Part,
     SlopeCode,
     SlopeWriter,
-    computed,
+    entries_of,
+    placed,
     power_from,
 )
+from attngen.dtypes import DIGITS
 from attngen.expr import variables
 from attngen.intervals import Interval
 from attngen.joint import backward_part
@@ -24,7 +28,8 @@ from attngen.plans import Plan
 from attngen.spec import AttentionSpec
 from attngen.transposed import transposed
 
-SIZES = {"b": "B", "h": "H", "q": "T", "k": "S"}
+IN_QUERIES: tuple[Kind, ...] = ("rows", "entries", "row_entries")  # who sums them up
+IN_KEYS: tuple[Kind, ...] = ("columns", "column_entries")
 
 
 def kept(spec: AttentionSpec) -> list[str]:
@@ -63,10 +68,14 @@ class Backward:
         self.block, self.step = int(self.choice["q_chunk"]), int(self.choice["k_chunk"])
         self.out, self.dlse = "out" in self.spec.outputs, "lse" in self.spec.outputs
         self.drops, self.differences = overflows(self.spec, env), differences
+        # whether lse and out have other weights
+        self.beside = self.out and self.dlse and self.spec.sink
         self.made = SlopeWriter(plan, env, index_dtype, helpers).slopes()
         self.of_queries, self.of_keys = self._of_queries(), self._of_keys()
-        self.summed = self.out and any(
-            o.name != "sink" for o in slopes.trained(self.spec)
+        # of out, as it was rounded, delta is the mean of dp no better than out is
+        coarse = DIGITS[self.spec.out_dtype_name] < DIGITS[self.spec.dtype]
+        self.summed = self.out and (
+            coarse or any(o.name != "sink" for o in slopes.trained(self.spec))
         )
 
     # Which tiles are visited.
@@ -136,19 +145,19 @@ class Backward:
         spec, parts = self.spec, self.made.parts
         kept_ = kept(spec)
         values = ["v", "dout"] if self.out else []
-        rows = [f"{p.name}" for p in parts if p.kind in ("rows", "entries")]
+        rows = [p.name for p in parts if p.kind in IN_QUERIES]
         sink = ["d_sink"] if spec.sink else []
-        lse = ["lse"] if spec.sink and self.dlse else []
-        dlse = ["dlse"] if self.dlse else []
+        lse = ["lse", "dlse"] if self.beside else []
+        dlse = ["dlse"] if self.dlse and not self.beside else []
         first = ["out"] if self.out and not self.summed else []
         queries = self._kernel(
             ["q", "k", *values, *first, "dq"],
             [*lse, *kept_, *dlse, "delta", *sink, *rows],
         )
-        columns = [f"{p.name}" for p in parts if p.kind == "columns"]
+        columns = [p.name for p in parts if p.kind in IN_KEYS]
         keys = self._kernel(
             ["q", "k", *values, "dk", *(["dv"] if self.out else [])],
-            [*kept_, "delta", *columns],
+            [*lse, *kept_, "delta", *columns],
         )
         block, step = "BACKWARD_BLOCK", "BACKWARD_STEP"
         launches = [
@@ -160,10 +169,13 @@ class Backward:
         shown = []
         for p in parts:
             more: dict[str, Any] = {"name": p.name, "kind": p.kind, "node": p.node}
-            if p.kind == "entries":
-                more |= {"count": _count(p), "padded": power_from(_count(p))}
+            if p.kind.endswith("entries"):
+                more |= {
+                    "count": entries_of(p.node),
+                    "padded": power_from(entries_of(p.node)),
+                }
             if p.kind == "pairs":
-                more["pairs"] = pairs = self._pairs(p, values, kept_)
+                more["pairs"] = pairs = self._pairs(p, values, [*lse, *kept_])
                 grid = f"triton.cdiv(T, {block}) * triton.cdiv(S, {step})"
                 grid += "".join(
                     f" * {SIZES[a]}" for a in "bh" if a in variables(p.node)
@@ -173,7 +185,7 @@ class Backward:
             shown.append(more)
         operands = [o.name for o in spec.operands]
         cotangents = list(slopes.cotangents(spec))
-        saved = [*first, *lse, *kept_]
+        saved = [*first, *lse[:1], *kept_]
         given = ["q", "k", "v", *operands, *saved, *cotangents]
         made = list(slopes.gradients(spec))
         pointed = dict.fromkeys([*queries["strided"], *keys["strided"]])
@@ -187,6 +199,7 @@ class Backward:
             "needs_v": self.out,
             "summed": self.summed,
             "dlse": self.dlse,
+            "beside": self.beside,
             "drops": self.drops,
             "differences": self.differences,
             "queries_kernel": queries,
@@ -201,7 +214,7 @@ class Backward:
             "made": made,
             "made_type": "torch.Tensor, ...",
             "fakes": [
-                f"torch.empty_like({n})" for n in slopes.gradients(spec).values()
+                f"{n}.new_empty({n}.shape)" for n in slopes.gradients(spec).values()
             ],
             "answers": [
                 f"d{n}" if n in "qkv" else f"d_{n}" if f"d_{n}" in made else "None"
@@ -210,8 +223,8 @@ class Backward:
             "buffers": self._buffers(),
             "sums": self._sums(),
             "no_parts": "".join(f", _{p.name}" for p in parts),
-            "query_parts": _results(parts, ("rows", "entries")),
-            "key_parts": _results(parts, ("columns",)),
+            "query_parts": _results(parts, IN_QUERIES),
+            "key_parts": _results(parts, IN_KEYS),
             "tile_parameters": self._tile_parameters(),
             "tile_given": self._tile_parameters(),
             "blocks": {
@@ -246,10 +259,11 @@ class Backward:
     def _tile_parameters(self) -> list[str]:
         """What `_tile` takes: its blocks, and of the rest what its statements read."""
         blocks = ["q", "k", *(["v", "dout"] if self.out else []), *kept(self.spec)]
-        blocks += ["delta"]
-        text = "\n".join(self._lines())
+        blocks += ["delta", *(["lse", "dlse"] if self.beside else [])]
+        lines = self._lines()
         if self.spec.dropout and self.out:
-            text += "seed_ptr seed_stride_0"
+            lines.append("seed_ptr seed_stride_0")
+        text = "\n".join(lines)
         names = ["q_start", "c", "q_len", "kv_len", "kv_end", "q_length", "offset"]
         names += ["b_index", "h_index"]
         names += [f"{o.name}_ptr" for o in self.spec.operands] + self._operand_strides()
@@ -288,8 +302,11 @@ class Backward:
             found.append(("d_sink", shapes["rows"]))
         for p in self.made.parts:
             shape = shapes.get(p.kind, "")
+            if p.kind in ("row_entries", "column_entries"):
+                axis = "T" if p.kind == "row_entries" else "S"
+                shape = f"(B, H, {axis}, {entries_of(p.node)})"
             if p.kind == "entries":
-                shape = f"(B, H, triton.cdiv(T, BACKWARD_BLOCK), {_count(p)})"
+                shape = f"(B, H, triton.cdiv(T, BACKWARD_BLOCK), {entries_of(p.node)})"
             if p.kind == "pairs":
                 kept_ = [SIZES[a] for a in "bh" if a in variables(p.node)]
                 shape = f"({', '.join([*kept_, 'T', 'S'])})"
@@ -304,13 +321,13 @@ class Backward:
                 lines.append("d_sink = d_sink.sum((0, 2)).to(sink.dtype)")
                 continue
             parts = [p for p in self.made.parts if p.operand == operand]
-            (first, whole), *rest = [_placed(p) for p in parts]
+            (first, whole), *rest = [placed(p) for p in parts]
             if not rest and not whole:
+                first += ".contiguous()" if ".permute(" in first else ""
                 lines.append(f"{name} = {first}.to({operand.name}.dtype)")
                 continue
-            lines.append(
-                f"{name} = torch.zeros_like({operand.name}, dtype=torch.float32)"
-            )
+            shape = f"{operand.name}.shape"
+            lines.append(f"{name} = norm.new_zeros({shape})  # of float32")
             for text, at in [(first, whole), *rest]:
                 lines.append(f"{name}[{at}] += {text}" if at else f"{name} += {text}")
             lines.append(f"{name} = {name}.to({operand.name}.dtype)")
@@ -325,63 +342,8 @@ def _fake(spec: AttentionSpec) -> list[str]:
     return ["q", "k", "v", *operands[: last + 1], "*_"]
 
 
-def _count(part: Part) -> int:
-    count = 1
-    for place in computed(part.node):
-        length = part.operand.axes[place]
-        assert isinstance(length, int)
-        count *= length
-    return count
-
-
 def _results(parts: Sequence[Part], kinds: tuple[str, ...]) -> str:
     return "".join(f", {'' if p.kind in kinds else '_'}{p.name}" for p in parts)
-
-
-def _placed(part: Part) -> tuple[str, str]:
-    """A buffer as the operand's axes lie, as text; and where it belongs, "" if everywhere."""
-    node, operand = part.node, part.operand
-    letters = {
-        "rows": ["b", "h", "q"], "columns": ["b", "h", "k"], "entries": ["b", "h", "", "*"],
-        "pairs": [*(a for a in "bh" if a in variables(node)), "q", "k"],
-    }[part.kind]  # fmt: skip
-    wanted = [
-        str(i.value) if i.op == "var" else "*" for i in node.args if i.op != "const"
-    ]
-    sums = [n for n, a in enumerate(letters) if a not in wanted]
-    text = part.name
-    if sums:
-        text += f".sum({sums[0] if len(sums) == 1 else tuple(sums)})"
-    left = [a for a in letters if a in wanted]
-    if wanted.count("*") > 1:
-        lengths = tuple(operand.axes[i] for i in computed(node))
-        text += f".unflatten({left.index('*')}, {lengths})"
-        place = left.index("*")
-        left[place : place + 1] = ["*"] * len(lengths)
-    order = []
-    free = list(enumerate(left))
-    for a in wanted:
-        n = next(i for i, (_, b) in enumerate(free) if b == a)
-        order.append(free.pop(n)[0])
-    if order != sorted(order):
-        text += f".permute({', '.join(map(str, order))})"
-    whole = all(
-        index.op != "const"
-        and not (index.op == "var" and isinstance(axis, int))
-        and not (index.op == "var" and axis != index.value)
-        for axis, index in zip(operand.axes, node.args, strict=True)
-    )
-    if whole:
-        return text, ""
-    at = [
-        str(i.value)
-        if i.op == "const"
-        else f":{SIZES[str(i.value)]}"
-        if i.op == "var"
-        else ":"
-        for i in node.args
-    ]
-    return text, ", ".join(at)
 
 
 _PAIRS = (

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from attngen import slopes
+from attngen.backends.triton.slope_code import unplaced
 from attngen.dtypes import BYTES
 from attngen.errors import NotBuiltError
 from attngen.expr import variables, walk
 from attngen.gpus import Gpu
 from attngen.lists import Blocks, listed, skips, unlistable
+from attngen.operands import Operand
 from attngen.plans import Choice, Option
 from attngen.regions import analyse
 from attngen.spec import AttentionSpec
@@ -54,6 +57,18 @@ def refuse(spec: AttentionSpec) -> None:
             got="out_dtype='float64'",
             needed="out_dtype=None, or one of " + ", ".join(DTYPES),
         )
+    reads = [n for score in spec.score for n in slopes.reads(score)]
+    for node in reads if spec.derivatives else ():
+        if what := unplaced(node):
+            assert isinstance(node.value, Operand)
+            name = node.value.name
+            raise NotBuiltError(
+                f"The gradient of {name} isn't built for Triton, as a score reads it.",
+                got=f"a read of {name} at {what}",
+                needed="a read of each axis at another index, and of queries and keys "
+                "at their own alone",
+                hint='derivatives=None, or backend="jax"',
+            )
 
 
 def pieces(dim: int, choice: Option) -> tuple[tuple[int, int], ...]:
@@ -239,6 +254,9 @@ def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     twice = gpu.architecture == "sm100" or gpu.backend == "hip"
     tile = q * (4 * (v + k + k * twice) + size * narrow) // 4
     tile += q * k * gathers(spec) * (2 if from_shared else 4)  # an address, an index
+    tile += (
+        q * k * 3 // 2 if spec.dropout else 0
+    )  # Philox's words, as compiled for sm90
     own, each = _OWN[gpu.architecture]
     if gpu.architecture == "sm90" and stages > 2:
         own += 16

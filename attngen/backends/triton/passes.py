@@ -13,8 +13,10 @@ from dataclasses import replace
 from attngen import slopes
 from attngen.backends.triton import model
 from attngen.backends.triton.candidates import BLOCKS, WARPS, blocks, power_above
+from attngen.backends.triton.slope_code import entries_of, kind_of
 from attngen.cost import Cost
 from attngen.dtypes import BYTES
+from attngen.expr import variables
 from attngen.gpus import Gpu
 from attngen.plans import Choice, Option
 from attngen.spec import AttentionSpec
@@ -25,6 +27,7 @@ STAGES = (1, 2, 3, 4)
 VALUES: dict[str, tuple[Option, ...]] = {
     "q_chunk": BLOCKS, "k_chunk": BLOCKS, "num_warps": WARPS, "num_stages": STAGES,
 }  # fmt: skip
+DROPPING = 96  # registers more with dropout, as compiled for sm90
 PRODUCTS = 7  # of a tile: three for dq, four for dk and dv
 
 
@@ -87,7 +90,12 @@ class Passes:
         }  # fmt: skip
         forward = model.cost(replace(spec, derivatives=None), target, own, tiles)
         bytes_ = self.kept_bytes(spec, target) + _rows(spec) + _sums(spec, choice)
-        return replace(forward, temp_bytes=bytes_, time_s=forward.time_s * PRODUCTS / 2)
+        time_s = forward.time_s * PRODUCTS / 2
+        gpu = target.gpu
+        if spec.dropout and gpu is not None:
+            need = registers(spec, choice, gpu) + DROPPING
+            time_s *= 4 if need > _most(choice, gpu) else 1  # it likely spills
+        return replace(forward, temp_bytes=bytes_, time_s=time_s)
 
     def flop(self, spec: AttentionSpec, choice: Choice, tiles: Tiles) -> int:
         """Of the products: three for dq, four for dk and dv."""
@@ -115,8 +123,20 @@ def _sums(spec: AttentionSpec, choice: Choice) -> int:
     """What kernels write for operands' gradients before it is added up."""
     total = 0
     for operand in slopes.trained(spec):
-        own = 2 * 4 * spec.bytes_of(operand.name) // BYTES[operand.dtype]
-        total += own + _rows(spec) * spec.kv_len // spec.q_len + _rows(spec)
+        total += 2 * 4 * spec.bytes_of(operand.name) // BYTES[operand.dtype]
+    heads, total = spec.batch * spec.q_heads, total + _rows(spec) * spec.sink
+    sizes = {
+        "rows": spec.q_len, "row_entries": spec.q_len, "columns": spec.kv_len,
+        "column_entries": spec.kv_len, "entries": -(-spec.q_len // int(choice["q_chunk"])),
+    }  # fmt: skip
+    for node in dict.fromkeys(n for s in spec.score for n in slopes.reads(s)):
+        kind = kind_of(node)
+        if kind == "pairs":
+            reads = variables(node)
+            shared = spec.batch ** ("b" in reads) * spec.q_heads ** ("h" in reads)
+            total += 4 * shared * spec.q_len * spec.kv_len
+        else:
+            total += 4 * heads * sizes[kind] * entries_of(node)
     return total
 
 

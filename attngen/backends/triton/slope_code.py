@@ -6,6 +6,7 @@ slope (slopes.py), and each read of a float operand takes its part, summed as it
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,9 +15,10 @@ from attngen.backends.triton.tile_code import TileCode, Writer
 from attngen.expr import Expr, var
 from attngen.operands import Operand
 
+SIZES = {"b": "B", "h": "H", "q": "T", "k": "S"}  # as launchers call them
 DS = var("ds", "float")
 Line = tuple[str, bool]  # a statement, and whether it is of masked tiles alone
-Kind = Literal["rows", "columns", "entries", "pairs"]
+Kind = Literal["rows", "columns", "entries", "row_entries", "column_entries", "pairs"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,9 @@ class Part:
         name: of the variable that holds it.
         node: the read.
         kind: "rows" and "columns" are sums of a tile's queries or keys; "entries" of what
-            it has for each entry of the axes that the read's indices compute; "pairs" is
-            all of it, as the operand has both axes.
+            it has for each entry of the axes that the read's indices compute, "row_entries"
+            and "column_entries" for each query or key, too; "pairs" is all of it, as the
+            operand has both axes.
     """
 
     name: str
@@ -106,7 +109,7 @@ class SlopeWriter(Writer):
             found.back += self._product(source, i, by)
         lines = self._summed(part, source)
         if part.name in (p.name for p in found.parts):  # another score reads the same
-            lines[-1] = lines[-1].replace(f"{part.name} = ", f"{part.name} += ", 1)
+            lines = [_added(line, part.name) for line in lines]
         else:
             found.parts.append(part)
         found.back += [(line, False) for line in lines]
@@ -120,11 +123,15 @@ class SlopeWriter(Writer):
             return [f"{part.name} = {source}"]
         self._define("q_index", self.rows)
         index, count = self._entry(part)
-        self.helpers.add("_by_entry")
-        arguments = [source, "entry", str(count), str(power_from(count))]
+        helper, arguments = "_by_entry", [source, "entry"]
+        if part.kind != "entries":
+            helper = "_by_entry_each"
+            arguments.append("1 - ROWS" if part.kind == "row_entries" else "ROWS")
+        self.helpers.add(helper)
+        arguments += [str(count), str(power_from(count))]
         return [
             f"entry = tl.where(q_index < q_len, {index}, -1)",
-            *self._call(part.name, "_by_entry", arguments, self.width),
+            *self._call(part.name, helper, arguments, self.width),
         ]
 
     def _entry(self, part: Part) -> tuple[str, int]:
@@ -139,6 +146,11 @@ class SlopeWriter(Writer):
         return index, count
 
 
+def _added(line: str, name: str) -> str:
+    """A line of `name = …` as one that adds to it."""
+    return line.replace(" = ", " += ", 1) if line.startswith(f"{name} = ") else line
+
+
 def power_from(n: int) -> int:
     """The least power of two that is at least n."""
     return 1 << (n - 1).bit_length()
@@ -149,13 +161,80 @@ def computed(node: Expr) -> list[int]:
     return [i for i, index in enumerate(node.args) if index.op not in ("var", "const")]
 
 
+def entries_of(node: Expr) -> int:
+    """How many entries the axes have that a read's indices compute."""
+    assert isinstance(node.value, Operand)
+    lengths = [node.value.axes[place] for place in computed(node)]
+    return math.prod(n for n in lengths if isinstance(n, int))
+
+
 def kind_of(node: Expr) -> Kind:
     if computed(node):
-        return "entries"
+        own = {str(index.value) for index in node.args if index.op == "var"}
+        if "q" in own:
+            return "row_entries"
+        return "column_entries" if "k" in own else "entries"
     reads = expr.variables(node)
     if "k" not in reads:
         return "rows"
     return "pairs" if "q" in reads else "columns"
+
+
+def placed(part: Part) -> tuple[str, str]:
+    """A buffer as the operand's axes lie, as text; and where it belongs, "" if everywhere."""
+    node, operand = part.node, part.operand
+    letters = {
+        "rows": ["b", "h", "q"], "columns": ["b", "h", "k"], "entries": ["b", "h", "", "*"],
+        "row_entries": ["b", "h", "q", "*"], "column_entries": ["b", "h", "k", "*"],
+        "pairs": [*(a for a in "bh" if a in expr.variables(node)), "q", "k"],
+    }[part.kind]  # fmt: skip
+    wanted = [
+        str(i.value) if i.op == "var" else "*" for i in node.args if i.op != "const"
+    ]
+    sums = [n for n, a in enumerate(letters) if a not in wanted]
+    text = part.name
+    if sums:
+        text += f".sum({sums[0] if len(sums) == 1 else tuple(sums)})"
+    left = [a for a in letters if a in wanted]
+    if wanted.count("*") > 1:
+        lengths = tuple(operand.axes[i] for i in computed(node))
+        text += f".unflatten({left.index('*')}, {lengths})"
+        place = left.index("*")
+        left[place : place + 1] = ["*"] * len(lengths)
+    order = []
+    free = list(enumerate(left))
+    for a in wanted:
+        n = next(i for i, (_, b) in enumerate(free) if b == a)
+        order.append(free.pop(n)[0])
+    if order != sorted(order):
+        text += f".permute({', '.join(map(str, order))})"
+    whole = all(
+        index.op != "const"
+        and not (index.op == "var" and isinstance(axis, int))
+        and not (index.op == "var" and axis != index.value)
+        for axis, index in zip(operand.axes, node.args, strict=True)
+    )
+    if whole:
+        return text, ""
+    at = [
+        str(i.value)
+        if i.op == "const"
+        else f":{SIZES[str(i.value)]}"
+        if i.op == "var"
+        else ":"
+        for i in node.args
+    ]
+    return text, ", ".join(at)
+
+
+def unplaced(node: Expr) -> str:
+    """Why what a read takes can't be put where it belongs; "" if it can."""
+    own = [str(index.value) for index in node.args if index.op == "var"]
+    if len(set(own)) < len(own):
+        return "two axes at one index"
+    if computed(node) and {"q", "k"} <= set(own):
+        return "queries, keys and a computed index"
+    return ""
 
 
 def _is_finite(node: Expr) -> bool:
