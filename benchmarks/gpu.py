@@ -61,7 +61,7 @@ def sdpa(spec: AttentionSpec, given: dict[str, Any]) -> Call | None:
     import torch.nn.functional as F
 
     causal = spec.mask == masks.causal() and spec.q_len == spec.kv_len
-    said = spec.outputs == ("out",) and not (spec.score or spec.operands)
+    said = spec.outputs == ("out",) and not (spec.score or spec.operands)  # nor dropout
     if not said or not (spec.mask is None or causal):
         return None
     q, k, v = (given[n] for n in "qkv")
@@ -75,10 +75,10 @@ def flex_attention(
     spec: AttentionSpec,
     given: dict[str, Any],
     compiled: Callable[..., Any] | None = None,
-) -> Call:
+) -> Call | None:
     """flex_attention with the spec's own expressions as mask_mod and score_mod.
 
-    A sink is applied with its lse, as its users do.
+    A sink is applied with its lse, as its users do. None with dropout, which it lacks.
 
     Args:
         compiled: None: torch.compile, for these shapes alone.
@@ -86,6 +86,8 @@ def flex_attention(
     import torch
     from torch.nn.attention import flex_attention as flex
 
+    if spec.dropout:
+        return None
     compiled = compiled or functools.partial(torch.compile, dynamic=False)
     torch.compiler.reset()  # what was compiled for another spec counts as a variant
     q, k, v = (given[n] for n in "qkv")

@@ -125,7 +125,13 @@ DIAGONAL = {
 }
 
 
-@pytest.mark.parametrize("name", DIAGONAL)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.slow] * (i % 2))
+        for i, n in enumerate(DIAGONAL)
+    ],
+)
 def test_a_diagonal_computes_the_spec(name):
     spec = DIAGONAL[name]
     judge(spec, q_chunk=16, k_chunk=8, diagonal=4)

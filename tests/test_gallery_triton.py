@@ -9,8 +9,6 @@ import pytest
 
 pytest.importorskip("triton", reason="needs attngen[triton]")
 
-import functools
-
 import interpreted
 
 import attngen
@@ -61,7 +59,7 @@ def test_a_smaller_spec_in_the_same_blocks_is_computed(name):
     plan, by = plan_of(name), backends.get("triton")
     small, choice = by.small(plan, rebuild=True)
     made = attngen.plan(small, target=plan.target, backend="triton", fix=choice)
-    function = functools.partial(interpreted.call, api.stored(attngen.emit(made)))
+    function = interpreted.program(small, api.stored(attngen.emit(made)))
     report = validator.validate(
         small, made, function, to_array=interpreted.as_it_is, time_s=0
     )

@@ -30,7 +30,10 @@ def least(call, spec):
     return need
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (i > 0)) for i, n in enumerate(SPECS)],
+)
 def test_the_least_budget_is_enough_and_a_byte_less_is_not(name):
     spec = SPECS[name]
     need = least(attngen.build, spec)

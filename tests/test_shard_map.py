@@ -14,7 +14,8 @@ import pytest
 
 SLOW = (
     "twice", "ones", "stacked", "a scan", "a diagonal", "positions", "summaries, a map",
-    "an idle axis", "a table", "lse alone",
+    "an idle axis", "a table", "lse alone", "any order", "listed gradients",
+    "narrow gradients", "a bias, by heads",
 )  # fmt: skip
 CASES = [
     pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name

@@ -52,14 +52,17 @@ def differentiated(spec, **changes):
             for i, name in enumerate(SPECS)
             for j, dtype in enumerate(DTYPES)
         ],
-        3,
+        5,
     ),
 )
 def test_every_spec(name, dtype, blocks):
     judge(differentiated(SPECS[name], dtype=dtype), blocks)
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (i % 2)) for i, n in enumerate(OWN)],
+)
 def test_specs_of_gradients(name):
     judge(OWN[name])
 
@@ -73,7 +76,7 @@ def test_dropout(dtype):
 
 @pytest.mark.parametrize(
     ("name", "offset", "dtype"),
-    slowly([(n, o, DTYPES[i % 2]) for i, (n, o) in enumerate(rotating().items())], 3),
+    slowly([(n, o, DTYPES[i % 2]) for i, (n, o) in enumerate(rotating().items())], 5),
 )
 def test_library(name, offset, dtype):
     spec = EXAMPLES[name].spec(q_offset=OFFSETS[offset], derivatives="vjp", dtype=dtype)

@@ -38,7 +38,7 @@ def backward(way, q_chunk, k_chunk, **more):
 @pytest.mark.parametrize(
     ("name", "offset", "way", "sizes"),
     [
-        case if i % 3 == 0 else pytest.param(*case, marks=pytest.mark.slow)
+        case if i % 5 == 0 else pytest.param(*case, marks=pytest.mark.slow)
         for i, case in enumerate(ONCE)
     ],
 )
@@ -94,7 +94,11 @@ SPECS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "way"), [(n, WAYS[i % 3]) for i, n in enumerate(SPECS)]
+    ("name", "way"),
+    [
+        pytest.param(n, WAYS[i % 3], marks=[pytest.mark.slow] * (i % 2))
+        for i, n in enumerate(SPECS)
+    ],
 )
 def test_specs(name, way):
     judge(SPECS[name], **backward(way, 16, 24))
@@ -111,7 +115,11 @@ AXES = ("bhqk", "hqk", "bqk", "qk", "bhk", "q", "k", "b", "h", "kq")
 
 
 @pytest.mark.parametrize(
-    ("axes", "way"), list(zip(AXES, itertools.cycle(WAYS), strict=False))
+    ("axes", "way"),
+    [
+        pytest.param(axes, WAYS[i % 3], marks=[pytest.mark.slow] * (i % 2))
+        for i, axes in enumerate(AXES)
+    ],
 )
 def test_a_bias_of_any_axes(axes, way):
     spec = given(score=scores.bias(axes=axes), q_offset=0)
