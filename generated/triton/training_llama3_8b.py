@@ -640,13 +640,12 @@ def backward_keys(
     v_head = _head(v_ptr, b_index, g_index, v_stride_b, v_stride_h, ALIGN)
     dv_head = _head(dv_ptr, b_index, g_index, dv_stride_b, dv_stride_h, ALIGN)
     k_here = k_start + cols < kv_len
-    k_there = k_start + cols < kv_len
     k = tl.load(
         k_head
         + tl.cast(k_start, tl.int64) * k_step
         + cols[:, None] * k_step
         + d[None, :] * k_stride_d,
-        mask=k_there[:, None],
+        mask=k_here[:, None],
         other=0.0,
     )
     v = tl.load(
@@ -654,7 +653,7 @@ def backward_keys(
         + tl.cast(k_start, tl.int64) * v_step
         + cols[:, None] * v_step
         + d[None, :] * v_stride_d,
-        mask=k_there[:, None],
+        mask=k_here[:, None],
         other=0.0,
     )
     q_at = rows[:, None] * q_step + d[None, :] * q_stride_d
@@ -704,42 +703,9 @@ def backward_keys(
             )
             dv = tl.dot(p.to(dout.dtype), dout, dv)
             dk = tl.dot(ds.to(q.dtype), q, dk)
-        for i in range(first, full_first):
-            q_start = i * Q_BLOCK
-            row = (b_index * heads + h_index) * q_len + q_start + rows
-            q_there = q_start + rows < q_len
-            norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
-            alive = norm != float("inf")  # it sees a key
-            delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
-            first_row = tl.cast(q_start, tl.int64)
-            q = tl.load(
-                q_head + first_row * q_step + q_at,
-                mask=alive[:, None],
-                other=0.0,
-            )
-            dout = tl.load(
-                dout_head + first_row * dout_step + dout_at,
-                mask=alive[:, None],
-                other=0.0,
-            )
-            p, ds, _dp, _k = _tile(
-                q,
-                k,
-                v,
-                dout,
-                norm,
-                delta,
-                q_start,
-                c,
-                kv_len,
-                MASKED=True,
-                ROWS=1,
-                Q_BLOCK=Q_BLOCK,
-                K_BLOCK=K_BLOCK,
-            )
-            dv = tl.dot(p.to(dout.dtype), dout, dv)
-            dk = tl.dot(ds.to(q.dtype), q, dk)
-        for i in range(full_last, last):
+        low_edges = full_first - first
+        for n in range(low_edges + last - full_last):  # on both sides of the interior
+            i = n + tl.where(n < low_edges, first, full_last - low_edges)
             q_start = i * Q_BLOCK
             row = (b_index * heads + h_index) * q_len + q_start + rows
             q_there = q_start + rows < q_len

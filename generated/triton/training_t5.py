@@ -716,13 +716,12 @@ def backward_keys(
     v_head = _head(v_ptr, b_index, g_index, v_stride_b, v_stride_h, ALIGN)
     dv_head = _head(dv_ptr, b_index, g_index, dv_stride_b, dv_stride_h, ALIGN)
     k_here = k_start + cols < kv_len
-    k_there = k_start + cols < kv_len
     k = tl.load(
         k_head
         + tl.cast(k_start, tl.int64) * k_step
         + cols[:, None] * k_step
         + d[None, :] * k_stride_d,
-        mask=k_there[:, None],
+        mask=k_here[:, None],
         other=0.0,
     )
     v = tl.load(
@@ -730,7 +729,7 @@ def backward_keys(
         + tl.cast(k_start, tl.int64) * v_step
         + cols[:, None] * v_step
         + d[None, :] * v_stride_d,
-        mask=k_there[:, None],
+        mask=k_here[:, None],
         other=0.0,
     )
     q_at = rows[:, None] * q_step + d[None, :] * q_stride_d
