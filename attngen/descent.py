@@ -24,6 +24,7 @@ Failed = tuple[Plan, bool]  # and whether it is the forward pass that doesn't fi
 
 TRIES = 8  # plans that a build compiles, at most, before the smallest
 GROUP = 2  # of them a process
+LEAST = 8  # rows of a warp, below which others' products are made again
 FEW = 3  # that compile: of these the one with the least bound is taken
 
 
@@ -227,9 +228,24 @@ def _several(ranked: Sequence[Plan], failed: Sequence[Failed]) -> Iterator[list[
             break
         tried += group
         yield group
-    smallest = min(ranked, key=lambda p: (_rows(p.choice) * p.k_chunk, p.q_chunk))
-    if smallest not in tried and len(tried) == len(failed):
-        yield [smallest]
+    if len(tried) == len(failed):
+        few = 3 if ranked[0].spec.derivatives == "vjp" else 1
+        smallest = [p for p in sorted(ranked, key=_held)[:few] if p not in tried]
+        if smallest:
+            yield smallest
+
+
+def _held(plan: Plan) -> tuple[float, ...]:
+    """By what a warp's tiles have, of both passes."""
+    forward, backward = (
+        joint.forward_part(plan.choice),
+        joint.backward_part(plan.choice),
+    )
+    own = _rows(forward) * plan.k_chunk, plan.q_chunk
+    if not backward:
+        return own
+    rows = max(_rows(backward), LEAST)
+    return rows * int(backward["k_chunk"]), int(backward["q_chunk"]), *own
 
 
 def _rows(choice: Choice) -> float:

@@ -218,7 +218,16 @@ TRITON = {
         "h100",
         {"num_stages": 2, "backward_k_chunk": 16},
     ),
-    "training": Entry(training, "rtx4090", {}),
+    "training": Entry(
+        training,
+        "rtx4090",
+        {
+            "backward_q_chunk": 32,
+            "backward_k_chunk": 16,
+            "backward_num_warps": 4,
+            "backward_num_stages": 2,
+        },
+    ),
     "training_alibi": Entry(
         lambda: dataclasses.replace(training_alibi(), dtype="bfloat16"),
         "a100",

@@ -13,9 +13,9 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           out     [1, 2048, 8, 64]  float32
           lse     [1, 8, 2048]  float32
 plan      running · 64 queries × 32 keys · 8 warps · 3 stages · last queries first;
-          backward: 64 held × 32 · 8 warps · 2 stages
+          backward: 32 held × 16 · 4 warps · 2 stages
           tiles of a head: 2048; 992 full, 64 on an edge, 992 empty and never visited
-cost      19.9 GFLOP, 256.1 KiB of temporaries (modelled)
+cost      19.7 GFLOP, 256.1 KiB of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen
 spec      {"q_heads": 8, "kv_heads": 2, "q_len": 2048, "kv_len": 2048, "qk_dim": 64,
           "v_dim": 64, "mask": "causal", "sink": true, "outputs": ["out", "lse"],
@@ -23,7 +23,7 @@ spec      {"q_heads": 8, "kv_heads": 2, "q_len": 2048, "kv_len": 2048, "qk_dim":
 choices   {"backend": "triton", "target": "rtx4090", "algorithm": "running", "q_chunk":
           64, "k_chunk": 32, "num_warps": 8, "num_stages": 3, "order": "reverse",
           "head_dim": "padded", "loads": "pointers", "backward": "two_passes",
-          "backward_q_chunk": 64, "backward_k_chunk": 32, "backward_num_warps": 8,
+          "backward_q_chunk": 32, "backward_k_chunk": 16, "backward_num_warps": 4,
           "backward_num_stages": 2}
 """
 
@@ -49,8 +49,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 OUT_DTYPE = torch.float32
 NUM_WARPS, NUM_STAGES = 8, 3
 # of the backward pass: tokens that a program holds, and of the other kind at a time
-BACKWARD_BLOCK, BACKWARD_STEP = 64, 32
-BACKWARD_WARPS, BACKWARD_STAGES = 8, 2
+BACKWARD_BLOCK, BACKWARD_STEP = 32, 16
+BACKWARD_WARPS, BACKWARD_STAGES = 4, 2
 BACKWARD = {
     "backward_queries": {"Q_BLOCK": BACKWARD_BLOCK, "K_BLOCK": BACKWARD_STEP},
     "backward_keys": {"Q_BLOCK": BACKWARD_STEP, "K_BLOCK": BACKWARD_BLOCK},
