@@ -128,6 +128,7 @@ import runpy, sys, time
 import torch
 sys.path.insert(0, sys.argv[1])
 import gallery
+from attngen import timing
 from attngen.backends.triton import loader
 
 class Event:
@@ -136,6 +137,7 @@ class Event:
     def elapsed_time(self, end): return 1e3 * (end.at - self.at)
 
 loader.DRIVERS = ("/",)
+timing.USELESS = 1e9  # other tests run beside this one
 torch.version.hip = None
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_name = lambda: "NVIDIA A100-SXM4-80GB"

@@ -28,10 +28,6 @@ FIX = {"algorithm": "running", "q_chunk": 128, "k_chunk": 128}
 EXCHANGED = ("lengths", "gradients by keys", "gradients, two passes")
 
 
-# one worker, and so the fixture once
-pytestmark = pytest.mark.xdist_group("shards")
-
-
 @pytest.fixture(scope="module")
 def judged(cache):
     """What sharded.py says of every case, each on every mesh."""
