@@ -79,10 +79,9 @@ def first_certified(ranked: tuple[Plan, ...], by: Backend) -> Certified:
 
 def _left(plan: Plan, certificate: Certificate) -> Alternative:
     """A plan that was compiled and not taken, with why in a few words."""
-    kernels = (certificate.kernels or {}).values()
-    spilled = [certificate.spill_bytes or 0, *(k["spill_bytes"] for k in kernels)]
-    if any(spilled):
-        reason = f"spills {show_bytes(max(spilled))}"
+    kernels = certificate.every_kernel.values()
+    if spilled := max(k["spill_bytes"] or 0 for k in kernels):
+        reason = f"spills {show_bytes(spilled)}"
     elif unfit(certificate, plan):
         reason = "doesn't fit, compiled"
     else:
@@ -122,8 +121,7 @@ def unfit(certificate: Certificate, plan: Plan) -> str | None:
     gpu = targets.get(plan.target).gpu
     if gpu is None:
         return None
-    kernels = {"": certificate.to_dict(), **(certificate.kernels or {})}
-    for name, found in kernels.items():
+    for name, found in certificate.every_kernel.items():
         own = joint.backward_part(plan.choice) if name else plan.choice
         what = f"{name} of " * bool(name) + f"{own['q_chunk']} × {own['k_chunk']}"
         if found["spill_bytes"]:
@@ -143,15 +141,16 @@ def bound_s(plan: Plan, certificate: Certificate, target: Target) -> float | Non
     one share its pipes.
     """
     gpu = target.gpu
-    kernels = [certificate.to_dict(), *(certificate.kernels or {}).values()]
-    if gpu is None or any(not k["blocks_per_multiprocessor"] for k in kernels):
+    if gpu is None:
         return None
-    forward, backward = plan.choice, joint.backward_part(plan.choice)
     total = 0.0
-    for kernel, choice in zip(kernels, (forward, *[backward] * 9), strict=False):
-        if (cycles := kernel.get("bound_cycles")) is None:
+    for name, kernel in certificate.every_kernel.items():
+        cycles = kernel.get("bound_cycles")
+        together = kernel["blocks_per_multiprocessor"]
+        if cycles is None or not together:
             return None
-        total += cycles * _turns(plan, choice, kernel["blocks_per_multiprocessor"], gpu)
+        choice = joint.backward_part(plan.choice) if name else plan.choice
+        total += cycles * _turns(plan, choice, together, gpu)
     return total / gpu.clock_hz
 
 

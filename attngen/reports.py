@@ -165,6 +165,11 @@ class Certificate:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def every_kernel(self) -> dict[str, dict[str, Any]]:
+        """The figures of each kernel of a file by name, the forward pass's first, as ""."""
+        return {"": self.to_dict(), **(self.kernels or {})}
+
     def to_json(self, *, indent: int = 2) -> str:
         return _encode(self, indent)
 

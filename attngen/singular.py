@@ -185,7 +185,7 @@ class _Guard:
         A number of a head is a parameter, and finite.
         """
         if node.op == "const":
-            return math.isinf(node.value)  # type: ignore[arg-type]
+            return isinstance(node.value, float) and math.isinf(node.value)
         if node.op == "var":
             return not self.finite
         return not (proven(node, self.env) and _of_head(node))
