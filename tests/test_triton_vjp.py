@@ -290,3 +290,8 @@ def test_derivatives_of_any_order_are_refused():
     spec = AttentionSpec(q_heads=1, q_len=64, qk_dim=32, derivatives="any")
     with refused(NotBuiltError, "derivatives of any order"):
         interpreted.plan(spec)
+
+
+def test_more_gradients_than_a_line_has_room_for():
+    score = (scores.alibi(), scores.bias(axes="hk"))
+    judge(differentiated(SPECS["sink"], score=score, q_offset=0))

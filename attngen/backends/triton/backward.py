@@ -212,7 +212,6 @@ class Backward:
             "fake_given": given if len(", ".join(given)) < 60 else _fake(spec),
             "pulled": cotangents,
             "made": made,
-            "made_type": "torch.Tensor, ...",
             "fakes": [
                 f"{n}.new_empty({n}.shape)" for n in slopes.gradients(spec).values()
             ],
@@ -222,22 +221,10 @@ class Backward:
             ],
             "buffers": self._buffers(),
             "sums": self._sums(),
-            "no_parts": "".join(f", _{p.name}" for p in parts),
+            "no_parts": _results(parts, ()),
             "query_parts": _results(parts, IN_QUERIES),
             "key_parts": _results(parts, IN_KEYS),
             "tile_parameters": self._tile_parameters(),
-            "tile_given": self._tile_parameters(),
-            "blocks": {
-                launch["name"]: {
-                    "Q_BLOCK": self.step
-                    if launch["name"] == "backward_keys"
-                    else self.block,
-                    "K_BLOCK": self.block
-                    if launch["name"] == "backward_keys"
-                    else self.step,
-                }
-                for launch in launches
-            },
             "block": self.block,
             "step": self.step,
             "num_warps": self.choice["num_warps"],

@@ -166,7 +166,7 @@ def illegal(spec: AttentionSpec, target: Target, choice: Choice) -> str | None:
             f"tiles need {shared} bytes of shared memory; "
             f"{target.name} has {gpu.shared_bytes} a block"
         )
-    need, most = registers(spec, choice, gpu), _most(choice, gpu)
+    need, most = registers(spec, choice, gpu), most_registers(choice, gpu)
     if need > UNSURE * most:
         return (
             f"tiles need {need} registers a thread; {target.name} has {most} for each"
@@ -291,7 +291,7 @@ def crowding(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> float:
     """
     if spec.dtype != "float32" or gpu.backend != "cuda":
         more = LISTED[gpu.backend] if choice.get("skip") == "list" else 0
-        return (registers(spec, choice, gpu) + more) / (_most(choice, gpu) + 1)
+        return (registers(spec, choice, gpu) + more) / (most_registers(choice, gpu) + 1)
     v = sum(width for _, width in pieces(spec.v_dim, choice["head_dim"]))
     q, k = int(choice["q_chunk"]), int(choice["k_chunk"])
     threads = int(choice["num_warps"]) * gpu.warp_size
@@ -303,7 +303,7 @@ def crowding(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> float:
     return max(held)
 
 
-def _most(choice: Choice, gpu: Gpu) -> int:
+def most_registers(choice: Choice, gpu: Gpu) -> int:
     """Registers that a thread can have."""
     threads = int(choice["num_warps"]) * gpu.warp_size
     return min(gpu.max_registers, gpu.registers // threads)

@@ -12,7 +12,13 @@ from dataclasses import replace
 
 from attngen import slopes
 from attngen.backends.triton import model
-from attngen.backends.triton.candidates import BLOCKS, WARPS, blocks, power_above
+from attngen.backends.triton.candidates import (
+    BLOCKS,
+    WARPS,
+    blocks,
+    most_registers,
+    power_above,
+)
 from attngen.backends.triton.slope_code import entries_of, kind_of
 from attngen.cost import Cost
 from attngen.dtypes import BYTES
@@ -71,7 +77,7 @@ class Passes:
                 f"tiles need {shared} bytes of shared memory; "
                 f"{target.name} has {gpu.shared_bytes} a block"
             )
-        need, most = registers(spec, choice, gpu), _most(choice, gpu)
+        need, most = registers(spec, choice, gpu), most_registers(choice, gpu)
         if need > most:
             return f"tiles need {need} registers a thread; {target.name} has {most} for each"
         return None
@@ -94,7 +100,7 @@ class Passes:
         gpu = target.gpu
         if spec.dropout and gpu is not None:
             need = registers(spec, choice, gpu) + DROPPING
-            time_s *= 4 if need > _most(choice, gpu) else 1  # it likely spills
+            time_s *= 4 if need > most_registers(choice, gpu) else 1  # it likely spills
         return replace(forward, temp_bytes=bytes_, time_s=time_s)
 
     def flop(self, spec: AttentionSpec, choice: Choice, tiles: Tiles) -> int:
@@ -171,8 +177,3 @@ def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     # whole float32 products on NVIDIA's are multiply-adds, whose factors lie in registers
     own += 64 if spec.dtype == "float32" and gpu.backend == "cuda" else 0
     return held * (dims + 3 * step) // threads + own
-
-
-def _most(choice: Choice, gpu: Gpu) -> int:
-    threads = int(choice["num_warps"]) * gpu.warp_size
-    return min(gpu.max_registers, gpu.registers // threads)
