@@ -1,7 +1,8 @@
 """The dtypes of the language, by name, and their sizes."""
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-KV_DTYPES = (*DTYPES, "float8_e4m3", "int8")
+QUANTISED = ("float8_e4m3", "int8")
+KV_DTYPES = (*DTYPES, *QUANTISED)
 BYTES = {
     "float64": 8,
     "float32": 4,

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from attngen import expr, slopes
+from attngen import expr, slopes, storage
 from attngen.intervals import domain, interval
 from attngen.operands import Operand
+from attngen.quantisation import quantise
 from attngen.reference import Array, by_heads, numpy_dtype
 from attngen.spec import AttentionSpec
 
@@ -21,30 +22,71 @@ def arrays(spec: AttentionSpec, *, seed: int = 0, nan: bool = True) -> dict[str,
     q, k, v and float operands are standard normal; with derivatives, operands are of a size
     that leaves scores moderate. Lengths run from none to all; integer
     operands repeat a few values and rise along their last axis, as document ids do; those
-    that are searched rise over all positions, as cumulative offsets do.
+    that are searched rise over all positions, as cumulative offsets do. Packed sequences are
+    of any lengths, none among them, and the last tokens are of no sequence; pages lie in any order.
 
     Args:
         seed: of the generator.
-        nan: fill keys that aren't there (past kv_lengths) with NaN.
+        nan: fill keys that aren't there (past kv_lengths) with NaN, and entries of the
+            block table that point to none with -1.
     """
     generator = np.random.default_rng(seed)
-    made: dict[str, Array] = {}
-    for name in ("q", "k", "v"):
-        shape = spec.shape_of(name)
-        values = generator.standard_normal(shape, dtype=np.float32)
-        made[name] = values.astype(numpy_dtype(spec.dtype_of(name)))
+    made = _normal(spec, generator)
+    if spec.is_quantised:
+        made |= quantise(spec, made["k"], made["v"])
+    made |= {n: made[n].astype(numpy_dtype(spec.dtype_of(n))) for n in ("q", "k", "v")}
     for operand in spec.operands:
-        made[operand.name] = _operand(spec, operand, generator)
+        if operand.name not in made:
+            made[operand.name] = _operand(spec, operand, generator)
     if nan and spec.kv_lengths:
-        for b, count in enumerate(made["kv_lengths"]):
-            for name in ("k", "v"):
-                keys = (
-                    made[name][b]
-                    if spec.layout == "bthd"
-                    else made[name][b].swapaxes(0, 1)
-                )
-                keys[count:] = np.nan
+        _poison(spec, made)
     return made
+
+
+def unquantised(spec: AttentionSpec, *, seed: int = 0) -> dict[str, Array]:
+    """k and v before `arrays` quantised them, in the spec's dtype."""
+    made = _normal(spec, np.random.default_rng(seed))
+    return {n: made[n].astype(numpy_dtype(spec.dtype)) for n in ("k", "v")}
+
+
+def _normal(spec: AttentionSpec, generator: Any) -> dict[str, Array]:
+    """q, k and v in float32."""
+    return {
+        name: generator.standard_normal(spec.shape_of(name), dtype=np.float32)
+        for name in ("q", "k", "v")
+    }
+
+
+def _poison(spec: AttentionSpec, made: dict[str, Array]) -> None:
+    """NaN in k and v, or their scales, where keys aren't there; -1 in tables."""
+    names: tuple[str, ...] = ("k", "v")
+    if spec.kv_dtype == "int8":
+        names = () if spec.kv_scale == "head" else ("k_scale", "v_scale")
+    if spec.storage == "paged":
+        _poison_pages(spec, made, names)
+        return
+    block = spec.kv_scale if isinstance(spec.kv_scale, int) else 1
+    for name in names:
+        by_tokens = made[name]
+        if name.endswith("_scale"):
+            by_tokens = np.moveaxis(by_tokens, 2, 1)
+        elif spec.layout == "bhtd":
+            by_tokens = by_tokens.swapaxes(1, 2)
+        for keys, count in zip(by_tokens, made["kv_lengths"], strict=True):
+            first = -(-count // block) if name.endswith("_scale") else count
+            keys[first:] = np.nan
+
+
+def _poison_pages(
+    spec: AttentionSpec, made: dict[str, Array], names: tuple[str, ...]
+) -> None:
+    table, unused = made["block_table"], set(range(len(made["k"])))
+    for pages, count in zip(table, made["kv_lengths"], strict=True):
+        used = -(-count // spec.page_size)
+        unused -= set(pages[:used].tolist())
+        pages[used:] = -1
+    for name in names:
+        made[name][sorted(unused)] = np.nan
 
 
 def cotangents(
@@ -63,8 +105,10 @@ def cotangents(
         if rows is not None:
             others = np.ones(spec.q_len, bool)
             others[rows] = False
-            by_rows = values if output == "lse" else by_heads(spec, values)
-            by_rows[:, :, others] = 0
+            if output == "lse":
+                values[..., others] = 0
+            else:
+                by_heads(spec, values)[:, :, others] = 0
         made[name] = values.astype(numpy_dtype(spec.dtype_of(output)))
     return made
 
@@ -81,6 +125,11 @@ def _operand(spec: AttentionSpec, operand: Operand, generator: Any) -> Array:
         return np.asarray(generator.integers(0, most + 1, shape), np.int32)
     if operand.name == "seed":
         return np.asarray(generator.integers(0, 2**32, shape, np.uint32))
+    if operand.name.startswith("cu_seqlens"):
+        return _offsets(spec, operand.name, generator)
+    if operand.name == "block_table":
+        pages = generator.permutation(storage.pages(spec))
+        return np.resize(pages, shape).astype(np.int32)
     if operand.kind == "bool":
         return np.asarray(generator.random(shape) < 0.7)
     if operand.kind == "int":
@@ -91,6 +140,16 @@ def _operand(spec: AttentionSpec, operand: Operand, generator: Any) -> Array:
     if spec.derivatives is not None:
         values = _moderate(spec, operand, values)
     return np.asarray(values.astype(numpy_dtype(operand.dtype)))
+
+
+def _offsets(spec: AttentionSpec, name: str, generator: Any) -> Array:
+    """Cumulative offsets; the second sequence is empty where there are three or more."""
+    total = spec.q_len if name.endswith("q") else spec.kv_len
+    last = total - total // 16 if spec.batch > 1 else total
+    inner = np.sort(generator.integers(0, last + 1, spec.batch - 1))
+    if spec.batch > 2:
+        inner[1] = inner[0]
+    return np.asarray([0, *inner, last], np.int32)
 
 
 def _moderate(spec: AttentionSpec, operand: Operand, values: Array) -> Array:

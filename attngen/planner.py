@@ -62,7 +62,7 @@ def rank(
     listed = _alternatives(priced, refused, of.budget, fitting[0])
     best, *others = fitting[:most]
     sizes = int(best[0]["q_chunk"]), int(best[0]["k_chunk"])
-    first = of.plan((best[0], exact(spec, best[0], *sizes), best[2]), listed)
+    first = of.plan((best[0], exact(of.of, best[0], *sizes), best[2]), listed)
     return (first, *(of.plan(p, listed) for p in others))
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from attngen import joint, slopes
 from attngen.backends import Backend
 from attngen.cost import Cost, executed_flop, moved_bytes
-from attngen.intervals import examine
+from attngen.intervals import Ranges, examine
 from attngen.lists import SPAN, decided
 from attngen.plans import Alternative, Choice, Option, Plan
 from attngen.regions import spans
@@ -37,10 +37,10 @@ class Pricing:
         self.forward, self.kept = joint.forward_spec(spec), 0
         if spec.derivatives == "vjp" and backend.backward is not None:
             self.kept = backend.backward.kept_bytes(spec, target)
-        limits = tuple(limit for span in spans(spec) for limit in span.limits)
-        self.ranges = examine(spec, limits)
-        self.count = Counter(spec)
-        self.warnings = warnings(spec)
+        self.of = spec if spec.storage == "dense" else backend.modelled(spec)
+        self.ranges = _ranges(spec, self.of)
+        self.count = Counter(self.of)
+        self.warnings = warnings(self.of)
         self.budget = budget_of(spec, target)
 
     def price(self, choice: dict[str, Option]) -> Priced:
@@ -52,10 +52,10 @@ class Pricing:
 
     def _skipped(self, choice: Choice, cost: Cost) -> Cost:
         """Of what operands decide at run time a list visits some: a guess."""
-        if choice.get("skip") != "list" or not decided(self.spec):
+        if choice.get("skip") != "list" or not decided(self.of):
             return cost
         seen = SPAN + int(choice["q_chunk"]) + int(choice["k_chunk"])
-        left = min(1.0, seen / self.spec.kv_len)
+        left = min(1.0, seen / self.of.kv_len)
         return replace(cost, time_s=cost.time_s * left)
 
     def price_backward(self, choice: dict[str, Option]) -> Priced:
@@ -101,9 +101,9 @@ class Pricing:
             drops_keys=self.ranges.drops_keys,
             temp_bytes=cost.temp_bytes,
             time_s=cost.time_s,
-            flop=executed_flop(self.spec, tiles, *sizes, cost.edge_share)
+            flop=executed_flop(self.of, tiles, *sizes, cost.edge_share)
             + self._backward_flop(choice),
-            moved_bytes=moved_bytes(self.spec, tiles, sizes[1]),
+            moved_bytes=moved_bytes(self.of, tiles, sizes[1]),
             fixed=self.fixed,
             warnings=self.warnings,
             alternatives=alternatives,
@@ -115,6 +115,16 @@ class Pricing:
         passes, own = self.backend.backward, joint.backward_part(choice)
         assert passes is not None
         return passes.flop(self.spec, own, self.count(own))
+
+
+def _ranges(spec: AttentionSpec, of: AttentionSpec) -> Ranges:
+    """Of a spec, and of the one that stands for it, the wider."""
+    found = []
+    for each in dict.fromkeys((spec, of)):
+        limits = tuple(limit for span in spans(each) for limit in span.limits)
+        found.append(examine(each, limits))
+    wide = any(r.index_dtype == "int64" for r in found)
+    return Ranges("int64" if wide else "int32", any(r.drops_keys for r in found))
 
 
 class Counter:

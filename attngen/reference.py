@@ -6,15 +6,16 @@ evaluated element by element from the expressions' trees. It is slow and it is t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from attngen import expr, philox
+from attngen import expr, philox, sequences
 from attngen.expr import Expr
 from attngen.operands import Operand
+from attngen.sequences import Sequence
 from attngen.spec import AttentionSpec
 
 Array = np.ndarray[Any, Any]
@@ -71,11 +72,12 @@ class Softmax:
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The NumPy dtype of one of the language's names."""
-    if name == "bfloat16":
+    if name in ("bfloat16", "float8_e4m3"):
         import ml_dtypes
 
-        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-        return bfloat16
+        known = {"bfloat16": ml_dtypes.bfloat16, "float8_e4m3": ml_dtypes.float8_e4m3fn}
+        found: np.dtype[Any] = np.dtype(known[name])
+        return found
     return np.dtype(name)
 
 
@@ -114,47 +116,53 @@ def attention(
     """
     how = rounding or exact(spec)
     rows = np.arange(spec.q_len) if rows is None else np.asarray(rows)
-    q, k, v = (by_heads(spec, x) for x in (q, k, v))
-    out = np.zeros((spec.batch, spec.q_heads, len(rows), spec.v_dim), how.wide)
-    lse = np.zeros(out.shape[:-1], how.wide)
     known = {name: np.asarray(x) for name, x in operands.items()}
-    for b in range(spec.batch):
-        for h in range(spec.q_heads):
-            kv = h // spec.repeats
-            keys, values = k[b, kv].astype(how.wide), v[b, kv].astype(how.wide)
-            for start in range(0, len(rows), ROWS):
-                part = slice(start, start + ROWS)
-                queries = q[b, h, rows[part]].astype(how.wide)
-                found = scores(spec, how, queries, keys, b, h, rows[part], known)
-                sink = how.wide(known["sink"][h]) if spec.sink else None
-                weights = softmax(found, sink, how)
-                factors = dropped(spec, found, known, how)
-                out[b, h, part] = _mean(weights, found.there, values, factors, how)
-                lse[b, h, part] = weights.lse
+    q = by_heads(spec, q)
+    k, v = (
+        sequences.plain_keys(spec, n, x, known, how) for n, x in (("k", k), ("v", v))
+    )
+    out = np.zeros((q.shape[0], spec.q_heads, len(rows), spec.v_dim), how.wide)
+    lse = np.full(out.shape[:-1], -np.inf, how.wide)
+    for sequence, h, part in parts(spec, rows, known):
+        keys, values = sequence.keys_of(k, v, h // spec.repeats)
+        at = sequence.place, h, part
+        queries = q[sequence.place, h, rows[part]].astype(how.wide)
+        found = scores(spec, how, queries, keys, sequence, h, rows[part], known)
+        sink = how.wide(known["sink"][h]) if spec.sink else None
+        weights = softmax(found, sink, how)
+        factors = dropped(spec, found, known, how)
+        out[at] = _mean(weights, found.there, values, factors, how)
+        lse[at] = weights.lse
     return {"out": out, "lse": lse}
+
+
+def parts(
+    spec: AttentionSpec, rows: Array, operands: Mapping[str, Array]
+) -> Iterator[tuple[Sequence, int, Array]]:
+    """Each sequence, query head, and at most ROWS places in `rows` of its queries."""
+    for sequence in sequences.of(spec, operands):
+        (own,) = np.nonzero(sequence.holds(rows))
+        for h in range(spec.q_heads):
+            for start in range(0, len(own), ROWS):
+                yield sequence, h, own[start : start + ROWS]
 
 
 def pick(spec: AttentionSpec, name: str, output: Array, rows: Array) -> Array:
     """The rows of a kernel's out, lse or dq, in the order of `attention`'s."""
-    x = np.asarray(output) if name == "lse" else by_heads(spec, output)
-    return x[:, :, rows]
+    if name != "lse":
+        return by_heads(spec, output)[:, :, rows]
+    x = np.asarray(output)
+    return (x[None] if spec.storage == "packed" else x)[:, :, rows]
 
 
 def by_heads(spec: AttentionSpec, array: Array) -> Array:
-    """[batch, heads, length, dim] of an array in the spec's layout, or the other way."""
+    """[batch, heads, length, dim] of an array in the spec's layout, as a view.
+
+    Packed sequences are one batch; pages are batches.
+    """
     x = np.asarray(array)
+    x = x[None] if spec.storage == "packed" else x
     return np.swapaxes(x, 1, 2) if spec.layout == "bthd" else x
-
-
-def offsets(spec: AttentionSpec, operands: Mapping[str, Array]) -> Array:
-    """The position of query 0 for each batch."""
-    if spec.q_offset == "operand":
-        return np.broadcast_to(
-            np.asarray(operands["q_offset"], np.int64), (spec.batch,)
-        )
-    if spec.static_q_offset is None:
-        return np.asarray(operands["kv_lengths"], np.int64) - spec.q_len
-    return np.full((spec.batch,), spec.static_q_offset, np.int64)
 
 
 def scores(
@@ -162,30 +170,30 @@ def scores(
     how: Rounding,
     queries: Array,
     keys: Array,
-    b: int,
+    sequence: Sequence,
     h: int,
     rows: Array,
     operands: Mapping[str, Array],
 ) -> Scored:
-    """Scores of one head's queries [rows, qk_dim] and keys [kv_len, qk_dim]."""
+    """Scores of one head's queries [rows, qk_dim] and its sequence's keys [keys, qk_dim]."""
     s: Array
     stats = np.dtype(spec.stats_dtype).type
     with np.errstate(all="ignore"):
         s = (queries @ keys.T) * how.wide(spec.scale_value)
-    k_index = np.arange(spec.kv_len)
+    b, k_index = sequence.b, sequence.k_first + np.arange(len(keys))
     env: dict[str, Any] = {
         "b": b,
         "h": h,
         "q_index": rows[:, None],
         "k_index": k_index[None, :],
-        "q": rows[:, None] + offsets(spec, operands)[b],
-        "k": k_index[None, :] + spec.kv_offset,
+        "q": (rows - sequence.q_first)[:, None] + sequence.offset,
+        "k": (k_index - sequence.k_first)[None, :] + spec.kv_offset,
     }
     given = []
     for score in spec.score:
         given.append(s)
         s = evaluate(score.expr, env | {"s": s}, operands, how.wide, stats)
-        s = np.broadcast_to(s, (len(rows), spec.kv_len))
+        s = np.broadcast_to(s, (len(rows), len(keys)))
     there = np.ones(s.shape, bool)
     if spec.mask is not None:
         there &= evaluate(spec.mask.expr, env, operands, np.float32)
@@ -201,7 +209,7 @@ def scores(
 def softmax(scored: Scored, sink: Any, how: Rounding) -> Softmax:
     """The softmax of one head's scores, with its sink, or None."""
     zero = how.wide(0)
-    m: Array = scored.s.max(-1, keepdims=True)
+    m: Array = scored.s.max(-1, keepdims=True, initial=-np.inf)
     m = np.asarray(np.where(m == -np.inf, zero, m))
     with np.errstate(all="ignore"):
         p = np.where(scored.there, np.exp(scored.s - m), zero)
@@ -223,7 +231,8 @@ def dropped(
     """What dropout multiplies weights by: 0 or 1 / (1 − p), [rows, kv_len]; 1 without it."""
     if not spec.dropout:
         return how.wide(1)
-    b, h, q, k = (scored.env[name] for name in "bhqk")
+    b, h, q, k = (scored.env[name] for name in sequences.counted(spec))
+    b = 0 if spec.storage == "packed" else b
     kept = philox.kept(spec.dropout, operands["seed"], b, h, q[:, 0], k[0])
     return np.where(kept, 1 / (1 - how.wide(spec.dropout)), how.wide(0))
 

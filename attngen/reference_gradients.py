@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from attngen import expr, slopes
+from attngen import expr, sequences, slopes
 from attngen.errors import InternalError
 from attngen.expr import Expr
 from attngen.operands import Operand
 from attngen.reference import (
-    ROWS,
     Array,
     Rounding,
     Scored,
@@ -27,6 +26,7 @@ from attngen.reference import (
     dropped,
     evaluate,
     exact,
+    parts,
     places,
     scores,
     softmax,
@@ -77,42 +77,46 @@ def gradients(
         return made
     others = {f"d_{o.name}": o for o in _floats(spec) if f"d_{o.name}" not in made}
     made |= {n: np.zeros(spec.shape_of(o.name), how.wide) for n, o in others.items()}
-    made["dq"] = np.zeros((spec.batch, spec.q_heads, len(rows), spec.qk_dim), how.wide)
+    places = 1 if spec.storage == "packed" else spec.batch
+    made["dq"] = np.zeros((places, spec.q_heads, len(rows), spec.qk_dim), how.wide)
     dk, dv = (by_heads(spec, made[name]) for name in ("dk", "dv"))  # views
-    q, k, v = (by_heads(spec, x) for x in (q, k, v))
     dout, dlse = cotangents.get("dout"), cotangents.get("dlse")
     dout = None if dout is None else by_heads(spec, dout)
+    if dlse is not None:
+        dlse = np.asarray(dlse)[None] if spec.storage == "packed" else np.asarray(dlse)
     known = {name: np.asarray(x) for name, x in operands.items()}
     scale = how.wide(spec.scale_value)
-    for b in range(spec.batch):
-        for h in range(spec.q_heads):
-            kv = h // spec.repeats
-            keys, values = k[b, kv].astype(how.wide), v[b, kv].astype(how.wide)
-            sink = how.wide(known["sink"][h]) if spec.sink else None
-            for start in range(0, len(rows), ROWS):
-                part = slice(start, start + ROWS)
-                at = (b, h, rows[part])
-                queries = q[at].astype(how.wide)
-                found = scores(spec, how, queries, keys, *at, known)
-                weights = softmax(found, sink, how)
-                ds = np.zeros(found.s.shape, how.wide)
-                with np.errstate(all="ignore"):
-                    if dout is not None:
-                        given = dout[at].astype(how.wide)
-                        factors = dropped(spec, found, known, how)
-                        ds, of_v, of_sink = _of_out(
-                            found, weights, values, given, factors, how, of_outputs
-                        )
-                        dv[b, kv] += of_v
-                        if spec.sink:
-                            made["d_sink"][h] += of_sink
-                    if dlse is not None:
-                        ds += _of_lse(found, weights, dlse[at].astype(how.wide))
-                    ds = _through_scores(spec, found, ds, known, made, how)
-                    ds = _rounded(ds, how)
-                    of_q = weighted(ds, found.there, keys)
-                    made["dq"][b, h, part] = of_q * scale
-                    dk[b, kv] += weighted(ds.T, found.there.T, queries) * scale
+    q = by_heads(spec, q)
+    k, v = (
+        sequences.plain_keys(spec, n, x, known, how) for n, x in (("k", k), ("v", v))
+    )
+    for sequence, h, part in parts(spec, rows, known):
+        kv = h // spec.repeats
+        keys, values = sequence.keys_of(k, v, kv)
+        of_k, of_v = sequence.keys_of(dk, dv, kv)  # views
+        sink = how.wide(known["sink"][h]) if spec.sink else None
+        at = (sequence.place, h, rows[part])
+        queries = q[at].astype(how.wide)
+        found = scores(spec, how, queries, keys, sequence, h, rows[part], known)
+        weights = softmax(found, sink, how)
+        ds = np.zeros(found.s.shape, how.wide)
+        with np.errstate(all="ignore"):
+            if dout is not None:
+                given = dout[at].astype(how.wide)
+                factors = dropped(spec, found, known, how)
+                ds, more_v, of_sink = _of_out(
+                    found, weights, values, given, factors, how, of_outputs
+                )
+                of_v += more_v
+                if spec.sink:
+                    made["d_sink"][h] += of_sink
+            if dlse is not None:
+                ds += _of_lse(found, weights, dlse[at].astype(how.wide))
+            ds = _through_scores(spec, found, ds, known, made, how)
+            ds = _rounded(ds, how)
+            of_q = weighted(ds, found.there, keys)
+            made["dq"][sequence.place, h, part] = of_q * scale
+            of_k += weighted(ds.T, found.there.T, queries) * scale
     for name in others:  # told apart by `slopes`, which is judged here
         if made.pop(name).any():
             raise InternalError(f"{name} isn't 0, and no kernel returns it.")

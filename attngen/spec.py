@@ -9,11 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from attngen import expr
-from attngen.dtypes import BYTES
+from attngen import expr, storage
+from attngen.dtypes import BYTES, QUANTISED
 from attngen.expr import Expr
 from attngen.operands import Axis, Operand
 from attngen.spec_checks import check
+from attngen.storage import PAGE_SIZE
 from attngen.tracing import Mask, Score
 from attngen.units import parse_bytes
 
@@ -33,7 +34,8 @@ class AttentionSpec:
             q_heads; query head h reads kv head h // (q_heads / kv_heads).
         dtype: of q, k, v: float32, bfloat16, float16, float64.
         out_dtype: of out; None: as dtype.
-        kv_dtype: of k and v where they are quantised; None: as dtype.
+        kv_dtype: of k and v; None: as dtype. float8_e4m3 and int8 are quantised: see
+            kv_scale.
         layout: "bthd" or "bhtd".
         scale: of q·k; None: 1/√qk_dim.
         q_offset: position of query 0: an integer, "bottom_right" (kv_len − q_len, or
@@ -46,7 +48,17 @@ class AttentionSpec:
         dropout: probability, 0 ≤ p < 1, that a weight is 0; others are divided by 1 − p. Above
             0, a uint32 operand `seed` [2]; see philox.py for which weights are dropped.
         kv_lengths, q_lengths: True: an int32 operand [batch] says how many are there.
-        storage: "dense", "packed" (cumulative offsets) or "paged" (block table).
+        storage: "dense", "packed" (int32 operands cu_seqlens_q and cu_seqlens_k [batch + 1];
+            q_len and kv_len are the tokens of all sequences; q [q_len, q_heads, qk_dim]
+            and so on, lse [q_heads, q_len]) or "paged" (an int32 operand block_table
+            [batch, ceil(kv_len / page_size)]; k [num_pages, page_size, kv_heads, qk_dim]
+            and v alike, "bhtd" swaps tokens and heads). See storage.py.
+        page_size: tokens of a page. num_pages: None: as many as all sequences could need.
+        kv_scale: of quantised k and v, what has a factor of its own, in the float32
+            operands k_scale and v_scale: "head" [kv_heads], "token" [batch, kv_heads,
+            kv_len], or the tokens of a block, a number n: [batch, kv_heads,
+            ceil(kv_len / n)]. Packed ones lack the batch; those of pages are [num_pages,
+            kv_heads, page_size / n].
         outputs: "out" and/or "lse", in the order wanted.
         derivatives: None, "vjp", or "any" (any order, forward mode too).
         precision: of the matrix products: "default" or "highest".
@@ -82,6 +94,9 @@ class AttentionSpec:
     kv_lengths: bool = False
     q_lengths: bool = False
     storage: str = "dense"
+    page_size: int = PAGE_SIZE
+    num_pages: int | None = None
+    kv_scale: str | int = "head"
     outputs: tuple[str, ...] = ("out",)
     derivatives: str | None = None
     precision: str = "default"
@@ -139,6 +154,11 @@ class AttentionSpec:
         return "float64" if self.dtype == "float64" else "float32"
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether k and v have scales."""
+        return self.kv_dtype in QUANTISED
+
+    @property
     def budget_bytes(self) -> int | None:
         return None if self.memory_budget is None else parse_bytes(self.memory_budget)
 
@@ -148,7 +168,8 @@ class AttentionSpec:
         if self.q_offset is None:
             return 0
         if self.q_offset == "bottom_right":
-            return None if self.kv_lengths else self.kv_len - self.q_len
+            varied = self.kv_lengths or self.storage == "packed"
+            return None if varied else self.kv_len - self.q_len
         return self.q_offset if isinstance(self.q_offset, int) else None
 
     @functools.cached_property
@@ -164,7 +185,7 @@ class AttentionSpec:
 
     @functools.cached_property
     def own_operands(self) -> tuple[Operand, ...]:
-        """The operands that fields ask for: each [batch] or [q_heads], the seed [2]."""
+        """The operands that fields ask for."""
         own = []
         if self.kv_lengths:
             own.append(_own("kv_lengths", "b", "int32"))
@@ -176,6 +197,7 @@ class AttentionSpec:
             own.append(_own("sink", "h", "float32"))
         if self.dropout:
             own.append(_own("seed", (2,), "uint32"))
+        own += [_own(*given) for given in storage.own_operands(self)]
         return tuple(own)
 
     @functools.cached_property
@@ -185,17 +207,8 @@ class AttentionSpec:
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """The shape of q, k, v, out, lse, or of an operand."""
-        heads, length, dim = {
-            "q": (self.q_heads, self.q_len, self.qk_dim),
-            "k": (self.kv_heads, self.kv_len, self.qk_dim),
-            "v": (self.kv_heads, self.kv_len, self.v_dim),
-            "out": (self.q_heads, self.q_len, self.v_dim),
-        }.get(name, (0, 0, 0))
-        if heads:
-            middle = (length, heads) if self.layout == "bthd" else (heads, length)
-            return (self.batch, *middle, dim)
-        if name == "lse":
-            return (self.batch, self.q_heads, self.q_len)
+        if name in ("q", "k", "v", "out", "lse"):
+            return storage.shape_of(self, name)
         return next(o for o in self.operands if o.name == name).shape(self.lengths)
 
     def dtype_of(self, name: str) -> str:

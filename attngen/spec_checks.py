@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from attngen import expr
+from attngen import expr, storage
 from attngen.dtypes import DTYPES, KV_DTYPES
 from attngen.errors import OperandError, SpecError
 from attngen.expr import Expr
@@ -95,6 +95,7 @@ def check(spec: AttentionSpec) -> None:
         )
     _check_operands(spec)
     _check_offset(spec)
+    storage.check(spec)
 
 
 def _check_numbers(spec: AttentionSpec) -> None:
@@ -118,8 +119,21 @@ def _check_numbers(spec: AttentionSpec) -> None:
         raise _refuse("q_offset", offset, needed)
     if not _is_int(spec.kv_offset) or abs(spec.kv_offset) >= 2**30:
         raise _refuse("kv_offset", spec.kv_offset, "an integer within ±2**30")
+    _check_stored(spec)
     if spec.memory_budget is not None:
         parse_bytes(spec.memory_budget)
+
+
+def _check_stored(spec: AttentionSpec) -> None:
+    sizes = "an integer from 1 to 2**31 - 1"
+    for name, words, needed in (
+        ("page_size", (), sizes),
+        ("num_pages", (None,), f"{sizes}, or None"),
+        ("kv_scale", ("head", "token"), f'"head", "token", or {sizes}'),
+    ):
+        value = getattr(spec, name)
+        if value not in words and not (_is_int(value) and 1 <= value < 2**31):
+            raise _refuse(name, value, needed)
 
 
 def _check_operands(spec: AttentionSpec) -> None:

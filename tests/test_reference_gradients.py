@@ -351,7 +351,7 @@ def test_some_rows_are_the_whole_with_cotangents_of_zero_elsewhere():
 def test_how_many_rows_at_once_changes_nothing(monkeypatch):
     arrays, cotangents = arrays_of(SAMPLED)
     whole = own(SAMPLED, arrays, cotangents)
-    monkeypatch.setattr("attngen.reference_gradients.ROWS", 2)
+    monkeypatch.setattr("attngen.reference.ROWS", 2)
     parts = own(SAMPLED, arrays, cotangents)
     for name in whole:
         np.testing.assert_allclose(parts[name], whole[name], rtol=1e-12, atol=1e-14)

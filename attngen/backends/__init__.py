@@ -65,6 +65,9 @@ class Backend(Protocol):
     def refuse(self, spec: AttentionSpec) -> None:
         """Raise NotBuiltError for what this backend doesn't do."""
 
+    def modelled(self, spec: AttentionSpec) -> AttentionSpec:
+        """The dense spec whose tiles are counted for a packed or paged one."""
+
     def space(
         self, spec: AttentionSpec, target: Target, *, whole: bool = False
     ) -> Mapping[str, Mapping[str, Sequence[Option]]]:

@@ -34,6 +34,9 @@ class JaxBackend:
     def refuse(self, spec: AttentionSpec) -> None:
         candidates.refuse(spec)
 
+    def modelled(self, spec: AttentionSpec) -> AttentionSpec:
+        return spec
+
     def space(
         self, spec: AttentionSpec, target: Target, *, whole: bool = False
     ) -> Mapping[str, Mapping[str, Sequence[Option]]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attngen import joint, slopes, targets
+from attngen import joint, slopes, storage, targets
 from attngen.backends.triton import candidates, context, model, small
 from attngen.backends.triton.passes import Passes
 from attngen.cost import Cost
@@ -32,6 +32,9 @@ class TritonBackend:
 
     def refuse(self, spec: AttentionSpec) -> None:
         candidates.refuse(spec)
+
+    def modelled(self, spec: AttentionSpec) -> AttentionSpec:
+        return storage.typical(spec)
 
     def space(
         self, spec: AttentionSpec, target: Target, *, whole: bool = False

@@ -1,0 +1,75 @@
+"""K/V in a narrower dtype: numbers and the scales that they are multiplied by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from attngen.errors import CallError, SpecError
+from attngen.reference import Array, by_heads, numpy_dtype
+from attngen.spec import AttentionSpec
+
+LARGEST = {"float8_e4m3": 448.0, "int8": 127.0}
+
+
+def quantise(spec: AttentionSpec, k: Any, v: Any) -> dict[str, Array]:
+    """k and v as `spec.kv_dtype`, with their scales: `attn(q, **quantise(spec, k, v))`.
+
+    A scale is the largest magnitude of what shares it, over the largest number of the dtype
+    (448 or 127), and 1 where all is 0; numbers are rounded to the nearest, ties to even.
+
+    Args:
+        k, v: float arrays in the spec's shapes.
+
+    Returns:
+        k and v as NumPy arrays; k_scale and v_scale float32, as `spec.kv_scale` says.
+
+    Raises:
+        SpecError: the spec's kv_dtype has no scales.
+        CallError: k or v has another shape.
+    """
+    if not spec.is_quantised:
+        raise SpecError(
+            "K/V of this spec aren't quantised.",
+            got=f"kv_dtype={spec.kv_dtype!r}",
+            needed="kv_dtype: one of " + ", ".join(LARGEST),
+        )
+    made: dict[str, Array] = {}
+    for name, x in (("k", k), ("v", v)):
+        values = np.asarray(x).astype(np.float32)
+        if values.shape != spec.shape_of(name):
+            raise CallError(
+                f"{name} doesn't match the spec.",
+                got=f"shape {list(values.shape)}",
+                needed=f"shape {list(spec.shape_of(name))} ({spec.layout})",
+            )
+        made[name], made[f"{name}_scale"] = _quantised(spec, values)
+    return made
+
+
+def _quantised(spec: AttentionSpec, x: Array) -> tuple[Array, Array]:
+    assert spec.kv_dtype is not None
+    values = by_heads(spec, x)  # [place, kv_heads, tokens, dim]
+    largest = np.abs(values).max(-1)
+    if spec.kv_scale == "head":
+        largest = largest.max((0, 2))
+        each = largest[None, :, None]
+    else:
+        block = 1 if spec.kv_scale == "token" else int(spec.kv_scale)
+        tokens = largest.shape[2]
+        largest = np.pad(largest, ((0, 0), (0, 0), (0, -tokens % block)))
+        largest = largest.reshape(*largest.shape[:2], -1, block).max(-1)
+        each = np.repeat(largest, block, axis=2)[:, :, :tokens]
+        largest = largest[0] if spec.storage == "packed" else largest
+    most = np.float32(LARGEST[spec.kv_dtype])
+
+    def scale(of: Array) -> Array:
+        return np.where(of == 0, np.float32(1), of / most).astype(np.float32)
+
+    numbers = values / scale(each)[..., None]
+    if spec.kv_dtype == "int8":
+        numbers = np.rint(numbers)
+    numbers = np.clip(numbers, -most, most).astype(numpy_dtype(spec.kv_dtype))
+    laid = np.swapaxes(numbers, 1, 2) if spec.layout == "bthd" else numbers
+    return laid.reshape(x.shape), scale(largest)
