@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from attngen import slopes
+from attngen import slopes, storage
+from attngen.backends.triton import stored
 from attngen.backends.triton.slope_code import unplaced
 from attngen.dtypes import BYTES
 from attngen.errors import NotBuiltError
@@ -32,8 +33,6 @@ _BUILT: dict[str, tuple[tuple[object, ...], str]] = {
         (None, "vjp"),
         'backend="jax" has derivatives of any order',
     ),
-    "storage": (("dense",), 'pad into storage="dense" with kv_lengths=True'),
-    "kv_dtype": ((None,), "convert k and v to spec.dtype first"),
     "batch_shards": ((1,), "a spec of what one device has"),
     "head_shards": ((1,), "a spec of what one device has"),
     "dtype": (DTYPES, "the jax backend computes in float64"),
@@ -44,7 +43,7 @@ def refuse(spec: AttentionSpec) -> None:
     """Raise NotBuiltError for what the contract has and this backend doesn't do."""
     for field, (built, hint) in _BUILT.items():
         value = getattr(spec, field)
-        if value not in built and not (field == "kv_dtype" and value == spec.dtype):
+        if value not in built:
             raise NotBuiltError(
                 f"{field}={value!r} isn't built yet for Triton.",
                 got=f"{field}={value!r}",
@@ -57,6 +56,7 @@ def refuse(spec: AttentionSpec) -> None:
             got="out_dtype='float64'",
             needed="out_dtype=None, or one of " + ", ".join(DTYPES),
         )
+    storage.refuse(spec)
     reads = [n for score in spec.score for n in slopes.reads(score)]
     for node in reads if spec.derivatives else ():
         if what := unplaced(node):
@@ -158,6 +158,8 @@ def illegal(spec: AttentionSpec, target: Target, choice: Choice) -> str | None:
     threads = int(choice["num_warps"]) * gpu.warp_size
     if threads > 1024:
         return f"{choice['num_warps']} warps are {threads} threads; a block has 1024"
+    if (reason := stored.refusal(spec, choice["loads"])) is not None:
+        return reason
     if choice["loads"] == "descriptors" and (reason := _undescribed(spec, choice, gpu)):
         return reason.format(target.name)
     shared = shared_bytes(spec, choice, gpu)
@@ -176,6 +178,8 @@ def illegal(spec: AttentionSpec, target: Target, choice: Choice) -> str | None:
 
 def _unlisted(spec: AttentionSpec) -> str | None:
     """Why the launcher can't list tiles, or None."""
+    if spec.storage != "dense":
+        return f"skip = list isn't built for {spec.storage} storage"
     if (reason := unlistable(spec)) is not None:
         return reason
     assert spec.mask is not None

@@ -8,7 +8,8 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from attngen import philox, targets
+from attngen import philox, storage, targets
+from attngen.backends.triton import stored
 from attngen.backends.triton.backward import Backward, kept
 from attngen.backends.triton.bounds import (
     Bounds,
@@ -19,7 +20,8 @@ from attngen.backends.triton.bounds import (
 from attngen.backends.triton.candidates import pieces, power_above
 from attngen.backends.triton.guards import Guards, guards, overflows
 from attngen.backends.triton.listing import Listing, listing
-from attngen.backends.triton.tile_code import Writer
+from attngen.backends.triton.stored import Stored
+from attngen.backends.triton.tile_code import Writer, fours
 from attngen.expr import walk
 from attngen.intervals import (
     Interval,
@@ -56,7 +58,9 @@ def context(plan: Plan) -> dict[str, Any]:
     if guard.lines:
         where.only_where("tame")
     out, lse = "out" in spec.outputs, "lse" in spec.outputs
-    folded = not spec.score and spec.scale_value > 0
+    folded = not spec.score and spec.scale_value > 0 and not spec.is_quantised
+    gpu = targets.get(plan.target).gpu
+    assert gpu is not None
     back = None
     if spec.derivatives == "vjp":
         axes = _axes(spec)
@@ -68,9 +72,7 @@ def context(plan: Plan) -> dict[str, Any]:
         **_arguments(plan, out, lse, runtime, listed=tiles is not None),
         **_loads(plan, out),
         **_dims(plan, out),
-        "layout": "[b, t, h, d]" if spec.layout == "bthd" else "[b, h, t, d]",
-        "unpack_q": "B, T, H, _" if spec.layout == "bthd" else "B, H, T, _",
-        "unpack_k": "_, S, G, _" if spec.layout == "bthd" else "_, G, S, _",
+        **_unpacked(spec),
         "outputs": list(spec.outputs),
         "out": out,
         "lse": lse,
@@ -104,9 +106,35 @@ def context(plan: Plan) -> dict[str, Any]:
         "kept": kept(spec),
         "mass": "mass" in kept(spec),
         "dropout": spec.dropout,
-        "aligned": spec.kv_offset % 4 == 0,
+        "aligned": fours(spec),
+        "packed": spec.storage == "packed",
+        "paged": spec.storage == "paged",
+        "stored": Stored(plan, gpu, there=guard.interior),
         "threshold": philox.threshold(spec.dropout),
         "narrow": spec.out_dtype_name != spec.dtype,
+    }
+
+
+def _unpacked(spec: AttentionSpec) -> dict[str, str]:
+    """How attention()'s arguments lie, and what the launcher makes of their shapes."""
+    tokens_first = spec.layout == "bthd"
+    packed = spec.storage == "packed"
+    layout = "t, h, d" if tokens_first else "h, t, d"
+    given = "T, H, _" if tokens_first else "H, T, _"
+    keys = "S, G, _" if tokens_first else "G, S, _"
+    if spec.storage == "paged":
+        keys = "_, G, _" if tokens_first else "G, _, _"
+    return {
+        "layout": f"[{layout}]" if packed else f"[b, {layout}]",
+        "given_q": given if packed else f"B, {given}",
+        "given_k": keys
+        if packed
+        else f"{'P' if spec.storage == 'paged' else '_'}, {keys}",
+        "keys_of_table": "KV_LEN.value"
+        if storage.is_exact(spec)
+        else "block_table.shape[1] * PAGE_SIZE.value",
+        "unpack_q": f"B, {given}",
+        "unpack_k": f"_, {keys}",
     }
 
 
@@ -222,6 +250,10 @@ def _constants(plan: Plan, folded: bool, natural: bool) -> dict[str, Any]:
         lines.append(("DROPOUT", repr(spec.dropout), "share of weights that are 0"))
     if "lse" in spec.outputs or (back and natural):
         lines.append(("LN2", "0.6931471805599453", ""))
+    if spec.storage == "paged":
+        lines.append(("PAGE_SIZE", str(spec.page_size), "keys of a page"))
+        if storage.is_exact(spec):
+            lines.append(("KV_LEN", str(spec.kv_len), "keys of each sequence"))
     if offset_source(spec) == "constant" and (spec.expressions or spec.dropout):
         lines.append(("Q_OFFSET", str(spec.q_offset), "position of query 0"))
     if spec.kv_offset:
@@ -272,29 +304,39 @@ def _arguments(
     rows = ["tiles"] if listed else []
     strides += [f"{x}_stride_{i}" for x in rows for i in range(3)]
     pointers = [*tensors, *(["lse"] if lse else []), *kept(spec), *operands, *rows]
-    sizes = ["q_len", "kv_len", "heads"]
+    sizes = sizes_of(spec)
     every = dict.fromkeys([*sizes, *strides, *runtime])
     runtime = [s for s in every if not s.endswith("_stride_d")]
-    shape = "(B, T, H, {})" if spec.layout == "bthd" else "(B, H, T, {})"
-    kv_shape = "(B, S, G, {})" if spec.layout == "bthd" else "(B, G, S, {})"
+    shape, kv_shape = _given(spec)
+    kv_dtype = _torch(spec.dtype_of("k"))
     checks = [
         ("q", shape.format(spec.qk_dim), _torch(spec.dtype)),
-        ("k", kv_shape.format(spec.qk_dim), _torch(spec.dtype)),
-        ("v", kv_shape.format(spec.v_dim), _torch(spec.dtype)),
+        ("k", kv_shape.format(spec.qk_dim), kv_dtype),
+        ("v", kv_shape.format(spec.v_dim), kv_dtype),
     ]
-    checks += [(o.name, _shape(o.axes), _torch(o.dtype)) for o in spec.operands]
+    own = own_shapes(spec)
+    checks += [
+        (o.name, own.get(o.name) or _shape(o.axes), _torch(o.dtype))
+        for o in spec.operands
+    ]
     shown = [(n, s, t.removeprefix("torch.")) for n, s, t in checks]
     if out:
         shown.append(("out", shape.format(spec.v_dim), spec.out_dtype_name))
     if lse:
-        shown.append(("lse", "(B, H, T)", "float32: log of the sum of exp(s)"))
+        of_lse = "(H, T)" if spec.storage == "packed" else "(B, H, T)"
+        shown.append(("lse", of_lse, "float32: log of the sum of exp(s)"))
+    bits = gpu is not None and stored.reads_bits(spec, gpu)
     passed = [f'_describe("{x}", {x})' if x in blocks else x for x in pointers]
+    passed = [
+        f"{x}.view(torch.uint8)" if bits and x in ("k", "v") else x for x in passed
+    ]
     names = [f"{x}_desc" if x in blocks else f"{x}_ptr" for x in pointers]
     launched = [
         *(f"{x}," for x in passed),
         "T,",
-        f"k.shape[{axes.index('t')}],",
+        "S," if spec.storage == "paged" else f"k.shape[{axes.index('t')}],",
         "H,",
+        *(["sequences,"] if spec.storage == "packed" else []),
         *(f"*{x}.stride()," for x in (*pointed, *operands)),
         *(f"*{x}.stride()[:3]," for x in rows),
     ]
@@ -313,12 +355,16 @@ def _arguments(
             if x != "out"
         ),
         "token_axis": axes.index("t"),
+        "given_axis_d": 3 - (spec.storage == "packed"),
+        "given_axis": axes.index("t") - (spec.storage == "packed"),
         "parameters": names + sizes + strides,
         "runtime_lines": textwrap.wrap(", ".join(f'"{n}"' for n in runtime) + ",", 84),
         "launch_arguments": launched,
         "checks": checks,
         "shapes": shown,
-        "out_shape": shape.format(spec.v_dim),
+        "out_shape": (shape if spec.storage != "packed" else _four(spec)).format(
+            spec.v_dim
+        ),
         "out_dtype": _torch(spec.out_dtype_name),
     }
 
@@ -331,8 +377,46 @@ def _loads(plan: Plan, out: bool) -> dict[str, Any]:
     return {"described": described, "block_shapes": shapes if described else {}}
 
 
+def sizes_of(spec: AttentionSpec) -> list[str]:
+    """The lengths that kernels take."""
+    if spec.storage == "packed":
+        return ["q_tokens", "kv_tokens", "heads", "sequences"]
+    return ["q_len", "kv_len", "heads"]
+
+
+def _given(spec: AttentionSpec) -> tuple[str, str]:
+    """The shapes of q and of k as attention() takes them, without the head dims."""
+    tokens_first = spec.layout == "bthd"
+    q, k = ("T, H", "S, G") if tokens_first else ("H, T", "G, S")
+    if spec.storage == "packed":
+        return f"({q}, {{}})", f"({k}, {{}})"
+    if spec.storage == "paged":
+        k = "PAGE_SIZE.value, G" if tokens_first else "G, PAGE_SIZE.value"
+        return f"(B, {q}, {{}})", f"(P, {k}, {{}})"
+    return f"(B, {q}, {{}})", f"(B, {k}, {{}})"
+
+
+def _four(spec: AttentionSpec) -> str:
+    return "(B, T, H, {})" if spec.layout == "bthd" else "(B, H, T, {})"
+
+
+def own_shapes(spec: AttentionSpec) -> dict[str, str]:
+    """The shapes of operands that say how k and v are stored, in the launcher's names."""
+    shapes = {"cu_seqlens_q": "(B + 1,)", "cu_seqlens_k": "(B + 1,)"}
+    shapes["block_table"] = "(B, -(-S // PAGE_SIZE.value))"
+    block = 1 if spec.kv_scale == "token" else spec.kv_scale
+    tokens = "S" if block == 1 else f"-(-S // {block})"
+    if spec.storage == "paged" and spec.kv_scale != "head":
+        heads = f"(P, G, {spec.page_size // int(block)})"
+    elif spec.kv_scale == "head":
+        heads = "(G,)"
+    else:
+        heads = f"(G, {tokens})" if spec.storage == "packed" else f"(B, G, {tokens})"
+    return shapes | {"k_scale": heads, "v_scale": heads}
+
+
 def _torch(dtype: str) -> str:
-    return f"torch.{dtype}"
+    return f"torch.{dtype.replace('_e4m3', '_e4m3fn')}"
 
 
 def _shape(axes: tuple[Any, ...]) -> str:

@@ -17,10 +17,16 @@ from attngen.intervals import Interval, proven
 from attngen.operands import Operand
 from attngen.plans import Plan
 from attngen.printer import read_name, search_name
+from attngen.spec import AttentionSpec
 
 WIDTH = 88
 _NAMES = {"b": "b_index", "h": "h_index", "q": "q_pos", "k": "k_pos", "s": "s"}
 _OTHER = {"bool": "False", "int": "0", "float": "0.0"}
+
+
+def fours(spec: AttentionSpec) -> bool:
+    """Whether dropout makes four words at a time: a block's first key is a fourth one."""
+    return spec.kv_offset % 4 == 0 and spec.storage != "packed"
 
 
 @dataclass
@@ -64,6 +70,7 @@ class Writer:
     ) -> None:
         self.plan, self.spec, self.env = plan, plan.spec, env
         self.index_dtype, self.helpers = index_dtype, helpers
+        self.packed = self.spec.storage == "packed"
         self.rows: list[str] = []
         self.rows_defined: set[str] = set()
         self.row_indices = 0
@@ -83,9 +90,12 @@ class Writer:
         self.gathers = self.indices = 0
         if edge:
             self._define("k_index", self.code.keys)
-        if self.spec.dropout:
+        if self.spec.dropout and self.packed:
+            self._token("q", self.rows)
+            self._token("k", self.code.keys)
+        elif self.spec.dropout:
             self._variable("q", self.rows)
-            if self.spec.kv_offset % 4:
+            if not fours(self.spec):
                 self._variable("k", self.code.keys)
         for i, score in enumerate(self.spec.score):
             self._needs(score.expr, self.code.keys)
@@ -101,9 +111,11 @@ class Writer:
             self._mask()
         if self.spec.dropout:
             at = f"b_index, h_index, {self.names['q']}"
-            if self.spec.kv_offset % 4:
+            if self.packed:
+                at = "tl.zeros_like(b_index), h_index, q_token, k_token"
+            elif not fours(self.spec):
                 at += f", {self.names['k']}"
-            else:  # four words at a time
+            else:
                 shift = " + K_OFFSET" if self.spec.kv_offset else ""
                 at += f", c * K_BLOCK{shift}, K_BLOCK, {self.axis}"
             self.code.kept = [f"kept = _dropout(seed, {at})"]
@@ -166,6 +178,14 @@ class Writer:
             if self.names["k"] == "k_pos":
                 self._define("k_pos", lines)
 
+    def _token(self, name: str, lines: list[str]) -> str:
+        """Define which of all tokens of q or k one is, and return its name."""
+        self._define(f"{name}_index", lines)
+        if not self.packed:
+            return f"{name}_index"
+        self._define(f"{name}_token", lines)
+        return f"{name}_token"
+
     def _define(self, name: str, lines: list[str]) -> None:
         known = self.rows_defined if lines is self.rows else self.defined
         if name in known:
@@ -176,6 +196,8 @@ class Writer:
             "q_pos": "q_index + offset",
             "k_index": f"c * K_BLOCK + {self.at_cols}",
             "k_pos": "k_index + K_OFFSET",
+            "q_token": "q_index + q_first",
+            "k_token": "k_index + k_first",
         }[name]
         lines.append(f"{name} = {text}")
 
@@ -315,8 +337,8 @@ class Writer:
             return str(index.value)
         if index.op == "var":
             if index.value in ("q", "k"):
-                name = f"{index.value}_index"
-                self._define(name, self.rows if index.value == "q" else lines)
+                at = self.rows if index.value == "q" else lines
+                return self._token(str(index.value), at)
             return f"{index.value}_index"
         # before the loops under another name: what a loop assigns anew it carries
         if lines is self.rows:
