@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attngen import slopes
+from attngen.backends.triton.arguments import kept, sizes_of
 from attngen.backends.triton.bounds import Bounds, bounds, offset_source
 from attngen.backends.triton.guards import overflows
 from attngen.backends.triton.slope_code import (
@@ -32,17 +33,6 @@ IN_QUERIES: tuple[Kind, ...] = ("rows", "entries", "row_entries")  # who sums th
 IN_KEYS: tuple[Kind, ...] = ("columns", "column_entries")
 
 
-def kept(spec: AttentionSpec) -> list[str]:
-    """What the forward pass keeps of each row, beside its outputs.
-
-    norm: log2 of the sum of its weights, a sink's with them; mass: what weights then add up
-    to, which is 1 but for the rounding of norm: float32 shows it.
-    """
-    if spec.derivatives != "vjp":
-        return []
-    return ["norm", "mass"] if spec.dtype == "float32" else ["norm"]
-
-
 class Backward:
     """The backward pass of a plan.
 
@@ -64,6 +54,7 @@ class Backward:
         differences: bool,
     ) -> None:
         self.plan, self.spec, self.env, self.helpers = plan, plan.spec, env, helpers
+        self.packed = self.spec.storage == "packed"
         self.axes, self.choice = axes, backward_part(plan.choice)
         self.block, self.step = int(self.choice["q_chunk"]), int(self.choice["k_chunk"])
         self.out, self.dlse = "out" in self.spec.outputs, "lse" in self.spec.outputs
@@ -122,7 +113,7 @@ class Backward:
 
     def _kernel(self, strided: list[str], others: list[str]) -> dict[str, Any]:
         names = [o.name for o in self.spec.operands]
-        sizes = ["q_len", "kv_len", "heads"]
+        sizes = sizes_of(self.spec)
         parameters = [f"{x}_ptr" for x in (*strided, *others, *names)]
         parameters += [*sizes, *self._strides(strided), *self._operand_strides()]
         return {"strided": strided, "others": others, "parameters": parameters}
@@ -137,7 +128,8 @@ class Backward:
         operands = [o.name for o in self.spec.operands]
         pointers = [*kernel["strided"], *kernel["others"], *operands]
         arguments = [f"{x}," for x in pointers]
-        arguments += ["T,", "S,", "H,", *(f"{x}," for x in more or [])]
+        more = [*(["sequences"] if self.packed else []), *(more or [])]
+        arguments += ["T,", "S,", "H,", *(f"{x}," for x in more)]
         arguments += [f"*{x}.stride()," for x in (*kernel["strided"], *operands)]
         return {"name": name, "grid": grid, "arguments": arguments}
 
@@ -160,11 +152,15 @@ class Backward:
             [*lse, *kept_, "delta", *columns],
         )
         block, step = "BACKWARD_BLOCK", "BACKWARD_STEP"
+        grids = [f"triton.cdiv(T, {block}) * H * B", f"triton.cdiv(S, {block}) * G * B"]
+        if self.packed:
+            grids = [
+                f"(T // {block} + sequences + 1) * H",
+                f"(S // {block} + sequences + 1) * G",
+            ]
         launches = [
-            self._launch(
-                "backward_queries", queries, f"triton.cdiv(T, {block}) * H * B"
-            ),
-            self._launch("backward_keys", keys, f"triton.cdiv(S, {block}) * G * B"),
+            self._launch("backward_queries", queries, grids[0]),
+            self._launch("backward_keys", keys, grids[1]),
         ]
         shown = []
         for p in parts:
@@ -252,7 +248,7 @@ class Backward:
             lines.append("seed_ptr seed_stride_0")
         text = "\n".join(lines)
         names = ["q_start", "c", "q_len", "kv_len", "kv_end", "q_length", "offset"]
-        names += ["b_index", "h_index"]
+        names += ["b_index", "h_index", "q_first", "k_first"]
         names += [f"{o.name}_ptr" for o in self.spec.operands] + self._operand_strides()
         return [*blocks, *(n for n in names if re.search(rf"\b{n}\b", text))]
 
@@ -293,12 +289,22 @@ class Backward:
                 axis = "T" if p.kind == "row_entries" else "S"
                 shape = f"(B, H, {axis}, {entries_of(p.node)})"
             if p.kind == "entries":
-                shape = f"(B, H, triton.cdiv(T, BACKWARD_BLOCK), {entries_of(p.node)})"
+                blocks = "triton.cdiv(T, BACKWARD_BLOCK)"
+                if self.packed:
+                    blocks = "T // BACKWARD_BLOCK + sequences + 1"
+                shape = f"(B, H, {blocks}, {entries_of(p.node)})"
             if p.kind == "pairs":
                 kept_ = [SIZES[a] for a in "bh" if a in variables(p.node)]
                 shape = f"({', '.join([*kept_, 'T', 'S'])})"
             found.append((p.name, shape))
-        return [{"name": n, "make": f"norm.new_empty({s})"} for n, s in found]
+        # a packed sequence may have fewer blocks than it could: these write nothing
+        some = (
+            {p.name for p in self.made.parts if p.kind == "entries"}
+            if self.packed
+            else ()
+        )
+        made = [(n, "new_zeros" if n in some else "new_empty", s) for n, s in found]
+        return [{"name": n, "make": f"norm.{how}({s})"} for n, how, s in made]
 
     def _sums(self) -> list[str]:
         lines = []

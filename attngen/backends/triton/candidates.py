@@ -59,7 +59,7 @@ def refuse(spec: AttentionSpec) -> None:
     storage.refuse(spec)
     reads = [n for score in spec.score for n in slopes.reads(score)]
     for node in reads if spec.derivatives else ():
-        if what := unplaced(node):
+        if what := unplaced(node, packed=spec.storage == "packed"):
             assert isinstance(node.value, Operand)
             name = node.value.name
             raise NotBuiltError(

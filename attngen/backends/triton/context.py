@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
-import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 from attngen import philox, storage, targets
-from attngen.backends.triton import stored
-from attngen.backends.triton.backward import Backward, kept
+from attngen.backends.triton.arguments import arguments, axes_of, kept, unpacked
+from attngen.backends.triton.backward import Backward
 from attngen.backends.triton.bounds import (
     Bounds,
     bounds,
@@ -20,6 +18,7 @@ from attngen.backends.triton.bounds import (
 from attngen.backends.triton.candidates import pieces, power_above
 from attngen.backends.triton.guards import Guards, guards, overflows
 from attngen.backends.triton.listing import Listing, listing
+from attngen.backends.triton.slope_code import SIZES
 from attngen.backends.triton.stored import Stored
 from attngen.backends.triton.tile_code import Writer, fours
 from attngen.expr import walk
@@ -38,7 +37,6 @@ from attngen.spec_checks import relating
 
 LONGEST = 2**24  # tokens: for which indices are proven, whatever the spec's own lengths
 LOG2E = 1.4426950408889634
-_SIZES = {"b": "B", "h": "H", "q": "T", "k": "S"}
 
 
 def context(plan: Plan) -> dict[str, Any]:
@@ -63,16 +61,15 @@ def context(plan: Plan) -> dict[str, Any]:
     assert gpu is not None
     back = None
     if spec.derivatives == "vjp":
-        axes = _axes(spec)
-        made = Backward(plan, env, index_dtype, helpers, axes, guard.interior)
+        made = Backward(plan, env, index_dtype, helpers, axes_of(spec), guard.interior)
         back = made.context() | _back_dims(spec)
     runtime = back["runtime"] if back else []
     return {
         **_constants(plan, folded, guard.interior),
-        **_arguments(plan, out, lse, runtime, listed=tiles is not None),
+        **arguments(plan, out, lse, runtime, listed=tiles is not None),
         **_loads(plan, out),
         **_dims(plan, out),
-        **_unpacked(spec),
+        **unpacked(spec),
         "outputs": list(spec.outputs),
         "out": out,
         "lse": lse,
@@ -113,34 +110,6 @@ def context(plan: Plan) -> dict[str, Any]:
         "threshold": philox.threshold(spec.dropout),
         "narrow": spec.out_dtype_name != spec.dtype,
     }
-
-
-def _unpacked(spec: AttentionSpec) -> dict[str, str]:
-    """How attention()'s arguments lie, and what the launcher makes of their shapes."""
-    tokens_first = spec.layout == "bthd"
-    packed = spec.storage == "packed"
-    layout = "t, h, d" if tokens_first else "h, t, d"
-    given = "T, H, _" if tokens_first else "H, T, _"
-    keys = "S, G, _" if tokens_first else "G, S, _"
-    if spec.storage == "paged":
-        keys = "_, G, _" if tokens_first else "G, _, _"
-    return {
-        "layout": f"[{layout}]" if packed else f"[b, {layout}]",
-        "given_q": given if packed else f"B, {given}",
-        "given_k": keys
-        if packed
-        else f"{'P' if spec.storage == 'paged' else '_'}, {keys}",
-        "keys_of_table": "KV_LEN.value"
-        if storage.is_exact(spec)
-        else "block_table.shape[1] * PAGE_SIZE.value",
-        "unpack_q": f"B, {given}",
-        "unpack_k": f"_, {keys}",
-    }
-
-
-def _axes(spec: AttentionSpec) -> tuple[str, ...]:
-    """Of q, k and v, as their strides are named."""
-    return ("b", "t", "h", "d") if spec.layout == "bthd" else ("b", "h", "t", "d")
 
 
 def _back_dims(spec: AttentionSpec) -> dict[str, Any]:
@@ -195,9 +164,9 @@ def _sizes(spec: AttentionSpec) -> list[str]:
             if not isinstance(axis, str) or (index.op, index.value) == ("var", axis):
                 continue
             if index.op == "var":
-                found.append(f"{_SIZES[str(index.value)]} <= {_SIZES[axis]}")
+                found.append(f"{SIZES[str(index.value)]} <= {SIZES[axis]}")
             elif index.op == "const":
-                found.append(f"{_SIZES[axis]} > {index.value}")
+                found.append(f"{SIZES[axis]} > {index.value}")
             else:
                 own = spec.batch, spec.q_heads, spec.q_len, spec.kv_len
                 found.append(f"(B, H, T, S) == {own}")
@@ -283,145 +252,12 @@ def _listed(tiles: Listing) -> Bounds:
     return Bounds(lines, about, interiors, edges, listed=True)
 
 
-def _arguments(
-    plan: Plan, out: bool, lse: bool, runtime: list[str], *, listed: bool
-) -> dict[str, Any]:
-    """Of attention(), of the kernel, and of its launch."""
-    spec, gpu = plan.spec, targets.get(plan.target).gpu
-    operands = [o.name for o in spec.operands]
-    axes = _axes(spec)
-    tensors = ["q", "k", *(["v", "out"] if out else [])]
-    described = plan.option("loads") == "descriptors"
-    blocks = [x for x in tensors if described and x in ("k", "v")]
-    pointed = [x for x in tensors if x not in blocks]
-    dims = {"q": spec.qk_dim, "k": spec.qk_dim, "v": spec.v_dim, "out": spec.v_dim}
-    strides = [f"{x}_stride_{a}" for x in pointed for a in axes]
-    more = {
-        o.name: [f"{o.name}_stride_{i}" for i in range(len(o.axes))]
-        for o in spec.operands
-    }
-    strides += [name for names in more.values() for name in names]
-    rows = ["tiles"] if listed else []
-    strides += [f"{x}_stride_{i}" for x in rows for i in range(3)]
-    pointers = [*tensors, *(["lse"] if lse else []), *kept(spec), *operands, *rows]
-    sizes = sizes_of(spec)
-    every = dict.fromkeys([*sizes, *strides, *runtime])
-    runtime = [s for s in every if not s.endswith("_stride_d")]
-    shape, kv_shape = _given(spec)
-    kv_dtype = _torch(spec.dtype_of("k"))
-    checks = [
-        ("q", shape.format(spec.qk_dim), _torch(spec.dtype)),
-        ("k", kv_shape.format(spec.qk_dim), kv_dtype),
-        ("v", kv_shape.format(spec.v_dim), kv_dtype),
-    ]
-    own = own_shapes(spec)
-    checks += [
-        (o.name, own.get(o.name) or _shape(o.axes), _torch(o.dtype))
-        for o in spec.operands
-    ]
-    shown = [(n, s, t.removeprefix("torch.")) for n, s, t in checks]
-    if out:
-        shown.append(("out", shape.format(spec.v_dim), spec.out_dtype_name))
-    if lse:
-        of_lse = "(H, T)" if spec.storage == "packed" else "(B, H, T)"
-        shown.append(("lse", of_lse, "float32: log of the sum of exp(s)"))
-    bits = gpu is not None and stored.reads_bits(spec, gpu)
-    passed = [f'_describe("{x}", {x})' if x in blocks else x for x in pointers]
-    passed = [
-        f"{x}.view(torch.uint8)" if bits and x in ("k", "v") else x for x in passed
-    ]
-    names = [f"{x}_desc" if x in blocks else f"{x}_ptr" for x in pointers]
-    launched = [
-        *(f"{x}," for x in passed),
-        "T,",
-        "S," if spec.storage == "paged" else f"k.shape[{axes.index('t')}],",
-        "H,",
-        *(["sequences,"] if spec.storage == "packed" else []),
-        *(f"*{x}.stride()," for x in (*pointed, *operands)),
-        *(f"*{x}.stride()[:3]," for x in rows),
-    ]
-    return {
-        "tensors": tensors,
-        "operands": operands,
-        "named": [f"{n}={n}" for n in operands],
-        "arguments": ["q", "k", "v", *operands],
-        "pointed": pointed,
-        # dense strides are multiples of a head dim, and the least of them is one
-        "large_differ": gpu is not None and gpu.backend == "hip",
-        "align": math.gcd(16, *(dims[x] for x in pointed)),
-        "block_sizes": ", ".join(
-            f'"{x}": {"Q" if x == "q" else "K"}_BLOCK.value'
-            for x in pointed
-            if x != "out"
-        ),
-        "token_axis": axes.index("t"),
-        "given_axis_d": 3 - (spec.storage == "packed"),
-        "given_axis": axes.index("t") - (spec.storage == "packed"),
-        "parameters": names + sizes + strides,
-        "runtime_lines": textwrap.wrap(", ".join(f'"{n}"' for n in runtime) + ",", 84),
-        "launch_arguments": launched,
-        "checks": checks,
-        "shapes": shown,
-        "out_shape": (shape if spec.storage != "packed" else _four(spec)).format(
-            spec.v_dim
-        ),
-        "out_dtype": _torch(spec.out_dtype_name),
-    }
-
-
 def _loads(plan: Plan, out: bool) -> dict[str, Any]:
     """How keys and values are loaded; what tensor descriptors load at once."""
     described = plan.option("loads") == "descriptors"
     dims = {"k": plan.spec.qk_dim} | ({"v": plan.spec.v_dim} if out else {})
     shapes = {n: f"[1, 1, K_BLOCK.value, {power_above(d)}]" for n, d in dims.items()}
     return {"described": described, "block_shapes": shapes if described else {}}
-
-
-def sizes_of(spec: AttentionSpec) -> list[str]:
-    """The lengths that kernels take."""
-    if spec.storage == "packed":
-        return ["q_tokens", "kv_tokens", "heads", "sequences"]
-    return ["q_len", "kv_len", "heads"]
-
-
-def _given(spec: AttentionSpec) -> tuple[str, str]:
-    """The shapes of q and of k as attention() takes them, without the head dims."""
-    tokens_first = spec.layout == "bthd"
-    q, k = ("T, H", "S, G") if tokens_first else ("H, T", "G, S")
-    if spec.storage == "packed":
-        return f"({q}, {{}})", f"({k}, {{}})"
-    if spec.storage == "paged":
-        k = "PAGE_SIZE.value, G" if tokens_first else "G, PAGE_SIZE.value"
-        return f"(B, {q}, {{}})", f"(P, {k}, {{}})"
-    return f"(B, {q}, {{}})", f"(B, {k}, {{}})"
-
-
-def _four(spec: AttentionSpec) -> str:
-    return "(B, T, H, {})" if spec.layout == "bthd" else "(B, H, T, {})"
-
-
-def own_shapes(spec: AttentionSpec) -> dict[str, str]:
-    """The shapes of operands that say how k and v are stored, in the launcher's names."""
-    shapes = {"cu_seqlens_q": "(B + 1,)", "cu_seqlens_k": "(B + 1,)"}
-    shapes["block_table"] = "(B, -(-S // PAGE_SIZE.value))"
-    block = 1 if spec.kv_scale == "token" else spec.kv_scale
-    tokens = "S" if block == 1 else f"-(-S // {block})"
-    if spec.storage == "paged" and spec.kv_scale != "head":
-        heads = f"(P, G, {spec.page_size // int(block)})"
-    elif spec.kv_scale == "head":
-        heads = "(G,)"
-    else:
-        heads = f"(G, {tokens})" if spec.storage == "packed" else f"(B, G, {tokens})"
-    return shapes | {"k_scale": heads, "v_scale": heads}
-
-
-def _torch(dtype: str) -> str:
-    return f"torch.{dtype.replace('_e4m3', '_e4m3fn')}"
-
-
-def _shape(axes: tuple[Any, ...]) -> str:
-    items = [str(_SIZES.get(a, a)) for a in axes]
-    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
 
 
 def _dims(plan: Plan, out: bool) -> dict[str, Any]:
