@@ -114,6 +114,7 @@ def arguments(
         "operands": operands,
         "named": [f"{n}={n}" for n in operands],
         "arguments": ["q", "k", "v", *operands],
+        "checked": _checked(spec),
         "pointed": pointed,
         # dense strides are multiples of a head dim, and the least of them is one
         "large_differ": gpu is not None and gpu.backend == "hip",
@@ -143,6 +144,13 @@ def sizes_of(spec: AttentionSpec) -> list[str]:
     if spec.storage == "packed":
         return ["q_tokens", "kv_tokens", "heads", "sequences"]
     return ["q_len", "kv_len", "heads"]
+
+
+def _checked(spec: AttentionSpec) -> list[str]:
+    """What the check of values takes."""
+    if spec.storage == "packed":
+        return ["q", "k", "cu_seqlens_q", "cu_seqlens_k"]
+    return ["k", "block_table", *(["kv_lengths"] if spec.kv_lengths else [])]
 
 
 def _given(spec: AttentionSpec) -> tuple[str, str]:

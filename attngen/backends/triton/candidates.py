@@ -215,16 +215,20 @@ def shared_bytes(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     size = BYTES[spec.dtype]
     qk = sum(width for _, width in pieces(spec.qk_dim, choice["head_dim"]))
     v = sum(width for _, width in pieces(spec.v_dim, choice["head_dim"]))
-    each, stages = size * int(choice["k_chunk"]) * (qk + v), int(choice["num_stages"])
+    stages, keys, converted = int(choice["num_stages"]), int(choice["k_chunk"]), 0
+    each = BYTES[spec.dtype_of("k")] * keys * (qk + v)
+    if spec.dtype_of("k") != spec.dtype:  # beside them one of both, as products take it
+        converted = size * keys * max(qk, v)
     if gpu.backend == "hip" and gpu.copies_to_shared:
-        return each * stages * 33 // 32
-    more = 0
+        return each * stages * 33 // 32 + converted
+    more = converted
     if gpu.backend == "cuda":
         q = int(choice["q_chunk"])
-        more = q * qk * size
+        more += q * qk * size
         if q < 16 * int(choice["num_warps"]):  # warps that share rows exchange weights
             more += q * int(choice["k_chunk"]) * size
-    return each * max(1, stages - 1) + more
+    ahead = max(0 if converted else 1, stages - 1)
+    return each * ahead + more
 
 
 # architecture → (registers of a thread that no tile accounts for, of each 16 bytes that it

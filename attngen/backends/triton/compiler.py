@@ -36,6 +36,7 @@ from attngen import targets
 from attngen.backends.triton import assembly
 from attngen.backends.triton.loader import import_file
 from attngen.backends.triton.pipes import Tile, pipes
+from attngen.backends.triton.stored import BITS
 from attngen.dtypes import BYTES
 from attngen.gpus import Gpu
 
@@ -173,7 +174,9 @@ def arguments(
         if parameter.is_constexpr or name in constants:
             signature[name], values[name] = "constexpr", constants[name]
         elif name.endswith("_ptr"):
-            signature[name] = POINTERS[dtypes[name.removesuffix("_ptr")]]
+            dtype = dtypes[name.removesuffix("_ptr")]
+            bits = dtype == "float8_e4m3" and gpu.architecture in BITS
+            signature[name] = "*u8" if bits else POINTERS[dtype]
             attributes[i,] = [["tt.divisibility", 16]]
             # as the launcher says of small tensors: AMD's buffer loads take 32-bit offsets
             small = sizes[name.removesuffix("_ptr")] < 2**31

@@ -6,6 +6,7 @@ arithmetic, memory); programs are dealt out over multiprocessors in waves.
 
 from __future__ import annotations
 
+from attngen import storage
 from attngen.backends.triton.candidates import (
     crowding,
     pieces,
@@ -24,6 +25,7 @@ from attngen.tiles import Tiles
 # instructions of an element of the scores: scale, subtract, compare, add, convert
 OPERATIONS = {"cuda": 6.0, "hip": 4.0}  # AMD does some of them in pairs
 RESCALE = {"cuda": 2.0, "hip": 1.0}  # of an element of the weighted sums
+CONVERTED = 2.0  # of an element of K or V in a narrower dtype
 MASKED = 6.0  # more of them where it is masked
 SLOTS = 120.0  # instructions of a warp in an iteration that no pipe accounts for
 WAIT_CYCLES = 1500.0  # of an iteration of one program alone: for memory, for each other
@@ -35,7 +37,8 @@ ROWS = {"cuda": 16, "hip": 32}  # that a warp multiplies at once: fewer leave it
 
 
 def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> Cost:
-    gpu = target.gpu
+    gpu, bytes_ = target.gpu, spec.bytes_of("q", "k", "v", *spec.outputs)
+    spec = spec if spec.storage == "dense" else storage.typical(spec)
     if gpu is None:
         raise InternalError(f"{target.name} is no GPU.")
     q, k = int(choice["q_chunk"]), int(choice["k_chunk"])
@@ -49,15 +52,18 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
     arithmetic = elements * (OPERATIONS[gpu.backend] + gpu.exp_slots)
     arithmetic += RESCALE[gpu.backend] * q * v
     warps = int(choice["num_warps"])
-    loaded = k * (qk + v) * BYTES[spec.dtype]
-    read = warps * loaded  # each of them reads all of it
+    loaded = k * (qk + v) * BYTES[spec.dtype_of("k")]
+    multiplied = k * (qk + v) * BYTES[spec.dtype]
+    if spec.dtype_of("k") != spec.dtype:
+        arithmetic += CONVERTED * k * (qk + v)
+    read = warps * multiplied  # each of them reads all of it
     if gpu.architecture in GROUPED:
-        read = -(-q // GROUP_ROWS) * loaded + q * qk * BYTES[spec.dtype]
+        read = -(-q // GROUP_ROWS) * multiplied + q * qk * BYTES[spec.dtype]
     pipes = (
         products / rate,
         elements / gpu.exp_per_cycle,
         arithmetic / gpu.fma_per_cycle,
-        (read + loaded) / gpu.shared_bytes_per_cycle,
+        (read + multiplied) / gpu.shared_bytes_per_cycle,
         loaded / gpu.global_bytes_per_cycle,
     )
     programs = spec.batch * spec.q_heads * -(-spec.q_len // q)
@@ -82,7 +88,7 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
     at_once = gpu.multiprocessors * resident
     waves = -(-programs // at_once) * at_once / programs
     compute = cycles * waves / gpu.multiprocessors / gpu.clock_hz
-    memory = spec.bytes_of("q", "k", "v", *spec.outputs) / gpu.bandwidth_bytes_s
+    memory = bytes_ / gpu.bandwidth_bytes_s
     return Cost(temp_bytes=listed_bytes(spec, choice), time_s=max(compute, memory))
 
 

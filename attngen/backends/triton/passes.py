@@ -7,10 +7,11 @@ many keys and goes over the queries that see them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from attngen import slopes
+from attngen import slopes, storage
 from attngen.backends.triton import model
 from attngen.backends.triton.candidates import (
     BLOCKS,
@@ -122,7 +123,7 @@ class Passes:
 
 def _rows(spec: AttentionSpec) -> int:
     """Bytes of one float32 a row."""
-    return 4 * spec.batch * spec.q_heads * spec.q_len
+    return 4 * math.prod(storage.shape_of(spec, "lse"))
 
 
 def _sums(spec: AttentionSpec, choice: Choice) -> int:
@@ -130,10 +131,11 @@ def _sums(spec: AttentionSpec, choice: Choice) -> int:
     total = 0
     for operand in slopes.trained(spec):
         total += 2 * 4 * spec.bytes_of(operand.name) // BYTES[operand.dtype]
-    heads, total = spec.batch * spec.q_heads, total + _rows(spec) * spec.sink
+    heads, total = _rows(spec) // (4 * spec.q_len), total + _rows(spec) * spec.sink
+    blocks = -(-spec.q_len // int(choice["q_chunk"]))
     sizes = {
         "rows": spec.q_len, "row_entries": spec.q_len, "columns": spec.kv_len,
-        "column_entries": spec.kv_len, "entries": -(-spec.q_len // int(choice["q_chunk"])),
+        "column_entries": spec.kv_len, "entries": blocks + (spec.storage == "packed") * spec.batch,
     }  # fmt: skip
     for node in dict.fromkeys(n for s in spec.score for n in slopes.reads(s)):
         kind = kind_of(node)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from attngen import storage
 from attngen.errors import OperandError, SpecError
 from attngen.expr import COMPARISONS, Expr, const, substitute
 from attngen.linear import affine
@@ -44,6 +45,12 @@ def small(plan: Plan, *, rebuild: bool) -> tuple[AttentionSpec, dict[str, Any]] 
         "q_len": q_length,
         "kv_len": length,
     }
+    if spec.storage == "packed":
+        sizes["batch"] = min(spec.batch, 3)
+    if spec.storage == "paged":
+        sizes["num_pages"] = None
+        if storage.is_exact(spec):  # the file has that number of keys
+            sizes["kv_len"] = spec.kv_len
     try:
         made = dataclasses.replace(spec, **sizes, memory_budget=None)
     except (OperandError, SpecError):
@@ -77,4 +84,7 @@ def interpreted_s(spec: AttentionSpec) -> float:
 
     A second here is a sixth of one: what takes longer than five is judged when small.
     """
-    return spec.batch * spec.q_heads * spec.q_len * spec.kv_len * 1.2e-5
+    pairs = spec.q_len * spec.kv_len
+    if spec.storage == "packed":
+        return spec.q_heads * pairs / spec.batch * 1.2e-5
+    return spec.batch * spec.q_heads * pairs * 1.2e-5

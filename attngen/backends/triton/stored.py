@@ -70,7 +70,7 @@ class Stored:
             lines.append("table = block_table_ptr + b_index * block_table_stride_0")
         if self.scaled and not self.each:
             scale = "tl.load(k_scale_ptr + g_index * k_scale_stride_0)"
-            lines.append(f"k_factor = {scale} * SCALE  # of all keys of the head")
+            lines.append(f"k_factor = {scale} * SCALE")
         if self.each:
             for name in self._names():
                 heads = f"g_index * {name}_stride_{0 if self.packed else 1}"
