@@ -29,6 +29,7 @@ from attngen.plans import Plan
 from attngen.spec import AttentionSpec
 from attngen.transposed import transposed
 
+LATE = "LATE_OFFSET"  # for an offset of queries that comes at run time
 IN_QUERIES: tuple[Kind, ...] = ("rows", "entries", "row_entries")  # who sums them up
 IN_KEYS: tuple[Kind, ...] = ("columns", "column_entries")
 
@@ -76,13 +77,10 @@ class Backward:
         return bounds(plan, self.env, self.helpers, interior=not self.drops)
 
     def _of_keys(self) -> Bounds:
-        """Which query blocks see any of a block of keys; all, where offsets come late."""
-        if offset_source(self.spec) not in ("", "constant"):
-            about = ["Positions come at run time: all query blocks may see these keys."]
-            return Bounds(
-                ["last = tl.cdiv(q_len, Q_BLOCK)"], about, edges=[("0", "last")]
-            )
-        spec = transposed(self.spec)
+        """Which query blocks see any of a block of keys."""
+        shift = LATE if offset_source(self.spec) not in ("", "constant") else ""
+        known = dataclasses.replace(self.spec, q_offset=0) if shift else self.spec
+        spec = transposed(known)
         assert spec is not None
         plan = dataclasses.replace(
             self.plan, spec=spec, q_chunk=self.block, k_chunk=self.step
@@ -92,8 +90,8 @@ class Backward:
             "q_index": self.env["k_index"], "k_index": self.env["q_index"],
         }  # fmt: skip
         env = {**self.env, **exchange}
-        found = bounds(plan, env, self.helpers, interior=not self.drops)
-        found.lines = [exchanged(x) for x in found.lines]
+        found = bounds(plan, env, self.helpers, interior=not self.drops, shift=shift)
+        found.lines = [exchanged(x).replace(LATE, "offset") for x in found.lines]
         found.about = [exchanged(x) for x in found.about]
         found.interiors = [(exchanged(x), exchanged(y)) for x, y in found.interiors]
         found.edges = [(exchanged(x), exchanged(y)) for x, y in found.edges]

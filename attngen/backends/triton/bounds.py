@@ -21,6 +21,7 @@ from attngen.regions import Span, spans
 from attngen.spec import AttentionSpec
 
 Run = tuple[str, str]
+ANYWHERE = (-(2**30), 2**30)  # positions of keys that come at run time
 
 
 @dataclass
@@ -68,11 +69,13 @@ def bounds(
     helpers: set[str],
     *,
     interior: bool = True,
+    shift: str = "",
 ) -> Bounds:
     """Args:
     interior: whether there may be blocks without a mask.
+    shift: the position of key 0 where it comes at run time, as text.
     """
-    spec, found = plan.spec, spans(plan.spec)
+    spec, found = plan.spec, spans(plan.spec, ANYWHERE if shift else None)
     if not found[0].some:
         return Bounds(about=["No query sees any key."], some=False)
     if not interior or none_full(
@@ -80,7 +83,7 @@ def bounds(
     ):  # an edge tile is right of any kind
         found = tuple(dataclasses.replace(span, any_full=False) for span in found)
     made = Bounds()
-    limits = _Limits(plan, env, helpers, made.lines)
+    limits = _Limits(plan, env, helpers, made.lines, shift)
     limits.define(found)
     visits: list[_Visit] = []
     for span, number in zip(found, ("", *NUMBERS), strict=False):
@@ -207,8 +210,11 @@ class _Limits:
         env: Mapping[str, Interval],
         helpers: set[str],
         lines: list[str],
+        shift: str,
     ) -> None:
         self.spec, self.lines = plan.spec, lines
+        self.late = bool(shift)
+        self.shift = shift or ("K_OFFSET" if self.spec.kv_offset else "")
         low, high = env["q"]
         names = {"q_lo": "q_lo", "q_hi": "q_hi"}
         around = {"q_lo": (low, high), "q_hi": (low + 1, high + 1)}
@@ -236,10 +242,10 @@ class _Limits:
     def below_zero(self, limit: Expr) -> bool:
         """Whether a limit can be, as an index of a key."""
         around = self.printer.env
-        return interval(limit, around)[0] < self.spec.kv_offset
+        return self.late or interval(limit, around)[0] < self.spec.kv_offset
 
     def index(self, limit: Expr) -> str:
-        if limit.op == "const":
+        if limit.op == "const" and not self.late:
             return str(max(0, int(limit.value) - self.spec.kv_offset))  # type: ignore[arg-type]
         text = self.printer.text(limit)
         if len(text) > 30:  # a step of its own
@@ -247,6 +253,6 @@ class _Limits:
             name = f"limit_{self.count}"
             self.lines += self.printer.lines(name, limit, width=76)
             text = name
-        if not self.spec.kv_offset:
+        if not self.shift:
             return text
-        return f"{text if tightness(limit) == POSTFIX else f'({text})'} - K_OFFSET"
+        return f"{text if tightness(limit) == POSTFIX else f'({text})'} - {self.shift}"
