@@ -17,6 +17,8 @@ from attngen.backends.triton.bounds import (
     offset_source,
 )
 from attngen.backends.triton.candidates import pieces, power_above
+from attngen.backends.triton.combining import combining
+from attngen.backends.triton.decode import COLUMNS, splits
 from attngen.backends.triton.guards import Guards, guards, overflows
 from attngen.backends.triton.listing import Listing, listing
 from attngen.backends.triton.tile_code import Writer
@@ -29,7 +31,7 @@ from attngen.intervals import (
     proven,
 )
 from attngen.operands import Operand
-from attngen.plans import Plan
+from attngen.plans import Plan, packed
 from attngen.regions import spans
 from attngen.spec import AttentionSpec
 from attngen.spec_checks import relating
@@ -57,12 +59,16 @@ def context(plan: Plan) -> dict[str, Any]:
         where.only_where("tame")
     out, lse = "out" in spec.outputs, "lse" in spec.outputs
     folded = not spec.score and spec.scale_value > 0
+    parts = combining(plan, _axes(spec))
+    if parts:
+        where.split()
     back = None
     if spec.derivatives == "vjp":
         axes = _axes(spec)
         made = Backward(plan, env, index_dtype, helpers, axes, guard.interior)
         back = made.context() | _back_dims(spec)
-    runtime = back["runtime"] if back else []
+    runtime = back["runtime"] if back else parts["runtime"] if parts else []
+    rows_code = [*writer.rows, *guard.lines]
     return {
         **_constants(plan, folded, guard.interior),
         **_arguments(plan, out, lse, runtime, listed=tiles is not None),
@@ -76,9 +82,13 @@ def context(plan: Plan) -> dict[str, Any]:
         "lse": lse,
         "interior": interior,
         "edge": edge,
-        "rows_code": [*writer.rows, *guard.lines],
+        "rows_code": rows_code,
         "bounds": where,
         "tiles": tiles,
+        "parts": parts,
+        "packed": writer.heads > 1,
+        "reads_start": _reads("q_start", where.lines),
+        "reads_stop": _reads("q_stop", where.lines),
         "end": end_of_keys(spec),
         "wide": ".to(tl.int64)" if index_dtype == "int64" else "",
         "reverse": plan.option("order") == "reverse",
@@ -196,8 +206,9 @@ def _reads(name: str, lines: list[str]) -> bool:
 def _constants(plan: Plan, folded: bool, natural: bool) -> dict[str, Any]:
     spec = plan.spec
     scale = spec.scale_value
+    rows = "rows" if packed(spec, plan.choice) > 1 else "queries"
     lines: list[tuple[str, str, str]] = [
-        ("Q_BLOCK", str(plan.q_chunk), "queries of a tile"),
+        ("Q_BLOCK", str(plan.q_chunk), f"{rows} of a tile"),
         ("K_BLOCK", str(plan.k_chunk), "keys of a tile"),
         ("R", str(spec.repeats), "query heads that share a kv head"),
         ("QK_DIM", str(spec.qk_dim), ""),
@@ -213,6 +224,12 @@ def _constants(plan: Plan, folded: bool, natural: bool) -> dict[str, Any]:
                 f"{scale!r}, times log2(e): exp(s) is 2**(s * log2(e))",
             )
         )
+    if splits(plan.choice) > 1:
+        lines.append(
+            ("KV_SPLITS", str(splits(plan.choice)), "programs that share keys")
+        )
+        if "out" in spec.outputs:
+            lines.append(("COLUMNS", str(COLUMNS), "of out, of a program of `combine`"))
     back = spec.derivatives == "vjp"
     if back or not folded:
         lines.append(("SCALE", repr(scale), ""))
@@ -248,7 +265,8 @@ def _listed(tiles: Listing) -> Bounds:
         "A row of the list of tiles: how many key blocks only hold what every query"
     ]
     about += ["here sees, how many hold what any does, and which these are."]
-    return Bounds(lines, about, interiors, edges, listed=True)
+    ends = ("0", "full", "visited") if tiles.interior else ("0", "visited")
+    return Bounds(lines, about, interiors, edges, listed=True, visits=[ends])
 
 
 def _arguments(
@@ -258,7 +276,9 @@ def _arguments(
     spec, gpu = plan.spec, targets.get(plan.target).gpu
     operands = [o.name for o in spec.operands]
     axes = _axes(spec)
-    tensors = ["q", "k", *(["v", "out"] if out else [])]
+    parts = combining(plan, axes)
+    read = [o for o in operands if not (parts and o == "sink")]
+    tensors = ["q", "k", *(["v"] if out else [])] + ["out"] * (out and not parts)
     described = plan.option("loads") == "descriptors"
     blocks = [x for x in tensors if described and x in ("k", "v")]
     pointed = [x for x in tensors if x not in blocks]
@@ -267,11 +287,13 @@ def _arguments(
     more = {
         o.name: [f"{o.name}_stride_{i}" for i in range(len(o.axes))]
         for o in spec.operands
+        if o.name in read
     }
     strides += [name for names in more.values() for name in names]
     rows = ["tiles"] if listed else []
     strides += [f"{x}_stride_{i}" for x in rows for i in range(3)]
-    pointers = [*tensors, *(["lse"] if lse else []), *kept(spec), *operands, *rows]
+    made = [n for n, _ in parts["scratch"]] if parts else ["lse"] * lse
+    pointers = [*tensors, *made, *kept(spec), *read, *rows]
     sizes = ["q_len", "kv_len", "heads"]
     every = dict.fromkeys([*sizes, *strides, *runtime])
     runtime = [s for s in every if not s.endswith("_stride_d")]
@@ -295,7 +317,7 @@ def _arguments(
         "T,",
         f"k.shape[{axes.index('t')}],",
         "H,",
-        *(f"*{x}.stride()," for x in (*pointed, *operands)),
+        *(f"*{x}.stride()," for x in (*pointed, *read)),
         *(f"*{x}.stride()[:3]," for x in rows),
     ]
     return {

@@ -6,6 +6,7 @@ arithmetic, memory); programs are dealt out over multiprocessors in waves.
 
 from __future__ import annotations
 
+from attngen.backends.triton import decode
 from attngen.backends.triton.candidates import (
     crowding,
     pieces,
@@ -16,7 +17,7 @@ from attngen.cost import Cost
 from attngen.dtypes import BYTES
 from attngen.errors import InternalError
 from attngen.expr import axes, operands
-from attngen.plans import Choice
+from attngen.plans import Choice, packed
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
 from attngen.tiles import Tiles
@@ -28,6 +29,10 @@ MASKED = 6.0  # more of them where it is masked
 SLOTS = 120.0  # instructions of a warp in an iteration that no pipe accounts for
 WAIT_CYCLES = 1500.0  # of an iteration of one program alone: for memory, for each other
 SPILLING = 4.0  # times as long, as a guess: such a plan isn't returned in the end
+START_CYCLES = 3000.0  # of a program beside its tiles: queries come, sums go
+DRIFT = 0.1  # of what heads read again, the part that has left L2: a guess
+LATENCY_S = 8e-7  # until what is asked of memory comes
+OVERLAP = 0.1  # of the shorter of computing and reading that isn't hidden: a guess
 GROUPED = ("sm90", "sm100")
 GROUP = 4  # warps that issue Hopper's and Blackwell's products together
 GROUP_ROWS = 64  # queries of one of those products, which reads keys and values anew
@@ -60,7 +65,9 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
         (read + loaded) / gpu.shared_bytes_per_cycle,
         loaded / gpu.global_bytes_per_cycle,
     )
-    programs = spec.batch * spec.q_heads * -(-spec.q_len // q)
+    splits, programs = decode.splits(choice), decode.programs(spec, choice)
+    visited = tiles.visited / -(-spec.q_len * packed(spec, choice) // q)
+    programs *= splits
     fitting = gpu.resident(
         registers=min(registers(spec, choice, gpu), gpu.max_registers),
         warps=warps,
@@ -77,13 +84,38 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
     full += SLOTS * warps / gpu.issue_per_cycle
     full += WAIT_CYCLES / resident / min(3, int(choice["num_stages"]))
     edge = full + elements * MASKED / gpu.fma_per_cycle
-    heads = spec.batch * spec.q_heads
+    heads = spec.batch * spec.q_heads // packed(spec, choice)
     cycles = heads * (tiles.full * full + tiles.edge * edge)
+    if splits > 1:  # the longest share, and what a program does beside its tiles
+        cycles *= -(-visited // splits) * splits / max(visited, 1)
+        cycles += programs * START_CYCLES
     at_once = gpu.multiprocessors * resident
     waves = -(-programs // at_once) * at_once / programs
     compute = cycles * waves / gpu.multiprocessors / gpu.clock_hz
-    memory = spec.bytes_of("q", "k", "v", *spec.outputs) / gpu.bandwidth_bytes_s
-    return Cost(temp_bytes=listed_bytes(spec, choice), time_s=max(compute, memory))
+    scratch = decode.scratch_bytes(spec, choice)
+    moved = spec.bytes_of("q", *spec.outputs) + _kv_bytes(spec, choice, tiles)
+    ahead = loaded * max(1, int(choice["num_stages"]) - 1)  # of a program, on its way
+    busy = min(programs, gpu.multiprocessors * resident)
+    memory = (moved + 2 * scratch) / min(
+        gpu.bandwidth_bytes_s, busy * ahead / LATENCY_S
+    )
+    time_s = max(compute, memory) + OVERLAP * min(compute, memory)
+    return Cost(
+        temp_bytes=listed_bytes(spec, choice) + scratch,
+        time_s=time_s + decode.COMBINE_S * (splits > 1),
+    )
+
+
+def _kv_bytes(spec: AttentionSpec, choice: Choice, tiles: Tiles) -> float:
+    """Of keys and values that are read from memory: what is visited, at most all of them.
+
+    Query heads that share a kv head read it one beside the other, mostly from L2.
+    """
+    heads = packed(spec, choice)
+    tile = int(choice["k_chunk"]) * (spec.qk_dim + spec.v_dim) * BYTES[spec.dtype]
+    visited = spec.batch * spec.kv_heads * tiles.visited * tile
+    once = min(visited, spec.bytes_of("k", "v"))
+    return once * (1 + DRIFT * (spec.repeats // heads - 1))
 
 
 TILE_BYTES = (
