@@ -2,6 +2,9 @@
 
 import dataclasses
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,6 +172,18 @@ def test_large_scores_are_merged_as_exactly_as_one_loop_has_them():
 
 def emitted(spec, **fix):
     return attngen.emit(interpreted.plan(spec, **BLOCKS, **fix))
+
+
+def test_emitted_files_are_tidy(tmp_path):
+    for i, (spec, fix) in enumerate(itertools.product(SOME.values(), (PACKED, BOTH))):
+        emitted(spec, **fix).write(tmp_path / f"file_{i}.py")
+    for command in (["check"], ["format", "--check"]):
+        ran = subprocess.run(
+            [Path(sys.executable).parent / "ruff", *command, "--isolated", "--no-cache",
+             tmp_path],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stdout
 
 
 def test_lengths_of_none_and_one():

@@ -269,7 +269,8 @@ def forward(
     first_2 = tl.maximum(low_2 // K_BLOCK, last)
     high_2 = tl.minimum(q_hi, kv_end)
     last_2 = tl.maximum(tl.cdiv(high_2, K_BLOCK), first_2)
-    full_first_2 = tl.minimum(tl.maximum(tl.cdiv(q_hi - 8192, K_BLOCK), first_2), last_2)
+    full_first_2 = tl.maximum(tl.cdiv(q_hi - 8192, K_BLOCK), first_2)
+    full_first_2 = tl.minimum(full_first_2, last_2)
     full_last_2 = tl.minimum(q_lo + 1, kv_end) // K_BLOCK
     full_last_2 = tl.minimum(tl.maximum(full_last_2, full_first_2), last_2)
     # this split's share of them: blocks [lo, hi)

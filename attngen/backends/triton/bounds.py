@@ -212,8 +212,11 @@ class _Visit:
         if span.full_low is not None:
             inner = full_first
             low = f"tl.cdiv({limits.index(span.full_low)}, K_BLOCK)"
-            text = f"tl.minimum(tl.maximum({low}, {self.first}), {last})"
-            lines.append(f"{full_first} = {text}")
+            line = f"{full_first} = tl.minimum(tl.maximum({low}, {self.first}), {last})"
+            if len(line) > 84:
+                lines.append(f"{full_first} = tl.maximum({low}, {self.first})")
+                line = f"{full_first} = tl.minimum({full_first}, {last})"
+            lines.append(line)
         full = end
         if span.full_high is not None:
             full = f"tl.minimum({limits.index(span.full_high)}, {end})"
