@@ -94,16 +94,12 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
     compute = cycles * waves / gpu.multiprocessors / gpu.clock_hz
     scratch = decode.scratch_bytes(spec, choice)
     moved = spec.bytes_of("q", *spec.outputs) + _kv_bytes(spec, choice, tiles)
-    ahead = loaded * max(1, int(choice["num_stages"]) - 1)  # of a program, on its way
-    busy = min(programs, gpu.multiprocessors * resident)
-    memory = (moved + 2 * scratch) / min(
-        gpu.bandwidth_bytes_s, busy * ahead / LATENCY_S
-    )
-    time_s = max(compute, memory) + OVERLAP * min(compute, memory)
-    return Cost(
-        temp_bytes=listed_bytes(spec, choice) + scratch,
-        time_s=time_s + decode.COMBINE_S * (splits > 1),
-    )
+    memory = (moved + 2 * scratch) / gpu.bandwidth_bytes_s
+    ahead = loaded * max(1, int(choice["num_stages"]) - 1)  # of a program
+    late = moved / (min(programs, at_once) * ahead) * LATENCY_S
+    time_s = max(compute, memory, late) + OVERLAP * min(compute, memory)
+    time_s += decode.COMBINE_S * (splits > 1)
+    return Cost(temp_bytes=listed_bytes(spec, choice) + scratch, time_s=time_s)
 
 
 def _kv_bytes(spec: AttentionSpec, choice: Choice, tiles: Tiles) -> float:
