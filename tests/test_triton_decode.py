@@ -15,7 +15,18 @@ import interpreted
 from test_conformance import SPECS
 
 import attngen
-from attngen import AttentionSpec, api, inputs, masks, presets, reference, scores
+from attngen import (
+    AttentionSpec,
+    api,
+    backends,
+    inputs,
+    masks,
+    planner,
+    presets,
+    reference,
+    scores,
+    targets,
+)
 from attngen.errors import PlanError
 
 BASE = AttentionSpec(
@@ -291,6 +302,25 @@ def test_many_programs_are_not_split():
     assert not {"pack_gqa", "kv_splits"} & set(
         attngen.plan(long, "h100", "triton").choice
     )
+
+
+def test_splits_stay_within_the_budget():
+    for budget in ("600KiB", "100KiB", "1KiB"):
+        spec = decode(memory_budget=budget)
+        plan = attngen.plan(spec, "h100", "triton")
+        assert plan.temp_bytes <= spec.budget_bytes
+    assert plan.choice["kv_splits"] == 1
+
+
+def test_near_plans_differ_in_one_choice_said_or_unsaid():
+    by, target = backends.get("triton"), targets.get("h100")
+    for spec in (decode(), presets.get("llama3-8b")):
+        plan = attngen.plan(spec, "h100", "triton")
+        found = planner.near(spec, target, by, plan.choice)
+        assert any(p.choice.get("kv_splits", 1) > 1 for p in found)
+        assert len({str(sorted(p.choice.items())) for p in found}) == len(found)
+        for other in found:
+            planner.check(other, target, by)
 
 
 def test_tiles_of_packed_rows_are_counted_as_they_are_visited():
