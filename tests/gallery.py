@@ -64,6 +64,18 @@ def decode_step() -> AttentionSpec:
     )
 
 
+def decode_gqa() -> AttentionSpec:
+    """Drafted tokens after a long context, of which the last keys and the first are seen."""
+    return dataclasses.replace(
+        presets.get("decode-llama3"),
+        q_len=3,
+        mask=masks.streaming_llm(4, 8192),
+        sink=True,
+        kv_lengths=True,
+        outputs=("out", "lse"),
+    )
+
+
 def checkerboard() -> AttentionSpec:
     """A mask that no library has, written by hand."""
     board = attngen.mask(
@@ -210,6 +222,7 @@ TRITON = {
     "decode_step": Entry(
         lambda: dataclasses.replace(decode_step(), dtype="float16"), "l4"
     ),
+    "decode_gqa": Entry(decode_gqa, "h100"),
     "checkerboard": Entry(
         checkerboard, "mi355x", {"q_chunk": 16, "k_chunk": 32, "num_warps": 1}
     ),

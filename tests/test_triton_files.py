@@ -256,13 +256,21 @@ bind = jit.create_function_from_signature(kernel.signature, kernel.params, gpu)
 keys = []
 
 class Launched:
+    def __init__(self, bind=bind):
+        self.bind = bind
+
     def __getitem__(self, grid):
         def launch(*args, **options):
-            _, specialised, options = bind(*args, **options)
+            _, specialised, options = self.bind(*args, **options)
             keys.append(jit.compute_cache_key({}, specialised, options))
         return launch
 
 module.forward = Launched()
+if hasattr(module, "combine"):
+    combined = jit.create_function_from_signature(
+        module.combine.signature, module.combine.params, gpu
+    )
+    module.combine = Launched(combined)
 for b, t, s, offset in json.loads(sys.argv[2]):
     q, k, v = (torch.zeros(b, n, h, 64, dtype=torch.float16)
                for n, h in ((t, 4), (s, 2), (s, 2)))
@@ -272,13 +280,22 @@ print(len(keys), len(set(keys)))
 """
 
 
-@pytest.mark.parametrize("loads", ["pointers", "descriptors"])
-def test_a_new_length_batch_or_offset_compiles_nothing(loads):
+@pytest.mark.parametrize(
+    ("kernels", "fix"),
+    [
+        (1, {"loads": "pointers"}),
+        (1, {"loads": "descriptors"}),
+        (1, {"pack_gqa": True}),
+        (2, {"kv_splits": 4}),
+        (2, {"pack_gqa": True, "kv_splits": 8}),
+    ],
+)
+def test_a_new_length_batch_or_offset_compiles_nothing(kernels, fix):
     spec = AttentionSpec(
         q_heads=4, kv_heads=2, q_len=100, kv_len=100, qk_dim=64, dtype="float16",
         mask=masks.causal(), kv_lengths=True, q_offset="operand",
     )  # fmt: skip
-    path = api.stored(source_of(spec, loads=loads))
+    path = api.stored(source_of(spec, **fix))
     calls = [(1, 100, 100, 0), (2, 16, 1600, 7), (1, 1, 4097, 4096), (3, 2048, 33, 0)]
     environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
     ran = subprocess.run(
@@ -287,4 +304,4 @@ def test_a_new_length_batch_or_offset_compiles_nothing(loads):
         text=True,
         env=environment,
     )
-    assert ran.stdout.split() == ["4", "1"], ran.stderr[-2000:]
+    assert ran.stdout.split() == [str(4 * kernels), str(kernels)], ran.stderr[-2000:]

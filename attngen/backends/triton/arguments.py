@@ -8,6 +8,7 @@ from typing import Any
 
 from attngen import storage, targets
 from attngen.backends.triton import stored
+from attngen.backends.triton.combining import combining
 from attngen.backends.triton.slope_code import SIZES
 from attngen.plans import Plan
 from attngen.spec import AttentionSpec
@@ -59,7 +60,9 @@ def arguments(
     spec, gpu = plan.spec, targets.get(plan.target).gpu
     operands = [o.name for o in spec.operands]
     axes = axes_of(spec)
-    tensors = ["q", "k", *(["v", "out"] if out else [])]
+    parts = combining(plan, axes)
+    read = [o for o in operands if not (parts and o in parts["operands"])]
+    tensors = ["q", "k", *(["v"] if out else [])] + ["out"] * (out and not parts)
     described = plan.option("loads") == "descriptors"
     blocks = [x for x in tensors if described and x in ("k", "v")]
     pointed = [x for x in tensors if x not in blocks]
@@ -68,11 +71,13 @@ def arguments(
     more = {
         o.name: [f"{o.name}_stride_{i}" for i in range(len(o.axes))]
         for o in spec.operands
+        if o.name in read
     }
     strides += [name for names in more.values() for name in names]
     rows = ["tiles"] if listed else []
     strides += [f"{x}_stride_{i}" for x in rows for i in range(3)]
-    pointers = [*tensors, *(["lse"] if lse else []), *kept(spec), *operands, *rows]
+    made = [n for n, _ in parts["scratch"]] if parts else ["lse"] * lse
+    pointers = [*tensors, *made, *kept(spec), *read, *rows]
     sizes = sizes_of(spec)
     every = dict.fromkeys([*sizes, *strides, *runtime])
     runtime = [s for s in every if not s.endswith("_stride_d")]
@@ -106,7 +111,7 @@ def arguments(
         "S," if spec.storage == "paged" else f"k.shape[{axes.index('t')}],",
         "H,",
         *(["sequences,"] if spec.storage == "packed" else []),
-        *(f"*{x}.stride()," for x in (*pointed, *operands)),
+        *(f"*{x}.stride()," for x in (*pointed, *read)),
         *(f"*{x}.stride()[:3]," for x in rows),
     ]
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from attngen import slopes, storage
-from attngen.backends.triton import stored
+from attngen.backends.triton import decode, stored
 from attngen.backends.triton.slope_code import unplaced
 from attngen.dtypes import BYTES
 from attngen.errors import NotBuiltError
@@ -104,7 +104,8 @@ def space(
     amd = target.gpu is not None and target.gpu.backend == "hip"
     return {
         "running": {
-            "q_chunk": blocks(spec.q_len, 256 if amd else widest),  # it has registers
+            # AMD's have registers
+            "q_chunk": blocks(decode.rows(spec), 256 if amd else widest),
             "k_chunk": blocks(spec.kv_len, widest),
             "num_warps": WARPS if whole else (1, 2, 4, 8),
             "num_stages": STAGES if whole else _stages(target),
@@ -112,6 +113,7 @@ def space(
             "head_dim": ("split", "padded") if odd else ("padded",),
             "loads": LOADS if whole else ("pointers",),  # which take any strides
             **skips(spec),
+            **decode.space(spec, target, whole=whole),
         }
     }
 
@@ -151,6 +153,8 @@ def illegal(spec: AttentionSpec, target: Target, choice: Choice) -> str | None:
         if isinstance(value, bool) or value not in values:
             return f"{name} is one of {', '.join(map(str, values))}"
     if choice.get("skip") == "list" and (reason := _unlisted(spec)) is not None:
+        return reason
+    if (reason := decode.illegal(spec, choice)) is not None:
         return reason
     gpu = target.gpu
     if gpu is None:
@@ -256,17 +260,22 @@ def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     size, q, k = BYTES[spec.dtype], int(choice["q_chunk"]), int(choice["k_chunk"])
     threads = int(choice["num_warps"]) * gpu.warp_size
     stages = int(choice["num_stages"])
-    from_shared = gpu.architecture in ("sm90", "sm100")
+    # of fewer queries, or by fewer warps, their products are those of sm80
+    grouped = q >= 64 and int(choice["num_warps"]) >= 4
+    architecture = gpu.architecture
+    if architecture in ("sm90", "sm100") and not grouped:
+        architecture = "sm80"
+    from_shared = architecture in ("sm90", "sm100")
     narrow = k if from_shared else qk
     narrow += k if gpu.backend == "hip" else 0
-    twice = gpu.architecture == "sm100" or gpu.backend == "hip"
+    twice = architecture == "sm100" or gpu.backend == "hip"
     tile = q * (4 * (v + k + k * twice) + size * narrow) // 4
     tile += q * k * gathers(spec) * (2 if from_shared else 4)  # an address, an index
     tile += (
         q * k * 3 // 2 if spec.dropout else 0
     )  # Philox's words, as compiled for sm90
-    own, each = _OWN[gpu.architecture]
-    if gpu.architecture == "sm90" and stages > 2:
+    own, each = _OWN[architecture]
+    if architecture == "sm90" and stages > 2:
         own += 16
     if gpu.backend == "hip" and stages > 1:
         each *= 0 if gpu.copies_to_shared else 3
@@ -329,4 +338,5 @@ def describe(choice: Choice) -> str:
         ("loads", "descriptors"): "tensor descriptors",
     }
     parts += [words for (n, value), words in said.items() if choice.get(n) == value]
+    parts += decode.describe(choice)
     return f"{choice['algorithm']} · {' · '.join(parts)}"

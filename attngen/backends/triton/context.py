@@ -16,6 +16,8 @@ from attngen.backends.triton.bounds import (
     offset_source,
 )
 from attngen.backends.triton.candidates import pieces, power_above
+from attngen.backends.triton.combining import combining
+from attngen.backends.triton.decode import COLUMNS, splits
 from attngen.backends.triton.guards import Guards, guards, overflows
 from attngen.backends.triton.listing import Listing, listing
 from attngen.backends.triton.slope_code import SIZES
@@ -30,7 +32,7 @@ from attngen.intervals import (
     proven,
 )
 from attngen.operands import Operand
-from attngen.plans import Plan
+from attngen.plans import Plan, grouped
 from attngen.regions import spans
 from attngen.spec import AttentionSpec
 from attngen.spec_checks import relating
@@ -59,11 +61,15 @@ def context(plan: Plan) -> dict[str, Any]:
     folded = not spec.score and spec.scale_value > 0 and not spec.is_quantised
     gpu = targets.get(plan.target).gpu
     assert gpu is not None
+    parts = combining(plan, axes_of(spec))
+    if parts:
+        where.split()
     back = None
     if spec.derivatives == "vjp":
         made = Backward(plan, env, index_dtype, helpers, axes_of(spec), guard.interior)
         back = made.context() | _back_dims(spec)
-    runtime = back["runtime"] if back else []
+    runtime = back["runtime"] if back else parts["runtime"] if parts else []
+    rows_code = [*writer.rows, *guard.lines]
     return {
         **_constants(plan, folded, guard.interior),
         **arguments(plan, out, lse, runtime, listed=tiles is not None),
@@ -75,9 +81,13 @@ def context(plan: Plan) -> dict[str, Any]:
         "lse": lse,
         "interior": interior,
         "edge": edge,
-        "rows_code": [*writer.rows, *guard.lines],
+        "rows_code": rows_code,
         "bounds": where,
         "tiles": tiles,
+        "parts": parts,
+        "grouped": writer.heads > 1,
+        "reads_start": _reads("q_start", where.lines),
+        "reads_stop": _reads("q_stop", where.lines),
         "end": end_of_keys(spec),
         "wide": ".to(tl.int64)" if index_dtype == "int64" else "",
         "reverse": plan.option("order") == "reverse",
@@ -193,8 +203,9 @@ def _reads(name: str, lines: list[str]) -> bool:
 def _constants(plan: Plan, folded: bool, natural: bool) -> dict[str, Any]:
     spec = plan.spec
     scale = spec.scale_value
+    rows = "rows" if grouped(spec, plan.choice) > 1 else "queries"
     lines: list[tuple[str, str, str]] = [
-        ("Q_BLOCK", str(plan.q_chunk), "queries of a tile"),
+        ("Q_BLOCK", str(plan.q_chunk), f"{rows} of a tile"),
         ("K_BLOCK", str(plan.k_chunk), "keys of a tile"),
         ("R", str(spec.repeats), "query heads that share a kv head"),
         ("QK_DIM", str(spec.qk_dim), ""),
@@ -210,6 +221,12 @@ def _constants(plan: Plan, folded: bool, natural: bool) -> dict[str, Any]:
                 f"{scale!r}, times log2(e): exp(s) is 2**(s * log2(e))",
             )
         )
+    if splits(plan.choice) > 1:
+        lines.append(
+            ("KV_SPLITS", str(splits(plan.choice)), "programs that share keys")
+        )
+        if "out" in spec.outputs:
+            lines.append(("COLUMNS", str(COLUMNS), "of out, of a program of `combine`"))
     back = spec.derivatives == "vjp"
     if back or not folded:
         lines.append(("SCALE", repr(scale), ""))
@@ -249,7 +266,8 @@ def _listed(tiles: Listing) -> Bounds:
         "A row of the list of tiles: how many key blocks only hold what every query"
     ]
     about += ["here sees, how many hold what any does, and which these are."]
-    return Bounds(lines, about, interiors, edges, listed=True)
+    ends = ("0", "full", "visited") if tiles.interior else ("0", "visited")
+    return Bounds(lines, about, interiors, edges, listed=True, visits=[ends])
 
 
 def _loads(plan: Plan, out: bool) -> dict[str, Any]:

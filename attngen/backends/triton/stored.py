@@ -135,12 +135,15 @@ class Stored:
             "p *= v_factor[None, :]",
         ]
 
-    @property
-    def share(self) -> str:
-        """What sums are multiplied by at the end; "" for nothing."""
+    def share(self, head: str) -> str:
+        """What sums are multiplied by at the end; "" for nothing.
+
+        Args:
+            head: the kv head's index.
+        """
         if not self.scaled or self.each:
             return ""
-        return "tl.load(v_scale_ptr + g_index * v_scale_stride_0)"
+        return f"tl.load(v_scale_ptr + {head} * v_scale_stride_0)"
 
 
 def reads_bits(spec: AttentionSpec, gpu: Gpu) -> bool:
