@@ -81,6 +81,30 @@ def test_library(name, offset, storage):
         judge(spec)
 
 
+DECODE = [
+    (stored, narrow, packs, splits)
+    for stored in ("dense", "odd pages", "large pages")
+    for narrow in ("plain", "int8 of head", "float8_e4m3 of token")
+    for packs, splits in ((True, 4), (False, 2), (True, 1))
+    if (stored, narrow) != ("dense", "plain")
+]
+
+
+@pytest.mark.parametrize(("stored", "narrow", "packs", "splits"), slowly(DECODE, 4))
+def test_decoding(stored, narrow, packs, splits):
+    fields = STORED[stored] | (PLAIN | NARROW)[narrow] | {"kv_lengths": True}
+    fields |= OTHERWISE | {"score": scores.alibi()} if splits == 4 else {}
+    spec = dataclasses.replace(SPEC, q_heads=6, q_len=3, kv_len=90, **fields)
+    judge(spec, pack_gqa=packs, kv_splits=splits)
+
+
+@pytest.mark.parametrize("fix", [{"pack_gqa": True}, {"kv_splits": 2}], ids=str)
+def test_packed_sequences_are_neither_grouped_nor_split(fix):
+    spec = dataclasses.replace(SPEC, storage="packed")
+    with refused(PlanError, "isn't built for packed storage"):
+        interpreted.plan(spec, **fix)
+
+
 BACKWARD = {
     "plain": {},
     "top left": {"q_offset": 0, "dtype": "float16"},

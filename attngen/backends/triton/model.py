@@ -114,7 +114,9 @@ def _kv_bytes(spec: AttentionSpec, choice: Choice, tiles: Tiles) -> float:
     Query heads that share a kv head read it one beside the other, mostly from L2.
     """
     heads = grouped(spec, choice)
-    tile = int(choice["k_chunk"]) * (spec.qk_dim + spec.v_dim) * BYTES[spec.dtype_of("k")]
+    tile = (
+        int(choice["k_chunk"]) * (spec.qk_dim + spec.v_dim) * BYTES[spec.dtype_of("k")]
+    )
     visited = spec.batch * spec.kv_heads * tiles.visited * tile
     once = min(visited, spec.bytes_of("k", "v"))
     return once * (1 + DRIFT * (spec.repeats // heads - 1))
