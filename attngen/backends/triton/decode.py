@@ -20,6 +20,7 @@ from attngen.targets import Target
 SPLITS = (1, 2, 4, 8, 16, 32, 64, 128)
 ROWS = 256  # query rows of a kv head: with more of them nothing is gained by packing
 SHARE = 256  # keys of a split, at least
+WAVES = 4  # programs of few queries for a multiprocessor, as most wait for memory
 WORTH = 1024  # keys that are worth splitting: fewer are done before `combine` begins
 COLUMNS = 32  # of the output, of a program of `combine`
 WARP_SPLITS = 32  # of a warp of `combine`: each lane holds as many numbers
@@ -61,9 +62,10 @@ def _splits(spec: AttentionSpec, gpu: Gpu | None, heads: int) -> tuple[int, ...]
         return (1,)
     blocks = -(-spec.q_len * heads // 16)
     programs = spec.batch * spec.q_heads // heads * blocks
-    fill = gpu.multiprocessors / programs
-    most = spec.kv_len // SHARE
-    worth = (n for n in SPLITS[1:] if fill > 1 and fill / 4 < n <= min(4 * fill, most))
+    waves = WAVES if spec.q_len * heads <= ROWS else 1
+    fill = waves * gpu.multiprocessors / programs
+    most = min(2 * fill, spec.kv_len // SHARE) if fill > 1 else 1
+    worth = (n for n in SPLITS[1:] if fill / 16 < n <= most)
     return (1, *worth)
 
 
