@@ -97,10 +97,10 @@ KERNELS = ("forward", "backward_queries", "backward_keys", "backward_bias_at_hqk
 
 
 def test_nor_does_it_for_the_backward_pass():
-    assert counted(CALLS, **VJP) == dict.fromkeys(KERNELS, [len(CALLS), 1])
+    assert counted(CALLS, **VJP) == {name: [len(CALLS), 1] for name in KERNELS}
 
 
 def test_strides_that_are_aligned_otherwise_compile_once_more():
     """What is counted can be more than one."""
     calls = [*CALLS, (1, 100, 100, 0, 1), (2, 50, 70, 9, 3)]
-    assert counted(calls, **VJP) == dict.fromkeys(KERNELS, [len(calls), 2])
+    assert counted(calls, **VJP) == {name: [len(calls), 2] for name in KERNELS}

@@ -17,7 +17,7 @@ from test_conformance import SPECS
 from test_triton import LIKE, small_blocks, source_of
 
 import attngen
-from attngen import AttentionSpec, api, inputs, masks, scores
+from attngen import api, inputs, masks, scores
 from attngen.backends.triton.loader import has_gpu
 from attngen.errors import BackendError
 from attngen.names import is_free
