@@ -7,7 +7,10 @@ arithmetic, memory); programs are dealt out over multiprocessors in waves.
 from __future__ import annotations
 
 from attngen.backends.triton.candidates import (
+    GROUP_ROWS,
+    GROUPED,
     crowding,
+    in_groups,
     pieces,
     registers,
     shared_bytes,
@@ -28,9 +31,6 @@ MASKED = 6.0  # more of them where it is masked
 SLOTS = 120.0  # instructions of a warp in an iteration that no pipe accounts for
 WAIT_CYCLES = 1500.0  # of an iteration of one program alone: for memory, for each other
 SPILLING = 4.0  # times as long, as a guess: such a plan isn't returned in the end
-GROUPED = ("sm90", "sm100")
-GROUP = 4  # warps that issue Hopper's and Blackwell's products together
-GROUP_ROWS = 64  # queries of one of those products, which reads keys and values anew
 ROWS = {"cuda": 16, "hip": 32}  # that a warp multiplies at once: fewer leave it idle
 
 
@@ -70,7 +70,7 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
     hidden = min(1.0, resident * warps / 8)  # enough warps to fill waiting with work
     full = max(pipes) + (sum(pipes) - max(pipes)) * (1 - hidden / 2)
     full *= max(1.0, ROWS[gpu.backend] * warps / q)
-    if gpu.architecture in GROUPED and (warps < GROUP or q < GROUP_ROWS):
+    if gpu.architecture in GROUPED and not in_groups(choice, gpu):
         full += products / rate  # the older instructions, at half the rate
     if (held := crowding(spec, choice, gpu)) >= 1:
         full *= SPILLING * held
