@@ -10,6 +10,7 @@ from typing import Any
 from attngen import slopes
 from attngen.backends.triton.arguments import kept, sizes_of
 from attngen.backends.triton.bounds import Bounds, bounds, offset_source
+from attngen.backends.triton.candidates import pieces
 from attngen.backends.triton.guards import overflows
 from attngen.backends.triton.slope_code import (
     SIZES,
@@ -58,6 +59,7 @@ class Backward:
         self.packed = self.spec.storage == "packed"
         self.axes, self.choice = axes, backward_part(plan.choice)
         self.block, self.step = int(self.choice["q_chunk"]), int(self.choice["k_chunk"])
+        self.head_dim = self.choice.get("head_dim", "padded")
         self.out, self.dlse = "out" in self.spec.outputs, "lse" in self.spec.outputs
         self.drops, self.differences = overflows(self.spec, env), differences
         # whether lse and out have other weights
@@ -239,8 +241,11 @@ class Backward:
 
     def _tile_parameters(self) -> list[str]:
         """What `_tile` takes: its blocks, and of the rest what its statements read."""
-        blocks = ["q", "k", *(["v", "dout"] if self.out else []), *kept(self.spec)]
-        blocks += ["delta", *(["lse", "dlse"] if self.beside else [])]
+        dims = self.spec.qk_dim, self.spec.v_dim
+        qk, v = (_suffixes(len(pieces(dim, self.head_dim))) for dim in dims)
+        blocks = [x + suffix for x in "qk" for suffix in qk]
+        blocks += [x + suffix for x in ("v", "dout") for suffix in v if self.out]
+        blocks += [*kept(self.spec), "delta", *(["lse", "dlse"] if self.beside else [])]
         lines = self._lines()
         if self.spec.dropout and self.out:
             lines.append("seed_ptr seed_stride_0")
@@ -335,6 +340,11 @@ def _fake(spec: AttentionSpec) -> list[str]:
 
 def _results(parts: Sequence[Part], kinds: tuple[str, ...]) -> str:
     return "".join(f", {'' if p.kind in kinds else '_'}{p.name}" for p in parts)
+
+
+def _suffixes(count: int) -> list[str]:
+    """Of the names of a head dim's pieces."""
+    return [f"_{i}" for i in range(count)] if count > 1 else [""]
 
 
 _PAIRS = (

@@ -225,6 +225,8 @@ def shared_bytes(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
         converted = size * keys * max(qk, v)
     if gpu.backend == "hip" and gpu.copies_to_shared:
         return each * stages * 33 // 32 + converted
+    # products that don't wait for the next read keys and values of the tile before
+    stages += in_groups(choice, gpu) and spec.dtype != "float32" and stages > 1
     more = converted
     if gpu.backend == "cuda":
         q = int(choice["q_chunk"])
@@ -244,6 +246,18 @@ _OWN = {
     "sm80": (55, 3), "sm86": (105, 3), "sm89": (105, 3), "sm90": (28, 4), "sm100": (40, 2),
     "sm120": (105, 3), "gfx942": (130, 4), "gfx950": (100, 4),
 }  # fmt: skip
+_APART = (75, 3)  # of sm90 and sm100, where each warp issues its own products
+
+
+GROUPED = ("sm90", "sm100")
+GROUP = 4  # warps that issue Hopper's and Blackwell's products together
+GROUP_ROWS = 64  # queries of one of those products, which reads keys and values anew
+
+
+def in_groups(choice: Choice, gpu: Gpu) -> bool:
+    """Whether warps issue products together, from shared memory; else each its own."""
+    few = int(choice["num_warps"]) < GROUP or int(choice["q_chunk"]) < GROUP_ROWS
+    return gpu.architecture in GROUPED and not few
 
 
 def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
@@ -260,23 +274,24 @@ def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     size, q, k = BYTES[spec.dtype], int(choice["q_chunk"]), int(choice["k_chunk"])
     threads = int(choice["num_warps"]) * gpu.warp_size
     stages = int(choice["num_stages"])
-    # of fewer queries, or by fewer warps, their products are those of sm80
-    grouped = q >= 64 and int(choice["num_warps"]) >= 4
-    architecture = gpu.architecture
-    if architecture in ("sm90", "sm100") and not grouped:
-        architecture = "sm80"
-    from_shared = architecture in ("sm90", "sm100")
+    from_shared = in_groups(choice, gpu)
     narrow = k if from_shared else qk
     narrow += k if gpu.backend == "hip" else 0
-    twice = architecture == "sm100" or gpu.backend == "hip"
+    twice = (gpu.architecture == "sm100" and from_shared) or gpu.backend == "hip"
     tile = q * (4 * (v + k + k * twice) + size * narrow) // 4
     tile += q * k * gathers(spec) * (2 if from_shared else 4)  # an address, an index
     tile += (
         q * k * 3 // 2 if spec.dropout else 0
     )  # Philox's words, as compiled for sm90
-    own, each = _OWN[architecture]
-    if architecture == "sm90" and stages > 2:
+    own, each = _OWN[gpu.architecture]
+    if from_shared and q < 16 * int(choice["num_warps"]):  # warps share rows
+        own += qk // 4 if gpu.architecture == "sm90" else qk // 16
+    elif gpu.architecture in GROUPED and not from_shared:
+        own, each = _APART
+    if gpu.architecture == "sm90" and from_shared and stages > 2:
         own += 16
+    if gpu.backend == "hip":
+        tile += _of_wide(q * v, k * (qk + v) * size, threads, gpu) * threads
     if gpu.backend == "hip" and stages > 1:
         each *= 0 if gpu.copies_to_shared else 3
     if choice["loads"] == "descriptors":
@@ -285,6 +300,21 @@ def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     if spec.dtype == "float32" and gpu.backend == "cuda":
         own, each = own + 64, 0
     return (tile + each * k * (qk + v) * size // 16) // threads + own
+
+
+def _of_wide(sums: int, read: int, threads: int, gpu: Gpu) -> int:
+    """Registers more of AMD's with wide heads, as compiled (head dims 256 to 576).
+
+    From 256 weighted sums a thread on these are there twice; MI355X reads all of a wide tile
+    of keys and values before it multiplies, each wavefront the whole tile.
+
+    Args:
+        sums, read: of a tile, the weighted sums and the bytes of keys and values.
+    """
+    more = sums // threads if sums // threads >= 256 else 0
+    if gpu.copies_to_shared and read >= 2 * 16 * 1024:
+        more += max(0, read // (4 * gpu.warp_size) - 128)
+    return more
 
 
 def gathers(spec: AttentionSpec) -> int:

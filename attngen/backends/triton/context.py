@@ -32,7 +32,7 @@ from attngen.intervals import (
     proven,
 )
 from attngen.operands import Operand
-from attngen.plans import Plan, grouped
+from attngen.plans import Option, Plan, grouped
 from attngen.regions import spans
 from attngen.spec import AttentionSpec
 from attngen.spec_checks import relating
@@ -67,14 +67,14 @@ def context(plan: Plan) -> dict[str, Any]:
     back = None
     if spec.derivatives == "vjp":
         made = Backward(plan, env, index_dtype, helpers, axes_of(spec), guard.interior)
-        back = made.context() | _back_dims(spec)
+        back = made.context() | _back_dims(plan, made.head_dim)
     runtime = back["runtime"] if back else parts["runtime"] if parts else []
     rows_code = [*writer.rows, *guard.lines]
     return {
         **_constants(plan, folded, guard.interior),
         **arguments(plan, out, lse, runtime, listed=tiles is not None),
         **_loads(plan, out),
-        **_dims(plan, out),
+        **_dims(spec, plan.option("head_dim"), out),
         **unpacked(spec),
         "outputs": list(spec.outputs),
         "out": out,
@@ -122,13 +122,17 @@ def context(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _back_dims(spec: AttentionSpec) -> dict[str, Any]:
-    """Head dims of the backward pass, each in one piece."""
-    (qk,) = _pieces("d", "QK_DIM", spec.qk_dim, "padded")
-    (v,) = _pieces("e", "V_DIM", spec.v_dim, "padded")
-    v = qk if spec.v_dim == spec.qk_dim else v
-    out = "out" in spec.outputs
-    return {"qk": qk, "v": v, "dims": [qk] if v is qk or not out else [qk, v]}
+def _back_dims(plan: Plan, head_dim: Option) -> dict[str, Any]:
+    """Head dims of the backward pass in pieces; what a tile returns of its keys."""
+    found = _dims(plan.spec, head_dim, "out" in plan.spec.outputs)
+    qk = found["qk_pieces"]
+    return {
+        "qk": qk,
+        "v": found["v_pieces"],
+        "dims": found["dims"],
+        "tile_keys": "".join(f", k{piece['suffix']}" for piece in qk),
+        "no_keys": "".join(f", _k{piece['suffix']}" for piece in qk),
+    }
 
 
 def _wide(spec: AttentionSpec) -> dict[str, Interval]:
@@ -278,9 +282,8 @@ def _loads(plan: Plan, out: bool) -> dict[str, Any]:
     return {"described": described, "block_shapes": shapes if described else {}}
 
 
-def _dims(plan: Plan, out: bool) -> dict[str, Any]:
+def _dims(spec: AttentionSpec, choice: Option, out: bool) -> dict[str, Any]:
     """The pieces of both head dims; those of v share the names of q's where they agree."""
-    spec, choice = plan.spec, plan.option("head_dim")
     qk = _pieces("d", "QK_DIM", spec.qk_dim, choice)
     v = qk if spec.v_dim == spec.qk_dim else _pieces("e", "V_DIM", spec.v_dim, choice)
     dims = qk if v is qk or not out else qk + v

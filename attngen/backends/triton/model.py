@@ -9,7 +9,10 @@ from __future__ import annotations
 from attngen import storage
 from attngen.backends.triton import decode
 from attngen.backends.triton.candidates import (
+    GROUP_ROWS,
+    GROUPED,
     crowding,
+    in_groups,
     pieces,
     registers,
     shared_bytes,
@@ -35,9 +38,6 @@ START_CYCLES = 3000.0  # of a program beside its tiles: queries come, sums go
 DRIFT = 0.1  # of what heads read again, the part that has left L2: a guess
 LATENCY_S = 8e-7  # until what is asked of memory comes
 OVERLAP = 0.1  # of the shorter of computing and reading that isn't hidden: a guess
-GROUPED = ("sm90", "sm100")
-GROUP = 4  # warps that issue Hopper's and Blackwell's products together
-GROUP_ROWS = 64  # queries of one of those products, which reads keys and values anew
 ROWS = {"cuda": 16, "hip": 32}  # that a warp multiplies at once: fewer leave it idle
 
 
@@ -83,7 +83,7 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
     hidden = min(1.0, resident * warps / 8)  # enough warps to fill waiting with work
     full = max(pipes) + (sum(pipes) - max(pipes)) * (1 - hidden / 2)
     full *= max(1.0, ROWS[gpu.backend] * warps / q)
-    if gpu.architecture in GROUPED and (warps < GROUP or q < GROUP_ROWS):
+    if gpu.architecture in GROUPED and not in_groups(choice, gpu):
         full += products / rate  # the older instructions, at half the rate
     if (held := crowding(spec, choice, gpu)) >= 1:
         full *= SPILLING * held

@@ -15,10 +15,12 @@ from attngen import slopes, storage
 from attngen.backends.triton import model
 from attngen.backends.triton.candidates import (
     BLOCKS,
+    GROUPED,
     WARPS,
     blocks,
+    in_groups,
     most_registers,
-    power_above,
+    pieces,
 )
 from attngen.backends.triton.slope_code import entries_of, kind_of
 from attngen.cost import Cost
@@ -33,6 +35,7 @@ from attngen.tiles import Tiles
 STAGES = (1, 2, 3, 4)
 VALUES: dict[str, tuple[Option, ...]] = {
     "q_chunk": BLOCKS, "k_chunk": BLOCKS, "num_warps": WARPS, "num_stages": STAGES,
+    "head_dim": ("padded", "split"),
 }  # fmt: skip
 DROPPING = 96  # registers more with dropout, as compiled for sm90
 PRODUCTS = 7  # of a tile: three for dq, four for dk and dv
@@ -55,6 +58,7 @@ class Passes:
                 "k_chunk": blocks(longest, 256 if whole else 64),
                 "num_warps": WARPS if whole else (2, 4, 8),
                 "num_stages": STAGES if whole else (1, 2) if ahead else (1,),
+                **pieced(spec),
             }
         }
 
@@ -118,7 +122,20 @@ class Passes:
             text += f" · {warps} warp{'s' * (warps != 1)}"
         if stages is not None:
             text += f" · {stages} stage{'s' * (stages != 1)}"
-        return text
+        pieced_ = choice.get("head_dim") == "split"
+        return text + " · head dim in pieces" * pieced_
+
+
+def pieced(spec: AttentionSpec) -> Mapping[str, Sequence[Option]]:
+    """The choice of pieces, where a head dim has several."""
+    odd = any(len(pieces(d, "split")) > 1 for d in (spec.qk_dim, spec.v_dim))
+    return {"head_dim": ("split", "padded")} if odd else {}
+
+
+def _widths(spec: AttentionSpec, choice: Choice) -> list[int]:
+    """Of the pieces of both head dims, with padding."""
+    how = choice.get("head_dim", "padded")
+    return [width for d in (spec.qk_dim, spec.v_dim) for _, width in pieces(d, how)]
 
 
 def _rows(spec: AttentionSpec) -> int:
@@ -151,31 +168,49 @@ def _sums(spec: AttentionSpec, choice: Choice) -> int:
 def shared_bytes(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     """Modelled: what a program holds of two tensors, what it visits of two, p and ds.
 
-    AMD's hold what they hold in registers.
+    AMD's hold what they hold in registers; with one stage tensors take turns, piece by piece.
     """
-    size = BYTES[spec.dtype]
-    dims = power_above(spec.qk_dim) + power_above(spec.v_dim)
+    size, dims = BYTES[spec.dtype], _widths(spec, choice)
     held, step = int(choice["q_chunk"]), int(choice["k_chunk"])
+    if gpu.backend == "hip" and int(choice["num_stages"]) == 1:
+        return size * max(held, step) * max(dims)
     if gpu.backend == "hip":
-        return 2 * size * step * dims * int(choice["num_stages"])
+        return 2 * size * step * sum(dims) * int(choice["num_stages"])
     stages = max(1, int(choice["num_stages"]) - 1)
-    return size * (held * dims + step * dims * stages + held * step)
+    return size * (held * sum(dims) + step * sum(dims) * stages + held * step)
 
 
 # architecture → registers of a thread that no tile accounts for; others of NVIDIA's: 96
 _OWN = {"sm90": 78, "sm100": 78, "gfx942": 150, "gfx950": 150}
+_APART = 110  # of sm90 and sm100, where each warp issues its own products of wide heads
 
 
 def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     """Modelled, of a thread: dk and dv, and a tile of s, p and ds.
 
     What else there is was fitted to which tiles spill on sm80, sm90 and gfx942, compiled by
-    Triton 3.9 (head dims 64 and 128, causal).
+    Triton 3.9 (head dims 64 and 128, causal); of wider heads to those of 256 to 576.
     """
-    dims = power_above(spec.qk_dim) + power_above(spec.v_dim)
+    dims = sum(_widths(spec, choice))
     held, step = int(choice["q_chunk"]), int(choice["k_chunk"])
     threads = int(choice["num_warps"]) * gpu.warp_size
     own = _OWN.get(gpu.architecture, 96)
     # whole float32 products on NVIDIA's are multiply-adds, whose factors lie in registers
     own += 64 if spec.dtype == "float32" and gpu.backend == "cuda" else 0
+    if dims > WIDE:
+        if gpu.architecture in GROUPED and not in_groups(choice, gpu):
+            own = max(own, _APART)
+        own += _of_wide(dims, held, step, threads, gpu, BYTES[spec.dtype])
     return held * (dims + 3 * step) // threads + own
+
+
+WIDE = (
+    256  # both head dims together, of which more is held at once than of narrower ones
+)
+
+
+def _of_wide(dims: int, held: int, step: int, threads: int, gpu: Gpu, size: int) -> int:
+    """Registers more with wide heads: what products read, of which AMD's hold all."""
+    if gpu.backend == "hip":
+        return step * step * dims // 2048 + held * dims * size // (4 * threads)
+    return step * max(0, dims - 512) * size // (4 * threads)
