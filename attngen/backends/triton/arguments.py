@@ -93,7 +93,7 @@ def arguments(
         (o.name, own.get(o.name) or shape_text(o.axes), torch_dtype(o.dtype))
         for o in spec.operands
     ]
-    shown = [(n, s, t.removeprefix("torch.")) for n, s, t in checks]
+    shown = [(n, _shown(spec, n, s), t.removeprefix("torch.")) for n, s, t in checks]
     if out:
         shown.append(("out", shape.format(spec.v_dim), spec.out_dtype_name))
     if lse:
@@ -149,6 +149,13 @@ def sizes_of(spec: AttentionSpec) -> list[str]:
     if spec.storage == "packed":
         return ["q_tokens", "kv_tokens", "heads", "sequences"]
     return ["q_len", "kv_len", "heads"]
+
+
+def _shown(spec: AttentionSpec, name: str, shape: str) -> str:
+    """A shape as people read it: N are the pages of a sequence."""
+    if name == "block_table":
+        return "(B, N)"
+    return shape.replace("PAGE_SIZE.value", str(spec.page_size))
 
 
 def _checked(spec: AttentionSpec) -> list[str]:
