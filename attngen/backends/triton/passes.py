@@ -182,7 +182,7 @@ def shared_bytes(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
 
 # architecture → registers of a thread that no tile accounts for; others of NVIDIA's: 96
 _OWN = {"sm90": 78, "sm100": 78, "gfx942": 150, "gfx950": 150}
-_APART = 110  # of sm90 and sm100, where each warp issues its own products of wide heads
+_APART = 136  # of sm90 and sm100, where each warp issues its own products of wide heads
 
 
 def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
@@ -198,7 +198,9 @@ def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     # whole float32 products on NVIDIA's are multiply-adds, whose factors lie in registers
     own += 64 if spec.dtype == "float32" and gpu.backend == "cuda" else 0
     if dims > WIDE:
-        if gpu.architecture in GROUPED and not in_groups(choice, gpu):
+        if in_groups(choice, gpu):
+            own += dims // 8 if held < 16 * int(choice["num_warps"]) else 0
+        elif gpu.architecture in GROUPED:
             own = max(own, _APART)
         own += _of_wide(dims, held, step, threads, gpu, BYTES[spec.dtype])
     return held * (dims + 3 * step) // threads + own
@@ -213,4 +215,4 @@ def _of_wide(dims: int, held: int, step: int, threads: int, gpu: Gpu, size: int)
     """Registers more with wide heads: what products read, of which AMD's hold all."""
     if gpu.backend == "hip":
         return step * step * dims // 2048 + held * dims * size // (4 * threads)
-    return step * max(0, dims - 512) * size // (4 * threads)
+    return step * (dims - WIDE) * size // (4 * threads)
