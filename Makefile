@@ -34,7 +34,8 @@ bench: $(INSTALLED)  ## the committed benchmark
 
 gpu: $(INSTALLED)  ## all that needs a GPU: validate, tune, benchmark
 	@$(BIN)/python -m pytest tests/test_triton.py tests/test_triton_files.py \
-		tests/test_triton_random.py tests/test_triton_vjp.py tests/test_gallery_triton.py \
+		tests/test_triton_random.py tests/test_triton_vjp.py tests/test_triton_decode.py \
+		tests/test_triton_storage.py tests/test_triton_dims.py tests/test_gallery_triton.py \
 		tests/test_gpu.py
 	@$(BIN)/python benchmarks/gpu.py
 

@@ -45,7 +45,7 @@ def here() -> str:
 
 def heads_first(spec: AttentionSpec, arrays: dict[str, Any]) -> dict[str, Any]:
     """q, k and v as torch's own are at home: contiguous [b, h, t, d]; operands as they are."""
-    if spec.layout == "bhtd":
+    if spec.layout == "bhtd" or spec.storage != "dense":
         return arrays
     moved = {
         n: arrays[n].transpose(1, 2).contiguous()
@@ -61,7 +61,7 @@ def sdpa(spec: AttentionSpec, given: dict[str, Any]) -> Call | None:
     import torch.nn.functional as F
 
     causal = spec.mask == masks.causal() and spec.q_len == spec.kv_len
-    said = spec.outputs == ("out",) and not (spec.score or spec.operands)  # nor dropout
+    said = spec.outputs == ("out",) and not (spec.score or spec.operands)  # nor dropout, pages
     if not said or not (spec.mask is None or causal):
         return None
     q, k, v = (given[n] for n in "qkv")
@@ -78,7 +78,8 @@ def flex_attention(
 ) -> Call | None:
     """flex_attention with the spec's own expressions as mask_mod and score_mod.
 
-    A sink is applied with its lse, as its users do. None with dropout, which it lacks.
+    A sink is applied with its lse, as its users do. None with dropout, which it lacks, and
+    for packed, paged or quantised K/V, which it doesn't take as they are.
 
     Args:
         compiled: None: torch.compile, for these shapes alone.
@@ -86,7 +87,8 @@ def flex_attention(
     import torch
     from torch.nn.attention import flex_attention as flex
 
-    if spec.dropout:
+    narrow = spec.kv_dtype not in (None, spec.dtype)
+    if spec.dropout or spec.storage != "dense" or narrow:
         return None
     compiled = compiled or functools.partial(torch.compile, dynamic=False)
     torch.compiler.reset()  # what was compiled for another spec counts as a variant

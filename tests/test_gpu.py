@@ -63,7 +63,7 @@ def uncompiled(function):
 @pytest.mark.parametrize("name", gallery.TRITON)
 def test_flex_attention_says_every_file_of_the_gallery(benchmark, name):
     spec = tiny(name)
-    if spec.dropout:
+    if spec.dropout or spec.storage != "dense" or spec.is_quantised:
         assert benchmark.flex_attention(spec, {}) is None
         return
     assert_computes(
