@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from attngen import building, joint, planner, targets
+from attngen import building, joint, planner, storage, targets
 from attngen.backends import Backend
 from attngen.errors import CompileError, InternalError, PlanError
 from attngen.gpus import Gpu
@@ -165,6 +165,8 @@ def bound_s(plan: Plan, certificate: Certificate, target: Target) -> float | Non
 def _turns(plan: Plan, choice: Choice, together: int, gpu: Gpu) -> float:
     """Tiles that the busiest multiprocessor does, one after the other."""
     spec, q, k = plan.spec, int(choice["q_chunk"]), int(choice["k_chunk"])
+    if spec.storage == "packed":
+        spec = storage.typical(spec)
     heads = grouped(spec, choice)
     splits = int(choice.get("kv_splits", 1))
     blocks = -(-spec.q_len * heads // q) * splits

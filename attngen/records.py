@@ -203,7 +203,8 @@ class Record:
     ) -> tuple[Candidate, ...]:
         """The candidates with standings whose certified bytes fit, the fastest first.
 
-        Those of fewer rounds than can be believed come last.
+        Those of fewer rounds than can be believed come last. Of those that weren't timed, and
+        have the same bound, the model says which is faster.
         """
         usable = [
             c
@@ -211,9 +212,10 @@ class Record:
             if c.identity in self.standings and c.fits(budget) and c.agrees(fix or {})
         ]
 
-        def place(c: Candidate) -> tuple[bool, float, int]:
+        def place(c: Candidate) -> tuple[bool, float, float, int]:
             few = 0 < len(c.samples_s) < SURE
-            return few, self.standings[c.identity], c.temp_bytes or 0
+            modelled_s = 0.0 if c.samples_s else c.modelled_s
+            return few, self.standings[c.identity], modelled_s, c.temp_bytes or 0
 
         return tuple(sorted(usable, key=place))
 
