@@ -38,6 +38,8 @@ def interval(node: Expr, env: Mapping[str, Interval]) -> Interval:
         assert isinstance(node.value, Operand)
         if node.kind == "bool":
             return (0, 1)
+        if node.value.rises_to is not None:
+            return (0, node.value.rises_to)
         limit = INT_LIMITS.get(node.value.dtype, math.inf)
         return (-limit, limit)
     if node.op == "searchsorted":  # rises with its argument; the entries aren't known

@@ -162,6 +162,16 @@ def is_exact(spec: AttentionSpec) -> bool:
     return not told and spec.kv_len % spec.page_size != 0
 
 
+def dense(spec: AttentionSpec) -> AttentionSpec:
+    """The spec of keys in order, for one of pages; any other as it is."""
+    if spec.storage != "paged":
+        return spec
+    made: dict[str, Any] = {
+        "storage": "dense", "page_size": PAGE_SIZE, "num_pages": None,
+    }  # fmt: skip
+    return dataclasses.replace(spec, **made)
+
+
 def typical(spec: AttentionSpec) -> AttentionSpec:
     """A dense spec of as many sequences, each of the mean length."""
     made: dict[str, Any] = {
