@@ -95,24 +95,17 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Offset:
-    """A number of an operand that rises, read at the end of what indexes it, by name."""
+class Offset(Search):
+    """A number of an operand that rises, where `end` indexes it, by name."""
 
-    node: Expr
-    name: str
-    index: Expr
-    of_keys: bool
+    keyed: bool
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name,)
-
-    @property
-    def made_from(self) -> tuple[Expr, ...]:
-        return (self.index,)
+    def of_keys(self) -> bool:
+        return self.keyed
 
 
-Told = Extremes | Search | Blocks | Offset
+Told = Extremes | Search | Blocks
 
 
 @dataclass(frozen=True)
@@ -298,11 +291,11 @@ def _leaves_int32(spec: AttentionSpec) -> bool:
     for x in found.told:
         within: Interval = (-limit, limit)
         roots += x.made_from
-        if isinstance(x, Search):
-            within = interval(x.node, env)
         if isinstance(x, Offset):
-            assert isinstance(x.node.value, Operand) and x.node.value.rises_to
-            within = (0, x.node.value.rises_to)
+            assert isinstance(x.node.value, Operand)
+            within = (0, x.node.value.rises_to or 0)
+        elif isinstance(x, Search):
+            within = interval(x.node, env)
         env |= dict.fromkeys(x.names, within)
     for root in roots:
         for node in walk(root):

@@ -184,6 +184,32 @@ def typical(spec: AttentionSpec) -> AttentionSpec:
     return dataclasses.replace(spec, **made)
 
 
+def described(spec: AttentionSpec) -> list[str]:
+    """How q, k and v are stored, in sentences for an emitted file."""
+    lines = []
+    if spec.storage == "packed":
+        lines.append(
+            f"of {spec.batch} packed sequences: b has the queries cu_seqlens_q[b] to "
+            "cu_seqlens_q[b+1]-1, and keys by cu_seqlens_k; q and k are positions in it; "
+            "other tokens see nothing"
+        )
+    if spec.storage == "paged":
+        size = spec.page_size
+        lines.append(
+            f"of paged k and v: key i of sequence b is token i%{size} of page "
+            f"block_table[b, i//{size}]; entries behind its last key aren't followed"
+        )
+    if spec.is_quantised:
+        each = {"head": "head", "token": "token"}.get(
+            str(spec.kv_scale), f"{spec.kv_scale} tokens"
+        )
+        lines.append(
+            f"of quantised k and v: each is its {spec.kv_dtype} number times k_scale, or "
+            f"v_scale, of its kv head" + ("" if each == "head" else f" and {each}")
+        )
+    return lines
+
+
 def said(spec: AttentionSpec) -> dict[str, Any]:
     """The fields of this module that a spec of its storage has, for people."""
     fields: dict[str, Any] = {}

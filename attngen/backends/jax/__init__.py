@@ -11,6 +11,7 @@ from attngen.backends.jax import candidates, context, model, packed, shards, spa
 from attngen.backends.jax.passes import Passes
 from attngen.backends.jax.turns import turns
 from attngen.cost import Cost
+from attngen.dtypes import ARRAYS
 from attngen.files import template_folder
 from attngen.plans import Choice, Option, Plan
 from attngen.spec import AttentionSpec
@@ -125,7 +126,7 @@ class JaxBackend:
 
         if dtype in ("float64", "int64"):
             check_x64(dtype)
-        return jnp.asarray(values, dtype)
+        return jnp.asarray(values, ARRAYS.get(dtype, dtype))
 
     def block(self, value: Any) -> Any:
         import jax

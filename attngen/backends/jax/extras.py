@@ -7,7 +7,7 @@ import math
 from attngen.backends.jax.buffers import LENT_BYTES, Tile, facts
 from attngen.backends.jax.candidates import option
 from attngen.dtypes import BYTES
-from attngen.lists import Blocks, Offset, Search, listed
+from attngen.lists import Blocks, Search, listed
 from attngen.operands import Operand
 from attngen.plans import Choice
 from attngen.spec import AttentionSpec
@@ -157,7 +157,7 @@ def _listed(spec: AttentionSpec, choice: Choice, at: Tile) -> int:
         if isinstance(x, Blocks):  # counted along rows, then along columns
             rows, columns = axes[-2:]
             bytes_ += own * 12 * (int(rows) + 1) * (int(columns) + 1)
-        elif isinstance(x, Search | Offset):
+        elif isinstance(x, Search):
             bytes_ += 16 * (count + int(axes[0]))
         elif x.of_keys:
             bytes_ += own * count * (EXTREMES_BYTES + 8 * int(choice["k_chunk"]))

@@ -84,10 +84,10 @@ class _Writer:
         for x in self.told:
             if isinstance(x, Extremes):
                 lines += self._extremes(x)
-            elif isinstance(x, Search):
-                lines += self._search(x, texts)
             elif isinstance(x, Offset):
                 lines += self._offset(x, texts)
+            elif isinstance(x, Search):
+                lines += self._search(x, texts)
             else:
                 lines += self._blocks(x, texts)
         for name, condition in (("some", some), ("every", every)):
@@ -226,7 +226,7 @@ class _Writer:
     def _offset(self, x: Offset, texts: Mapping[str, str]) -> list[str]:
         assert isinstance(x.node.value, Operand)
         printer = ArrayPrinter("jnp", texts, repr, prefix="index_part")
-        lines = stepwise(printer, x.name, x.index, WIDTH)
+        lines = stepwise(printer, x.name, x.end, WIDTH)
         return [*lines, f"{x.name} = {x.node.value.name}[{x.name}]"]
 
     def _blocks(self, x: Blocks, texts: Mapping[str, str]) -> list[str]:

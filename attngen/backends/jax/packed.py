@@ -52,7 +52,9 @@ class _Lowering:
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec, self.count = spec, spec.batch
-        self.after: dict[str, Expr] = {}  # the sequences that begin at a token or before
+        self.after: dict[
+            str, Expr
+        ] = {}  # the sequences that begin at a token or before
         self.sequence: dict[str, Expr] = {}
         self.offsets: dict[str, Operand] = {}
         for x, length in (("q", spec.q_len), ("k", spec.kv_len)):
@@ -120,7 +122,7 @@ class _Lowering:
         sums = node.kind == "int" and node.op in SUMS
         args = tuple(self.lower(a, side, summed=sums) for a in node.args)
         made = Expr(node.op, args, node.kind, node.value)
-        if not PAIR <= variables(made):
+        if not variables(made) >= PAIR:
             return made
         if node.op in expr.COMPARISONS and args[0].kind == "int":
             return self._compared(made)

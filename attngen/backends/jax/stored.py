@@ -13,6 +13,7 @@ from typing import Any
 from attngen.backends.jax import packed
 from attngen.backends.jax.statements import as_tuple, assign
 from attngen.backends.jax.tile import Starts, Tile, dimensions, order, without_keys
+from attngen.dtypes import ARRAYS
 from attngen.operands import Operand
 from attngen.plans import Plan
 from attngen.spec import AttentionSpec
@@ -130,7 +131,9 @@ class _Writer:
         rows = f"block_table[{b}, tokens // PAGE_SIZE]"
         if self.many:
             if b != "0":
-                part = f"lax.dynamic_slice_in_dim(block_table, {b}, {self.at.sizes['b']})"
+                part = (
+                    f"lax.dynamic_slice_in_dim(block_table, {b}, {self.at.sizes['b']})"
+                )
                 lines.append(f"table = {part}")
             table = "block_table" if b == "0" else "table"
             rows = f"{table}[:, tokens // PAGE_SIZE]"
@@ -249,7 +252,7 @@ def constants(spec: AttentionSpec, lines: list[Constant]) -> list[Constant]:
 def checks(spec: AttentionSpec) -> list[tuple[str, str, str]]:
     """(name, shape, dtype) of each argument as the user passes it."""
     qk, v = _dims(spec)
-    kv = spec.dtype_of("k")
+    kv = ARRAYS.get(spec.dtype_of("k"), spec.dtype_of("k"))
     found = [
         ("q", _tokens(spec, "bqh", qk), spec.dtype),
         ("k", _tokens(spec, "bkg", qk), kv),
