@@ -41,7 +41,7 @@ def context(plan: Plan) -> dict[str, Any]:
         "out_shape": stored.out_shape(spec),
         "lse_whole": "(H, T)" if spec.storage == "packed" else "(B, H, T)",
         "q_offset": spec.q_offset if spec.static_q_offset is None else None,
-        "batches": "N" if spec.storage == "packed" else "B",
+        "batches": "SEQUENCES" if spec.storage == "packed" else "B",
         "packed": stored.wrapper(spec),
         "paged": spec.storage == "paged",
     }

@@ -74,6 +74,10 @@ class _Writer:
             return self._slice()
         lines = self._of_keys() if how == "keys" else self._of_pages()
         index = self._index(how)
+        lines += self._heads(index)
+        if ", " in index and ":, " not in index:
+            lines.append(f"at = {index}")
+            index = "at"
         for name, target in (("k", "kc"), ("v", "vc")):
             lines.append(f"{target} = {name}{self.source}[{index}]")
         return lines
@@ -86,9 +90,10 @@ class _Writer:
         sizes = ["K_CHUNK", heads] if bthd else [heads, "K_CHUNK"]
         qk, v = _dims(self.spec)
         lines = [
-            f"page = {self._clipped(f'block_table[{self.starts.b}, k_start // PAGE_SIZE]')}"
+            f"page_at_c = block_table[{self.starts.b}, k_start // PAGE_SIZE]",
+            f"page_at_c = {self._clipped('page_at_c')}",
         ]
-        begin = as_tuple(["page", *middle, "0"])
+        begin = as_tuple(["page_at_c", *middle, "0"])
         for name, target, dim in (("k", "kc", qk), ("v", "vc", v)):
             size = as_tuple(["1", *sizes, dim])
             call = ["lax.dynamic_slice", f"{name}{self.source}", begin, size]
@@ -101,66 +106,69 @@ class _Writer:
 
     def _of_pages(self) -> list[str]:
         """`pages`, of whole ones: [n], or [batch, n]."""
-        batches = self.at.sizes["b"]
-        table = (
-            f"lax.dynamic_slice(block_table, ({self.starts.b}, k_start // PAGE_SIZE), "
-            f"({batches}, K_CHUNK // PAGE_SIZE))"
-        )
-        shown = "" if self.many else "[0]"
-        return self._assigned("pages", table, shown)
-
-    def _assigned(self, name: str, table: str, shown: str) -> list[str]:
-        start, _, rest = table.partition("(")
-        arguments = _split(rest[:-1])
-        lines = assign(name, [[start, *arguments]], WIDTH)
-        return [*lines, f"{name} = {self._clipped(name + shown)}"]
+        begin = as_tuple([self.starts.b, "k_start // PAGE_SIZE"])
+        size = as_tuple([self.at.sizes["b"], "K_CHUNK // PAGE_SIZE"])
+        call = ["lax.dynamic_slice", "block_table", begin, size]
+        lines = assign("pages_at_c", [call], WIDTH)
+        shown = "pages_at_c" if self.many else "pages_at_c[0]"
+        return [*lines, f"pages_at_c = {self._clipped(shown)}"]
 
     def _tokens(self) -> list[str]:
         if "tokens" in self.told:
             return []
         self.told.add("tokens")
-        return ["tokens = k_start + jnp.arange(K_CHUNK)"]
+        return ["tokens_at_c = k_start + jnp.arange(K_CHUNK)"]
 
     def _of_keys(self) -> list[str]:
         """`pages` and `places`, of each key: [k], or [batch, k]."""
         if "places" in self.told:
             return []
         self.told.add("places")
-        lines = [*self._tokens(), "places = tokens % PAGE_SIZE"]
+        lines = [*self._tokens(), "places_at_c = tokens_at_c % PAGE_SIZE"]
         b = self.starts.b
-        rows = f"block_table[{b}, tokens // PAGE_SIZE]"
+        rows = f"block_table[{b}, tokens_at_c // PAGE_SIZE]"
         if self.many:
             if b != "0":
                 part = (
                     f"lax.dynamic_slice_in_dim(block_table, {b}, {self.at.sizes['b']})"
                 )
-                lines.append(f"table = {part}")
-            table = "block_table" if b == "0" else "table"
-            rows = f"{table}[:, tokens // PAGE_SIZE]"
-        return [*lines, f"pages = {self._clipped(rows)}"]
+                lines.append(f"table_at_b = {part}")
+            table = "block_table" if b == "0" else "table_at_b"
+            rows = f"{table}[:, tokens_at_c // PAGE_SIZE]"
+        lines.append(f"pages_at_c = {rows}")
+        return [*lines, f"pages_at_c = {self._clipped('pages_at_c')}"]
 
-    def _heads(self) -> str:
-        """The indices of a tile's kv heads."""
-        size = f"jnp.arange({self.at.sizes['g']})"
-        return size if self.starts.g == "0" else f"{self.starts.g} + {size}"
+    def _heads(self, index: str) -> list[str]:
+        """The indices of a tile's kv heads, where they are read."""
+        if "heads_at_c" not in index or "heads" in self.told:
+            return []
+        self.told.add("heads")
+        made = f"jnp.arange({self.at.sizes['g']})"
+        start = "" if self.starts.g == "0" else f"{self.starts.g} + "
+        return [f"heads_at_c = {start}{made}"]
 
     def _index(self, how: str) -> str:
         """The indices of keys in [page, token, head, dim], or heads before tokens."""
         bthd = self.spec.layout == "bthd"
         if how == "pages" and (self.all_heads and bthd):
-            return "pages"
+            return "pages_at_c"
         if how == "pages" and self.one_head:
-            return f"pages, :, {self.starts.g}" if bthd else f"pages, {self.starts.g}"
+            middle = ":, " if bthd else ""
+            return f"pages_at_c, {middle}{self.starts.g}"
         if how == "pages":
-            return f"pages[..., None, :], ({self._heads()})[:, None]"
+            return "pages_at_c[..., None, :], heads_at_c[:, None]"
         if self.one_head:
             g = self.starts.g
-            return f"pages, places, {g}" if bthd else f"pages, {g}, places"
+            return (
+                f"pages_at_c, places_at_c, {g}"
+                if bthd
+                else f"pages_at_c, {g}, places_at_c"
+            )
         if bthd and self.all_heads:
-            return "pages, places"
+            return "pages_at_c, places_at_c"
         if bthd:
-            return f"pages[..., None], places[:, None], {self._heads()}"
-        return f"pages[..., None, :], ({self._heads()})[:, None], places"
+            return "pages_at_c[..., None], places_at_c[:, None], heads_at_c"
+        return "pages_at_c[..., None, :], heads_at_c[:, None], places_at_c"
 
     # Scales.
 
@@ -186,7 +194,11 @@ class _Writer:
         if self.spec.storage == "paged":
             lines += self._of_keys()
             index = self._scale_index()
-            made = [[f"{x}_scale[{index}]"] for x in "kv"]
+            lines += self._heads(index)
+            if self.spec.kv_scale != "token":
+                lines.append("blocks_at_c = places_at_c // SCALE_BLOCK")
+            lines.append(f"at = {index}")
+            made = [[f"{x}_scale[at]"] for x in "kv"]
         else:
             block = self.spec.kv_scale != "token"
             at, sizes = self.starts, self.at.sizes
@@ -199,31 +211,19 @@ class _Writer:
             name = f"{x}_scale_at_c"
             if self.spec.storage != "paged" and self.spec.kv_scale != "token":
                 lines += assign(name, [call], WIDTH)
-                call = [f"{name}[:, :, tokens // SCALE_BLOCK]"]
+                call = [f"{name}[:, :, tokens_at_c // SCALE_BLOCK]"]
             shape = dimensions(self.at.spread("bgk"))
             lines += assign(name, [call, [".reshape", *shape]], WIDTH)
         return lines
 
     def _scale_index(self) -> str:
         """The indices of keys in [page, head, block]."""
-        places = "places"
+        places = "places_at_c"
         if self.spec.kv_scale != "token":
-            places = "places // SCALE_BLOCK"
+            places = "blocks_at_c"
         if self.one_head:
-            return f"pages, {self.starts.g}, {places}"
-        return f"pages[..., None, :], ({self._heads()})[:, None], {places}"
-
-
-def _split(text: str) -> list[str]:
-    """Arguments of a call, apart."""
-    found, depth = [""], 0
-    for c in text:
-        depth += (c == "(") - (c == ")")
-        if c == "," and not depth:
-            found.append("")
-        else:
-            found[-1] += c
-    return [x.strip() for x in found]
+            return f"pages_at_c, {self.starts.g}, {places}"
+        return f"pages_at_c[..., None, :], heads_at_c[:, None], {places}"
 
 
 def _dims(spec: AttentionSpec) -> tuple[str, str]:
@@ -240,7 +240,7 @@ def constants(spec: AttentionSpec, lines: list[Constant]) -> list[Constant]:
     if spec.storage == "packed":
         first = ("B, T, S", f"1, {spec.q_len}, {spec.kv_len}", "one batch, all tokens")
         lines = [first, *lines[1:]]
-        own.append(("N", str(spec.batch), "packed sequences"))
+        own.append(("SEQUENCES", str(spec.batch), "packed behind each other"))
     if spec.storage == "paged":
         pages = f"{spec.shape_of('k')[0]}, {spec.page_size}"
         own.append(("PAGES, PAGE_SIZE", pages, "pages of K/V, tokens of a page"))
@@ -282,10 +282,10 @@ def out_shape(spec: AttentionSpec) -> str:
 
 
 def _shape(spec: AttentionSpec, operand: Operand) -> str:
-    names = LETTERS | ({"b": "N"} if spec.storage == "packed" else {})
+    names = LETTERS | ({"b": "SEQUENCES"} if spec.storage == "packed" else {})
     items = [names[a] if isinstance(a, str) else str(a) for a in operand.axes]
     offsets = operand.name.startswith("cu_seqlens") and operand in spec.own_operands
-    items = ["N + 1"] if offsets and spec.storage == "packed" else items
+    items = ["SEQUENCES + 1"] if offsets and spec.storage == "packed" else items
     return as_tuple(items)
 
 
