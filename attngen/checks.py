@@ -20,6 +20,7 @@ from attngen.spec import AttentionSpec
 
 Array = np.ndarray[Any, Any]
 MODE = "ATTNGEN_CHECK"
+NAMES = ("cu_seqlens_q", "cu_seqlens_k", "kv_lengths", "block_table")
 
 
 def check(spec: AttentionSpec, given: Mapping[str, Any]) -> None:
@@ -31,38 +32,42 @@ def check(spec: AttentionSpec, given: Mapping[str, Any]) -> None:
     Raises:
         OperandError: as it says.
     """
-    if spec.storage == "dense" or not all(hasattr(given[x], "shape") for x in "qk"):
+    if spec.storage == "dense":
         return
     known = {
-        o.name: values
-        for o in spec.own_operands
-        if (values := _values(given.get(o.name))) is not None
+        name: values
+        for name in NAMES
+        if name in given and (values := _values(given[name])) is not None
     }
     if spec.storage == "packed":
         token = 0 if spec.layout == "bthd" else 1
         for x in "qk":
             if (offsets := known.get(f"cu_seqlens_{x}")) is not None:
                 _check_offsets(f"cu_seqlens_{x}", offsets, x, given[x].shape[token])
-    elif "block_table" in known and ("kv_lengths" in known or not spec.kv_lengths):
-        pages = given["k"].shape[0]
-        _check_pages(spec, known["block_table"], known.get("kv_lengths"), pages)
+        return
+    room = given["block_table"].shape[1] * spec.page_size
+    counts = np.full(given["block_table"].shape[0], min(spec.kv_len, room))
+    if spec.kv_lengths:
+        if "kv_lengths" not in known:
+            return
+        counts = _check_lengths(known["kv_lengths"], room, spec.page_size)
+    if "block_table" in known:
+        _check_pages(known["block_table"], counts, spec.page_size, given["k"].shape[0])
 
 
 def _values(x: Any) -> Array | None:
     """An array's values, where they may be looked at."""
     if isinstance(x, np.ndarray):
         return x
-    if x is None or os.environ.get(MODE) != "1" or _is_traced(x):
+    if os.environ.get(MODE) != "1" or _is_traced(x):
         return None
-    return np.asarray(x.cpu() if hasattr(x, "cpu") else x)
+    return np.asarray(x)
 
 
 def _is_traced(x: Any) -> bool:
-    """Whether an array has no values yet: JAX's tracers, and tensors that torch traces."""
-    jax, torch = sys.modules.get("jax"), sys.modules.get("torch")
-    if jax is not None and isinstance(x, jax.core.Tracer):
-        return True
-    return torch is not None and bool(torch.compiler.is_compiling())
+    """Whether an array has no values yet."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(x, jax.core.Tracer)
 
 
 def _check_offsets(name: str, offsets: Array, x: str, tokens: int) -> None:
@@ -84,21 +89,21 @@ def _check_offsets(name: str, offsets: Array, x: str, tokens: int) -> None:
     )
 
 
-def _check_pages(
-    spec: AttentionSpec, table: Array, lengths: Array | None, pages: int
-) -> None:
-    """Of paged K/V: the lengths of sequences (None: kv_len each), and the pages they need."""
-    size, room = spec.page_size, table.shape[1] * spec.page_size
-    counts = np.full(len(table), min(spec.kv_len, room))
-    if lengths is not None:
-        counts = np.maximum(lengths, 0)
-        for b in np.flatnonzero(counts > room)[:1]:
-            raise OperandError(
-                "A sequence is longer than its pages.",
-                got=f"kv_lengths[{b}] = {lengths[b]}",
-                needed=f"at most {room}: {table.shape[1]} pages of {size} tokens",
-                hint="block_table has a column for each page of the longest sequence",
-            )
+def _check_lengths(lengths: Array, room: int, size: int) -> Array:
+    """How many keys sequences have, each at most `room`, in pages of a size."""
+    for b in np.flatnonzero(lengths > room)[:1]:
+        raise OperandError(
+            "A sequence is longer than its pages.",
+            got=f"kv_lengths[{b}] = {lengths[b]}",
+            needed=f"at most {room}: {room // size} pages of {size} tokens",
+            hint="block_table has a column for each page of the longest sequence",
+        )
+    counts: Array = np.maximum(lengths, 0)
+    return counts
+
+
+def _check_pages(table: Array, counts: Array, size: int, pages: int) -> None:
+    """Of sequences of so many keys: the pages that they need are there."""
     used = np.arange(table.shape[1])[None, :] * size < counts[:, None]
     for b, i in np.argwhere(used & ((table < 0) | (table >= pages)))[:1]:
         raise OperandError(

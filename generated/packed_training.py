@@ -178,23 +178,23 @@ def _forward(q, k, v, cu_seqlens_k, cu_seqlens_q):
             side="right",
             method="compare_all",
         )
-        index_part_1 = jnp.maximum(jnp.minimum(cu_seqlens_k_at_ends_3, 8) - 1, 0)
-        cu_seqlens_k_at_tile_1 = index_part_1 + 1
+        limit_1 = jnp.maximum(jnp.minimum(cu_seqlens_k_at_ends_3, 8) - 1, 0)
+        cu_seqlens_k_at_tile_1 = limit_1 + 1
         cu_seqlens_k_at_tile_1 = cu_seqlens_k[cu_seqlens_k_at_tile_1]
-        index_part_1 = jnp.maximum(jnp.minimum(cu_seqlens_q_at_ends_2, 8) - 1, 0)
-        cu_seqlens_q_at_tile_4 = index_part_1 + 1
+        limit_1 = jnp.maximum(jnp.minimum(cu_seqlens_q_at_ends_2, 8) - 1, 0)
+        cu_seqlens_q_at_tile_4 = limit_1 + 1
         cu_seqlens_q_at_tile_4 = cu_seqlens_q[cu_seqlens_q_at_tile_4]
-        index_part_4 = jnp.minimum(cu_seqlens_q_at_ends_2, cu_seqlens_k_at_ends_4)
-        index_part_3 = jnp.minimum(index_part_4, 8)
-        index_part_2 = index_part_3 - 1
-        index_part_1 = jnp.maximum(index_part_2, 0)
-        cu_seqlens_k_at_tile_6 = index_part_1 + 1
+        limit_4 = jnp.minimum(cu_seqlens_q_at_ends_2, cu_seqlens_k_at_ends_4)
+        limit_3 = jnp.minimum(limit_4, 8)
+        limit_2 = limit_3 - 1
+        limit_1 = jnp.maximum(limit_2, 0)
+        cu_seqlens_k_at_tile_6 = limit_1 + 1
         cu_seqlens_k_at_tile_6 = cu_seqlens_k[cu_seqlens_k_at_tile_6]
-        index_part_4 = jnp.maximum(cu_seqlens_q_at_ends_1, cu_seqlens_k_at_ends_3)
-        index_part_3 = jnp.minimum(index_part_4, 8)
-        index_part_2 = index_part_3 - 1
-        index_part_1 = jnp.maximum(index_part_2, 0)
-        cu_seqlens_q_at_tile_7 = index_part_1 + 1
+        limit_4 = jnp.maximum(cu_seqlens_q_at_ends_1, cu_seqlens_k_at_ends_3)
+        limit_3 = jnp.minimum(limit_4, 8)
+        limit_2 = limit_3 - 1
+        limit_1 = jnp.maximum(limit_2, 0)
+        cu_seqlens_q_at_tile_7 = limit_1 + 1
         cu_seqlens_q_at_tile_7 = cu_seqlens_q[cu_seqlens_q_at_tile_7]
         some = jnp.maximum(cu_seqlens_q_at_ends_1, cu_seqlens_k_at_ends_3) <= 8
         some &= cu_seqlens_q_at_ends_1 <= cu_seqlens_k_at_ends_4
@@ -400,23 +400,23 @@ def _backward(q, k, v, cu_seqlens_k, cu_seqlens_q, out, lse, mass, dout):
                 side="right",
                 method="compare_all",
             )
-            index_part_1 = jnp.maximum(jnp.minimum(cu_seqlens_k_at_ends_3, 8) - 1, 0)
-            cu_seqlens_k_at_tile_1 = index_part_1 + 1
+            limit_1 = jnp.maximum(jnp.minimum(cu_seqlens_k_at_ends_3, 8) - 1, 0)
+            cu_seqlens_k_at_tile_1 = limit_1 + 1
             cu_seqlens_k_at_tile_1 = cu_seqlens_k[cu_seqlens_k_at_tile_1]
-            index_part_1 = jnp.maximum(jnp.minimum(cu_seqlens_q_at_ends_2, 8) - 1, 0)
-            cu_seqlens_q_at_tile_4 = index_part_1 + 1
+            limit_1 = jnp.maximum(jnp.minimum(cu_seqlens_q_at_ends_2, 8) - 1, 0)
+            cu_seqlens_q_at_tile_4 = limit_1 + 1
             cu_seqlens_q_at_tile_4 = cu_seqlens_q[cu_seqlens_q_at_tile_4]
-            index_part_4 = jnp.minimum(cu_seqlens_q_at_ends_2, cu_seqlens_k_at_ends_4)
-            index_part_3 = jnp.minimum(index_part_4, 8)
-            index_part_2 = index_part_3 - 1
-            index_part_1 = jnp.maximum(index_part_2, 0)
-            cu_seqlens_k_at_tile_6 = index_part_1 + 1
+            limit_4 = jnp.minimum(cu_seqlens_q_at_ends_2, cu_seqlens_k_at_ends_4)
+            limit_3 = jnp.minimum(limit_4, 8)
+            limit_2 = limit_3 - 1
+            limit_1 = jnp.maximum(limit_2, 0)
+            cu_seqlens_k_at_tile_6 = limit_1 + 1
             cu_seqlens_k_at_tile_6 = cu_seqlens_k[cu_seqlens_k_at_tile_6]
-            index_part_4 = jnp.maximum(cu_seqlens_q_at_ends_1, cu_seqlens_k_at_ends_3)
-            index_part_3 = jnp.minimum(index_part_4, 8)
-            index_part_2 = index_part_3 - 1
-            index_part_1 = jnp.maximum(index_part_2, 0)
-            cu_seqlens_q_at_tile_7 = index_part_1 + 1
+            limit_4 = jnp.maximum(cu_seqlens_q_at_ends_1, cu_seqlens_k_at_ends_3)
+            limit_3 = jnp.minimum(limit_4, 8)
+            limit_2 = limit_3 - 1
+            limit_1 = jnp.maximum(limit_2, 0)
+            cu_seqlens_q_at_tile_7 = limit_1 + 1
             cu_seqlens_q_at_tile_7 = cu_seqlens_q[cu_seqlens_q_at_tile_7]
             some = jnp.maximum(cu_seqlens_q_at_ends_1, cu_seqlens_k_at_ends_3) <= 8
             some &= cu_seqlens_q_at_ends_1 <= cu_seqlens_k_at_ends_4

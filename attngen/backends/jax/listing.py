@@ -225,7 +225,7 @@ class _Writer:
 
     def _offset(self, x: Offset, texts: Mapping[str, str]) -> list[str]:
         assert isinstance(x.node.value, Operand)
-        printer = ArrayPrinter("jnp", texts, repr, prefix="index_part")
+        printer = ArrayPrinter("jnp", texts, repr, prefix="limit")
         lines = stepwise(printer, x.name, x.end, WIDTH)
         return [*lines, f"{x.name} = {x.node.value.name}[{x.name}]"]
 
