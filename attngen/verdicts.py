@@ -97,24 +97,24 @@ def _term(term: Term, around: Around) -> Expr:
         if line is not None:
             lines.append(line)
         else:
-            own = atom.gap is not None and set(dict(atom.gap.parts)) in equal
+            own = atom.gap is not None and tuple(dict(atom.gap.parts)) in equal
             rest = both(rest, _perhaps(atom, around if own else narrow))
     return both(feasible(lines), rest)
 
 
-def _equal_parts(term: Term) -> list[set[Expr]]:
+def _equal_parts(term: Term) -> list[tuple[Expr, ...]]:
     """Pairs of parts, no variables, of which a term says that they are equal."""
     gaps = [atom.gap for atom in term if atom.gap is not None]
-    found = []
+    found: list[tuple[Expr, ...]] = []
     for gap in gaps:
         parts = dict(gap.parts)
         pair = sorted(parts.values()) == [-1, 1] and gap.constant == 0
         if pair and gap.times(-1) in gaps and all(p.op != "var" for p in parts):
-            found.append(set(parts))
+            found.append(tuple(parts))
     return found
 
 
-def _narrowed(equal: list[set[Expr]], around: Around) -> Around:
+def _narrowed(equal: list[tuple[Expr, ...]], around: Around) -> Around:
     """The same, where parts that are equal lie where both do."""
     parts: dict[Expr, Ends] = {}
     for pair in equal:
