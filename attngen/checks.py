@@ -32,7 +32,7 @@ def check(spec: AttentionSpec, given: Mapping[str, Any]) -> None:
     Raises:
         OperandError: as it says.
     """
-    if spec.storage == "dense":
+    if spec.storage == "dense" or any(_is_traced(x) for x in given.values()):
         return
     known = {
         name: values
@@ -59,9 +59,7 @@ def _values(x: Any) -> Array | None:
     """An array's values, where they may be looked at."""
     if isinstance(x, np.ndarray):
         return x
-    if os.environ.get(MODE) != "1" or _is_traced(x):
-        return None
-    return np.asarray(x)
+    return np.asarray(x) if os.environ.get(MODE) == "1" else None
 
 
 def _is_traced(x: Any) -> bool:
