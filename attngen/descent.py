@@ -10,7 +10,7 @@ from attngen import building, joint, planner, targets
 from attngen.backends import Backend
 from attngen.errors import CompileError, InternalError, PlanError
 from attngen.gpus import Gpu
-from attngen.plans import Alternative, Choice, Plan
+from attngen.plans import Alternative, Choice, Plan, grouped
 from attngen.spec import AttentionSpec
 from attngen.targets import Target
 from attngen.units import show_bytes, show_time
@@ -122,7 +122,7 @@ def unfit(certificate: Certificate, plan: Plan) -> str | None:
     if gpu is None:
         return None
     for name, found in certificate.every_kernel.items():
-        own = joint.backward_part(plan.choice) if name else plan.choice
+        own = _choice_of(plan, name)
         what = f"{name} of " * bool(name) + f"{own['q_chunk']} × {own['k_chunk']}"
         if found["spill_bytes"]:
             return f"{what} spills {found['spill_bytes']} bytes of registers"
@@ -132,6 +132,12 @@ def unfit(certificate: Certificate, plan: Plan) -> str | None:
             threads = f"{found['warps']} warps of {found['registers']} registers"
             return f"{what} doesn't fit a multiprocessor: {threads}"
     return None
+
+
+def _choice_of(plan: Plan, kernel: str) -> Choice:
+    """The choices of the pass that a kernel is of."""
+    backward = kernel and plan.spec.derivatives
+    return joint.backward_part(plan.choice) if backward else plan.choice
 
 
 def bound_s(plan: Plan, certificate: Certificate, target: Target) -> float | None:
@@ -145,11 +151,13 @@ def bound_s(plan: Plan, certificate: Certificate, target: Target) -> float | Non
         return None
     total = 0.0
     for name, kernel in certificate.every_kernel.items():
+        if name == "combine":  # it has no loop
+            continue
         cycles = kernel.get("bound_cycles")
         together = kernel["blocks_per_multiprocessor"]
         if cycles is None or not together:
             return None
-        choice = joint.backward_part(plan.choice) if name else plan.choice
+        choice = _choice_of(plan, name)
         total += cycles * _turns(plan, choice, together, gpu)
     return total / gpu.clock_hz
 
@@ -157,8 +165,10 @@ def bound_s(plan: Plan, certificate: Certificate, target: Target) -> float | Non
 def _turns(plan: Plan, choice: Choice, together: int, gpu: Gpu) -> float:
     """Tiles that the busiest multiprocessor does, one after the other."""
     spec, q, k = plan.spec, int(choice["q_chunk"]), int(choice["k_chunk"])
-    blocks = -(-spec.q_len // q)
-    programs = spec.batch * spec.q_heads * blocks
+    heads = grouped(spec, choice)
+    splits = int(choice.get("kv_splits", 1))
+    blocks = -(-spec.q_len * heads // q) * splits
+    programs = spec.batch * spec.q_heads // heads * blocks
     together = min(together, -(-programs // gpu.multiprocessors))
     waves = -(-programs // (gpu.multiprocessors * together))
     visited = plan.tiles.visited * plan.q_chunk * plan.k_chunk / (q * k)

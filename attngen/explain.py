@@ -8,7 +8,7 @@ from attngen import backends, storage
 from attngen.cost import sharding
 from attngen.lists import SPAN
 from attngen.plans import Alternative, Plan
-from attngen.skipping import counted, decided_by, percent, say_which, share
+from attngen.skipping import a_head, counted, decided_by, percent, say_which, share
 from attngen.spec import AttentionSpec
 from attngen.units import show_bytes, show_count, show_time
 
@@ -101,7 +101,7 @@ def _skipped(plan: Plan) -> list[str]:
         return ["skipped   nothing: every query sees every key"]
     saved, names = share(plan), decided_by(plan)
     part = f"{percent(saved)} of the square" if saved else "nothing of the square"
-    whose = f" ({', '.join(counted(plan))})" if counted(plan) else " a head"
+    whose = f" ({', '.join(counted(plan))})" if counted(plan) else a_head(plan)[3:]
     if names:
         least = f"{part} or more" if saved else f"what {' and '.join(names)} rule out"
         text = (

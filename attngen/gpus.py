@@ -321,3 +321,8 @@ REPRESENTATIVES = {
     "cuda-sm100": "b200",
     "cuda-sm120": "rtx5090",
 }
+
+# Triton's for NVIDIA begin here: for sm70 and sm75 its compiler (3.9) makes multiply-adds of
+# products, not matrix instructions, and they spill from tiles of 64 x 32 on
+FIRST = 80
+OLDER = {"v100": 70, "t4": 75}

@@ -8,15 +8,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from attngen.backends import Backend
 from attngen.dtypes import BYTES
 from attngen.errors import PlanError
 from attngen.plans import Choice, Option
 from attngen.spec import AttentionSpec
-from attngen.targets import Target
 
 PREFIX = "backward"
 FASTEST = 12  # of each, that are joined; and all that are smaller than any faster one
+
+Space = Mapping[str, Mapping[str, Sequence[Option]]]  # as in legality.py
 
 T = TypeVar("T")
 
@@ -62,16 +62,15 @@ def backward_names(choice: Mapping[str, T]) -> dict[str, T]:
     }
 
 
-def check_names(
-    spec: AttentionSpec, target: Target, backend: Backend, fix: Mapping[str, Option]
-) -> None:
+def check_names(spaces: tuple[Space, Space], fix: Mapping[str, Option]) -> None:
     """Refuse a fixed choice that neither pass has.
+
+    Args:
+        spaces: of the forward and of the backward pass.
 
     Raises:
         PlanError: there is one.
     """
-    assert backend.backward is not None
-    spaces = (backend.space(spec, target), backend.backward.space(spec, target))
     forward, backward = (
         ["algorithm", *dict.fromkeys(n for axes in space.values() for n in axes)]
         for space in spaces

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from attngen.errors import PlanError
@@ -39,7 +39,7 @@ def split(
     Raises:
         PlanError: a fixed choice is unknown or leaves nothing legal.
     """
-    space = backend.space(spec, target)
+    space = considered(spec, target, backend, fix)
     known = ["algorithm", *dict.fromkeys(n for axes in space.values() for n in axes)]
     for name in fix:
         if name not in known:
@@ -79,6 +79,28 @@ def split(
     return legal, list(refused.values())
 
 
+def considered(
+    spec: AttentionSpec, target: Target, chooser: Chooser, names: Iterable[str]
+) -> Space:
+    """The choices that are worth considering, and of the others those that are named.
+
+    A choice may be left out where its first value is the only one worth it.
+    """
+    space = chooser.space(spec, target)
+    if set(names) <= {"algorithm", *(n for axes in space.values() for n in axes)}:
+        return space
+    whole = chooser.space(spec, target, whole=True)
+    return {
+        algorithm: dict(axes)
+        | {
+            n: v
+            for n, v in whole.get(algorithm, {}).items()
+            if n in names and n not in axes
+        }
+        for algorithm, axes in space.items()
+    }
+
+
 def has(algorithm: str, axes: Mapping[str, Sequence[Option]], fix: Fix) -> bool:
     """Whether an algorithm is the one that is fixed, and has the choices that are."""
     return fix.get("algorithm", algorithm) == algorithm and set(fix) <= {
@@ -104,7 +126,7 @@ class _Search:
         self, spec: AttentionSpec, target: Target, backend: Chooser, fix: Fix
     ) -> None:
         self.spec, self.target, self.backend, self.fix = spec, target, backend, fix
-        self.space = backend.space(spec, target)
+        self.space = considered(spec, target, backend, fix)
 
     def error(self) -> PlanError:
         spec, target, fix = self.spec, self.target, self.fix

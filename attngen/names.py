@@ -43,6 +43,7 @@ _TRITON = """
     Q_BLOCK K_BLOCK SCALE_LOG2 LN2
     NUM_WARPS NUM_STAGES INTERPRETED RUNTIME CONSTEXPRS ALIGN
     tiles query counts shape kv_end q_end
+    KV_SPLITS COLUMNS COMBINE_WARPS combine programs part_m part_total part_acc
     BLOCK_SHAPES TensorDescriptor OUT_DTYPE OPERATION zlib operator Path tame
 """
 _TAKEN = (*_OWN.split(), *_JAX.split(), *_TRITON.split())

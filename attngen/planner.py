@@ -9,7 +9,7 @@ from attngen import joint
 from attngen.backends import Backend
 from attngen.cost import Cost
 from attngen.errors import BudgetError, PlanError
-from attngen.legality import Chooser, has, split
+from attngen.legality import Chooser, considered, has, split
 from attngen.plans import Alternative, Choice, Option, Plan, check_fix
 from attngen.pricing import COMMON, Priced, Pricing, budget_of, exact
 from attngen.spec import AttentionSpec
@@ -73,7 +73,8 @@ def _pairs(
     spec, target, backend = of.spec, of.target, of.backend
     passes = backend.backward
     assert passes is not None
-    joint.check_names(spec, target, backend, fix)
+    space = considered(spec, target, backend, joint.forward_part(fix))
+    joint.check_names((space, passes.space(spec, target)), fix)
     sides: list[list[Priced]] = []
     refused: list[Alternative] = []
     for chooser, own, price in (
@@ -136,6 +137,7 @@ def _neighbours(
 ) -> list[dict[str, Option]]:
     """The legal candidates that differ from one in one choice."""
     found = []
+    usual = considered(spec, target, chooser, fix)
     for algorithm, axes in chooser.space(spec, target, whole=True).items():
         if not has(algorithm, axes, fix):
             continue
@@ -147,7 +149,11 @@ def _neighbours(
             for value in values
             if n not in fix and value != same[n]
         ]
-        found += [c for c in varied if chooser.illegal(spec, target, c) is None]
+        unsaid = {
+            n: v[0] for n, v in axes.items() if n not in usual.get(algorithm, axes)
+        }
+        made = [{n: v for n, v in c.items() if v != unsaid.get(n)} for c in varied]
+        found += [c for c in made if chooser.illegal(spec, target, c) is None]
     return [c for c in found if _apart(c, choice) == 1]
 
 
@@ -156,7 +162,7 @@ def _apart(choice: Choice, other: Choice) -> int:
     if choice["algorithm"] != other["algorithm"]:
         both = [n for n in choice if n in other and n not in ("algorithm", "loop")]
         return 1 + sum(choice[n] != other[n] for n in both)
-    return sum(choice[n] != other[n] for n in choice)
+    return sum(choice.get(n) != other.get(n) for n in {*choice, *other})
 
 
 def _by_time(priced: Priced) -> tuple[float, int]:
@@ -181,7 +187,7 @@ def check(plan: Plan, target: Target, backend: Backend) -> None:
 
 def _check_side(plan: Plan, target: Target, chooser: Chooser, choice: Choice) -> None:
     algorithm = str(choice.get("algorithm"))
-    axes = chooser.space(plan.spec, target).get(algorithm, {})
+    axes = considered(plan.spec, target, chooser, choice).get(algorithm, {})
     names = {"algorithm", *axes}
     if not axes or set(choice) != names:
         raise PlanError(

@@ -32,6 +32,11 @@ def check_fix(fix: Mapping[Any, Any] | None) -> dict[str, Option]:
     return dict(fix or {})
 
 
+def grouped(spec: AttentionSpec, choice: Choice) -> int:
+    """How many query heads share a tile."""
+    return spec.repeats if choice.get("pack_gqa") else 1
+
+
 # field → its type in JSON, of those that JSON has as they are
 _PLAIN: dict[str, Any] = {
     **dict.fromkeys(("target", "backend", "algorithm"), str),

@@ -10,7 +10,7 @@ from attngen.backends import Backend
 from attngen.cost import Cost, executed_flop, moved_bytes
 from attngen.intervals import Ranges, examine
 from attngen.lists import SPAN, decided
-from attngen.plans import Alternative, Choice, Option, Plan
+from attngen.plans import Alternative, Choice, Option, Plan, grouped
 from attngen.regions import spans
 from attngen.skipping import sees_nothing, warnings
 from attngen.spec import AttentionSpec
@@ -102,6 +102,7 @@ class Pricing:
             temp_bytes=cost.temp_bytes,
             time_s=cost.time_s,
             flop=executed_flop(self.of, tiles, *sizes, cost.edge_share)
+            // grouped(self.spec, choice)
             + self._backward_flop(choice),
             moved_bytes=moved_bytes(self.of, tiles, sizes[1]),
             fixed=self.fixed,
@@ -132,22 +133,27 @@ class Counter:
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec
-        self.tiles: dict[tuple[int, int], Tiles] = {}
-        self.listed: dict[tuple[int, int], Tiles] = {}
-        self.limits: dict[int, list[tuple[Limits, ...]]] = {}
+        self.tiles: dict[tuple[int, int, int], Tiles] = {}
+        self.listed: dict[tuple[int, int, int], Tiles] = {}
+        self.limits: dict[tuple[int, int], list[tuple[Limits, ...]]] = {}
 
     def __call__(self, choice: Choice) -> Tiles:
         q_chunk, k_chunk = int(choice["q_chunk"]), int(choice["k_chunk"])
-        key = (q_chunk, k_chunk)
+        heads = grouped(self.spec, choice)
+        key = (q_chunk, k_chunk, heads)
         if choice.get("skip") == "list":
             if key not in self.listed:
-                self.listed[key] = _count_listed(self.spec, *key, exact=False)
+                found = _count_listed(self.spec, q_chunk, k_chunk, exact=False)
+                self.listed[key] = found
             return self.listed[key]
-        if q_chunk not in self.limits:
-            self.limits[q_chunk] = chunk_limits(self.spec, q_chunk, exact=False)
+        of = q_chunk, heads
+        if of not in self.limits:
+            known = chunk_limits(self.spec, q_chunk, exact=False, grouped=heads)
+            self.limits[of] = known
         if key not in self.tiles:
-            known = self.limits[q_chunk]
-            self.tiles[key] = count_tiles(self.spec, *key, limits=known)
+            self.tiles[key] = count_tiles(
+                self.spec, q_chunk, k_chunk, grouped=heads, limits=self.limits[of]
+            )
         return self.tiles[key]
 
 
@@ -155,8 +161,9 @@ def exact(spec: AttentionSpec, choice: Choice, q_chunk: int, k_chunk: int) -> Ti
     """The tiles of one head, not by a sample."""
     if sees_nothing(spec):  # its chunks are small, and many
         return Tiles(0, 0, -(-spec.q_len // q_chunk) * -(-spec.kv_len // k_chunk))
-    by_list = choice.get("skip") == "list"
-    return (_count_listed if by_list else count_tiles)(spec, q_chunk, k_chunk)
+    if choice.get("skip") == "list":
+        return _count_listed(spec, q_chunk, k_chunk)
+    return count_tiles(spec, q_chunk, k_chunk, grouped=grouped(spec, choice))
 
 
 def _count_listed(

@@ -18,6 +18,7 @@ from attngen.backends import Backend
 from attngen.building import emit
 from attngen.errors import AttngenError, WisdomError
 from attngen.keys import Key
+from attngen.legality import considered
 from attngen.plans import Alternative, Option, Plan
 from attngen.records import Candidate, Record
 from attngen.spec import AttentionSpec
@@ -155,7 +156,8 @@ def _current(
     otherwise.
     """
     choice = candidate.choice
-    axes = by.space(spec, target).get(str(choice.get("algorithm")))
+    space = considered(spec, target, by, choice)
+    axes = space.get(str(choice.get("algorithm")))
     if axes is None:
         return f"algorithm {choice.get('algorithm')!r:.40} isn't known"
     for name in (n for n in choice if n not in ("algorithm", *axes)):

@@ -85,10 +85,16 @@ def _farther(x: Expr | None, y: Expr | None) -> Expr | None:
     return expression(known(join("maximum", linear(x), linear(y))))
 
 
-def spans(spec: AttentionSpec) -> tuple[Span, ...]:
-    """Each of the mask's intervals, in order: no key of one is before the one before it."""
+def spans(spec: AttentionSpec, ends: tuple[int, int] | None = None) -> tuple[Span, ...]:
+    """Each of the mask's intervals, in order: no key of one is before the one before it.
+
+    Args:
+        ends: of the positions that keys can have; None: from kv_offset on.
+    """
     if spec.mask is None:
         return (Span(),)
+    if ends is not None:
+        return _spans(spec.mask.expr, ends, _samples(spec))
     near = spec.kv_offset
     far = near + max(spec.kv_len, LONGEST)
     return _spans(spec.mask.expr, (near, far), _samples(spec))

@@ -14,7 +14,7 @@ from attngen.expr import Expr, variables
 from attngen.intervals import INT_LIMITS, Interval, domain, interval
 from attngen.lists import Blocks, decided, listed
 from attngen.operands import Operand
-from attngen.plans import Plan
+from attngen.plans import Plan, grouped
 from attngen.spec import AttentionSpec
 
 
@@ -69,7 +69,8 @@ def counted(plan: Plan) -> tuple[str, ...]:
 
 def a_head(plan: Plan) -> str:
     """Whose tiles are counted, in words."""
-    return " of " + ", ".join(counted(plan)) if counted(plan) else " of a head"
+    own = "a kv head" if grouped(plan.spec, plan.choice) > 1 else "a head"
+    return " of " + (", ".join(counted(plan)) or own)
 
 
 def _ends(blocks: Blocks) -> tuple[str, ...]:

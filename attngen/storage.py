@@ -176,7 +176,6 @@ def typical(spec: AttentionSpec) -> AttentionSpec:
     """A dense spec of as many sequences, each of the mean length."""
     made: dict[str, Any] = {
         "storage": "dense", "page_size": PAGE_SIZE, "num_pages": None,
-        "kv_dtype": None, "kv_scale": "head",
     }  # fmt: skip
     if spec.storage == "packed":
         made["q_len"] = -(-spec.q_len // spec.batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -133,12 +134,30 @@ def get(name: str | None = None) -> Target:
     name = "cpu" if name is None else name
     if name in BUILT:
         return BUILT[name]()
+    if (older := _older(str(name).lower())) is not None:
+        raise older
     close = difflib.get_close_matches(str(name).lower(), BUILT, n=1)
     raise TargetError(
         f"There is no target {name!r}.",
         got=name,
         needed="one of " + ", ".join(BUILT),
         hint=f"did you mean {close[0]!r}?" if close else None,
+    )
+
+
+def _older(name: str) -> TargetError | None:
+    """The error for an NVIDIA GPU that no backend is for, by the name typed; else None."""
+    named = re.fullmatch(r"(?:cuda-)?sm_?(\d+)", name)
+    capability = int(named[1]) if named else gpus.OLDER.get(name, gpus.FIRST)
+    if capability >= gpus.FIRST:
+        return None
+    return TargetError(
+        f"There is no target {name!r}: it is older than what Triton is for.",
+        got=f"{name}, compute capability {capability // 10}.{capability % 10}",
+        needed=f"sm{gpus.FIRST} or later, say target='a100': for older ones Triton 3.9 "
+        "doesn't use tensor cores",
+        hint="a file that backend='jax' emits for another target runs there; its bytes and "
+        "its speed are unknown here",
     )
 
 

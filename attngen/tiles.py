@@ -72,18 +72,21 @@ SAMPLES = 512
 
 
 def chunk_limits(
-    spec: AttentionSpec, q_chunk: int, *, exact: bool = True
+    spec: AttentionSpec, q_chunk: int, *, exact: bool = True, grouped: int = 1
 ) -> list[tuple[Limits, ...]]:
     """The limits of each chunk of queries, of each span, whatever the key chunks are.
 
     Args:
         exact: False looks at no more than about 512 chunks, evenly spaced.
+        grouped: heads whose rows a chunk holds, query by query: it has q_chunk rows.
     """
     found = spans(spec)
-    each = [limits_of(spec, span, q_chunk) for span in found]
-    chunks = -(-spec.q_len // q_chunk)
+    chunks = -(-spec.q_len * grouped // q_chunk)
     step = 1 if exact else max(1, chunks // SAMPLES)
     looked_at = range(step // 2, chunks, step)
+    if grouped > 1:
+        return [_grouped_limits(spec, q_chunk, grouped, i) for i in looked_at]
+    each = [limits_of(spec, span, q_chunk) for span in found]
 
     def limits(start: int) -> tuple[Limits, ...]:
         return tuple([of(start) for of in each])
@@ -92,6 +95,15 @@ def chunk_limits(
         return [limits(0)] * len(looked_at)  # all are alike
     starts = (min(i * q_chunk, spec.q_len - q_chunk) for i in looked_at)
     return [limits(start) for start in starts]
+
+
+def _grouped_limits(
+    spec: AttentionSpec, rows: int, grouped: int, i: int
+) -> tuple[Limits, ...]:
+    """Of chunk i of so many rows, of which each query has one for each grouped head."""
+    start = i * rows // grouped
+    stop = min(-(-(i + 1) * rows // grouped), spec.q_len)
+    return tuple([limits_of(spec, x, stop - start)(start) for x in spans(spec)])
 
 
 def key_chunks(limits: Sequence[Limits], k_chunk: int) -> list[Visit]:
@@ -116,22 +128,24 @@ def count_tiles(
     k_chunk: int,
     *,
     exact: bool = True,
+    grouped: int = 1,
     limits: list[tuple[Limits, ...]] | None = None,
 ) -> Tiles:
-    """The tiles of one head, as the emitted loops visit them.
+    """The tiles of one head, as the emitted loops visit them; of `grouped` heads at once.
 
     Args:
-        exact: as for `chunk_limits`; what isn't looked at is taken to be alike.
+        exact, grouped: as for `chunk_limits`; what isn't looked at is taken to be alike.
         limits: of the chunks of queries, where they are known.
     """
     if limits is None:
-        limits = chunk_limits(spec, q_chunk, exact=exact)
+        limits = chunk_limits(spec, q_chunk, exact=exact, grouped=grouped)
     full = edge = 0
     for own, alike in Counter(limits).items():
         for first, full_first, full_last, last in key_chunks(own, k_chunk):
             full += alike * (full_last - full_first)
             edge += alike * (last - first - (full_last - full_first))
-    q_chunks, k_chunks = -(-spec.q_len // q_chunk), -(-spec.kv_len // k_chunk)
+    q_chunks = -(-spec.q_len * grouped // q_chunk)
+    k_chunks = -(-spec.kv_len // k_chunk)
     if len(limits) < q_chunks:
         full, edge = (round(x * q_chunks / len(limits)) for x in (full, edge))
     return Tiles(full, edge, q_chunks * k_chunks - full - edge)

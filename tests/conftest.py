@@ -24,6 +24,13 @@ def cache(tmp_path_factory):
         yield folder
 
 
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """A folder of the whole run, which all its processes have."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 @pytest.fixture(autouse=True)
 def few_programs():
     yield

@@ -64,6 +64,18 @@ def decode_step() -> AttentionSpec:
     )
 
 
+def decode_gqa() -> AttentionSpec:
+    """Drafted tokens after a long context, of which the last keys and the first are seen."""
+    return dataclasses.replace(
+        presets.get("decode-llama3"),
+        q_len=3,
+        mask=masks.streaming_llm(4, 8192),
+        sink=True,
+        kv_lengths=True,
+        outputs=("out", "lse"),
+    )
+
+
 def checkerboard() -> AttentionSpec:
     """A mask that no library has, written by hand."""
     board = attngen.mask(
@@ -217,6 +229,41 @@ def source(name: str):
     return attngen.emit(attngen.plan(made, target="cpu", backend="jax", fix=fix))
 
 
+def packed_training() -> AttentionSpec:
+    """Sequences of any lengths behind each other, as they are trained on."""
+    return AttentionSpec(
+        batch=16, q_heads=32, kv_heads=8, q_len=65536, qk_dim=128, dtype="bfloat16",
+        mask=masks.causal(), q_offset=0, storage="packed", derivatives="vjp",
+    )  # fmt: skip
+
+
+def paged_decode() -> AttentionSpec:
+    """A step of decoding from a cache in pages, a quarter of whose bytes float32 would take."""
+    return AttentionSpec(
+        batch=32, q_heads=32, kv_heads=8, q_len=1, kv_len=32768, qk_dim=128, dtype="bfloat16",
+        mask=masks.causal(), q_offset="bottom_right", kv_lengths=True, storage="paged",
+        page_size=64, kv_dtype="float8_e4m3",
+    )  # fmt: skip
+
+
+def paged_int8() -> AttentionSpec:
+    """Four tokens that are to be verified, a window of keys in small pages, a scale for each."""
+    return AttentionSpec(
+        batch=8, q_heads=32, kv_heads=8, q_len=4, kv_len=16384, qk_dim=128, dtype="float16",
+        mask=masks.causal() & masks.sliding_window(4096), q_offset="bottom_right", kv_lengths=True,
+        storage="paged", kv_dtype="int8", kv_scale="token", outputs=("out", "lse"),
+    )  # fmt: skip
+
+
+def mla_decode() -> AttentionSpec:
+    """DeepSeek's latent attention as it decodes: one kv head, whose keys hold the values."""
+    return AttentionSpec(
+        batch=16, q_heads=128, kv_heads=1, q_len=1, kv_len=16384, qk_dim=576, v_dim=512,
+        scale=192**-0.5, dtype="bfloat16", mask=masks.causal(), q_offset="bottom_right",
+        kv_lengths=True, storage="paged", page_size=64,
+    )  # fmt: skip
+
+
 class Entry(NamedTuple):
     """What a Triton file is emitted from; fix: choices that are made for it.
 
@@ -249,6 +296,7 @@ TRITON = {
     "decode_step": Entry(
         lambda: dataclasses.replace(decode_step(), dtype="float16"), "l4"
     ),
+    "decode_gqa": Entry(decode_gqa, "h100"),
     "checkerboard": Entry(
         checkerboard, "mi355x", {"q_chunk": 16, "k_chunk": 32, "num_warps": 1}
     ),
@@ -290,6 +338,19 @@ TRITON = {
         "mi300x",
         {"backward_q_chunk": 32, "backward_k_chunk": 64, "backward_num_warps": 2},
     ),
+    "packed_training": Entry(
+        packed_training,
+        "h100",
+        {
+            "num_stages": 1,
+            "backward_q_chunk": 128,
+            "backward_k_chunk": 16,
+            "backward_num_warps": 8,
+        },
+    ),
+    "paged_decode": Entry(paged_decode, "h100"),
+    "paged_int8": Entry(paged_int8, "a100"),
+    "mla_decode": Entry(mla_decode, "mi300x"),
     "alphafold_pair": Entry(
         of_preset("alphafold-pair", batch=8, dtype="bfloat16"),
         "h200",

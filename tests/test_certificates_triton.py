@@ -369,3 +369,28 @@ def test_dropout_beside_a_read_of_keys_compiles():
     fix = {"q_chunk": 64, "k_chunk": 32, "num_warps": 4, "num_stages": 3}
     plan = attngen.plan(spec, target="h100", backend="triton", fix=fix)
     assert attngen.certify(plan).spill_bytes == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [70, 75])
+def test_what_is_older_than_the_targets_gets_no_matrix_instructions(capability):
+    """Why gpus.py has neither: the same file has them from sm80 on."""
+    from attngen.backends.triton import compiler, loader
+
+    spec = AttentionSpec(q_heads=2, q_len=500, qk_dim=64, dtype="float16")
+    fix = {"q_chunk": 32, "k_chunk": 32, "num_warps": 4, "num_stages": 2}
+    module = loader.import_file(
+        api.stored(attngen.emit(attngen.plan(spec, "a100", "triton", fix)))
+    )
+    shapes = [(n, spec.shape_of(n), "float16") for n in "qkv"]
+    counts = []
+    for architecture in (f"sm{capability}", f"sm{gpus.FIRST}"):
+        gpu = dataclasses.replace(gpus.GPUS["a100"], architecture=architecture)
+        given = compiler.arguments(
+            module.forward, shapes, gpu, constants=module.CONSTEXPRS
+        )
+        made = compiler.compile_kernel(
+            module.forward, gpu, *given, num_warps=4, num_stages=2
+        )
+        counts.append(made.asm["ptx"].count("mma.sync"))
+    assert counts[0] == 0 < counts[1]

@@ -135,15 +135,21 @@ def test_the_toy_backend_computes_it(name):
     judge(spec, "numpy", q_chunk=q, k_chunk=k)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+LOW = [
+    {},
+    {"product_dtype": None},
+    {"guard": False},
+    {"algorithm": "dense", "q_chunk": 50, "k_chunk": 70},
+    {"algorithm": "dense", "q_chunk": 50, "k_chunk": 70, "product_dtype": None},
+]
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("change", "dtype"),
     [
-        {},
-        {"product_dtype": None},
-        {"guard": False},
-        {"algorithm": "dense", "q_chunk": 50, "k_chunk": 70},
-        {"algorithm": "dense", "q_chunk": 50, "k_chunk": 70, "product_dtype": None},
+        pytest.param(change, dtype, marks=[pytest.mark.slow] * ((i + j) % 2))
+        for i, change in enumerate(LOW)
+        for j, dtype in enumerate(("bfloat16", "float16"))
     ],
 )
 def test_low_precision(dtype, change):
@@ -175,7 +181,13 @@ LOOPS = [
 ]
 
 
-@pytest.mark.parametrize("fix", LOOPS)
+@pytest.mark.parametrize(
+    "fix",
+    [
+        pytest.param(x, marks=[pytest.mark.slow] * (i % 3 == 2))
+        for i, x in enumerate(LOOPS)
+    ],
+)
 def test_every_loop(fix):
     dense = dataclasses.replace(BASE, mask=masks.dense(axes="bqk"))
     for spec in (BASE, dense):
@@ -183,9 +195,13 @@ def test_every_loop(fix):
 
 
 @pytest.mark.parametrize(
-    ("q_chunk", "k_chunk"), [(1, 7), (7, 1), (50, 70), (32, 70), (5, 64)]
+    ("name", "q_chunk", "k_chunk"),
+    [
+        pytest.param(name, *sizes, marks=[pytest.mark.slow] * ((i + j) % 3 > 0))
+        for i, name in enumerate(("causal window", "lengths of both", "sink"))
+        for j, sizes in enumerate([(1, 7), (7, 1), (50, 70), (32, 70), (5, 64)])
+    ],
 )
-@pytest.mark.parametrize("name", ["causal window", "lengths of both", "sink"])
 def test_every_chunk(name, q_chunk, k_chunk):
     judge(SPECS[name], algorithm="running", q_chunk=q_chunk, k_chunk=k_chunk)
 

@@ -66,6 +66,24 @@ def test_an_architecture_alone_is_no_target():
         targets.get("sm90")
 
 
+@pytest.mark.parametrize(
+    ("typed", "capability"),
+    [
+        ("t4", "7.5"),
+        ("T4", "7.5"),
+        ("sm75", "7.5"),
+        ("cuda-sm_75", "7.5"),
+        ("v100", "7.0"),
+    ],
+)
+def test_a_gpu_without_matrix_instructions_in_triton_is_no_target(typed, capability):
+    with refused(TargetError) as caught:
+        targets.get(typed)
+    assert caught.value.got == f"{typed.lower()}, compute capability {capability}"
+    assert "sm80 or later" in caught.value.needed
+    assert "Triton" in caught.value.needed
+
+
 def test_targets_are_listed_within_100_columns():
     out, _ = run("targets")
     lines = out.splitlines()

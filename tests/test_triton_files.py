@@ -17,7 +17,7 @@ from test_conformance import SPECS
 from test_triton import LIKE, small_blocks, source_of
 
 import attngen
-from attngen import AttentionSpec, api, inputs, masks, scores
+from attngen import api, inputs, masks, scores
 from attngen.backends.triton.loader import has_gpu
 from attngen.errors import BackendError
 from attngen.names import is_free
@@ -240,51 +240,3 @@ def test_a_file_is_validated_where_its_path_is_relative(tmp_path, monkeypatch):
     source_of(LIKE, q_chunk=32, k_chunk=32).write(tmp_path / "here.py")
     monkeypatch.chdir(tmp_path)
     assert attngen.validate("here.py").passed
-
-
-KEYS = """
-import importlib.util, json, sys, torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
-from triton.runtime import jit
-made = importlib.util.spec_from_file_location("emitted", sys.argv[1])
-module = sys.modules["emitted"] = importlib.util.module_from_spec(made)
-made.loader.exec_module(module)
-kernel = module.forward
-gpu = make_backend(GPUTarget("cuda", 90, 32))
-bind = jit.create_function_from_signature(kernel.signature, kernel.params, gpu)
-keys = []
-
-class Launched:
-    def __getitem__(self, grid):
-        def launch(*args, **options):
-            _, specialised, options = bind(*args, **options)
-            keys.append(jit.compute_cache_key({}, specialised, options))
-        return launch
-
-module.forward = Launched()
-for b, t, s, offset in json.loads(sys.argv[2]):
-    q, k, v = (torch.zeros(b, n, h, 64, dtype=torch.float16)
-               for n, h in ((t, 4), (s, 2), (s, 2)))
-    lengths = torch.full((b,), s - 1, dtype=torch.int32)
-    module._attention(q, k, v, lengths, torch.full((b,), offset, dtype=torch.int32))
-print(len(keys), len(set(keys)))
-"""
-
-
-@pytest.mark.parametrize("loads", ["pointers", "descriptors"])
-def test_a_new_length_batch_or_offset_compiles_nothing(loads):
-    spec = AttentionSpec(
-        q_heads=4, kv_heads=2, q_len=100, kv_len=100, qk_dim=64, dtype="float16",
-        mask=masks.causal(), kv_lengths=True, q_offset="operand",
-    )  # fmt: skip
-    path = api.stored(source_of(spec, loads=loads))
-    calls = [(1, 100, 100, 0), (2, 16, 1600, 7), (1, 1, 4097, 4096), (3, 2048, 33, 0)]
-    environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
-    ran = subprocess.run(
-        [sys.executable, "-c", KEYS, str(path), str([list(c) for c in calls])],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert ran.stdout.split() == ["4", "1"], ran.stderr[-2000:]

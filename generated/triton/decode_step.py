@@ -13,16 +13,17 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           q_offset [4]  int32
           out     [4, 1, 16, 128]  float16
           lse     [4, 16, 1]  float32
-plan      running · 16 queries × 32 keys · 2 warps · 3 stages · last queries first
-          tiles of a head: 128; 127 full, 1 on an edge, 0 empty and never visited
-cost      2.15 GFLOP, 0 B of temporaries (modelled)
+plan      running · 16 queries × 32 keys · 2 warps · 3 stages · last queries first ·
+          heads packed · 4 splits of the keys
+          tiles of a kv head: 128; 128 full, 0 on an edge, 0 empty and never visited
+cost      268 MFLOP, 130.0 KiB of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen
 spec      {"batch": 4, "q_heads": 16, "kv_heads": 2, "q_len": 1, "kv_len": 4096,
           "qk_dim": 128, "v_dim": 128, "dtype": "float16", "q_offset": "operand",
           "mask": "causal", "kv_lengths": true, "outputs": ["out", "lse"]}
 choices   {"backend": "triton", "target": "l4", "algorithm": "running", "q_chunk": 16,
           "k_chunk": 32, "num_warps": 2, "num_stages": 3, "order": "reverse",
-          "head_dim": "padded", "loads": "pointers"}
+          "head_dim": "padded", "loads": "pointers", "pack_gqa": true, "kv_splits": 4}
 """
 
 import math
@@ -35,16 +36,19 @@ import torch
 import triton
 import triton.language as tl
 
-Q_BLOCK = tl.constexpr(16)  # queries of a tile
+Q_BLOCK = tl.constexpr(16)  # rows of a tile
 K_BLOCK = tl.constexpr(32)  # keys of a tile
 R = tl.constexpr(8)  # query heads that share a kv head
 QK_DIM = tl.constexpr(128)
 V_DIM = tl.constexpr(128)
 # 0.08838834764831845, times log2(e): exp(s) is 2**(s * log2(e))
 SCALE_LOG2 = tl.constexpr(0.12751743082459868)
+KV_SPLITS = tl.constexpr(4)  # programs that share keys
+COLUMNS = tl.constexpr(32)  # of out, of a program of `combine`
 LN2 = tl.constexpr(0.6931471805599453)
 OUT_DTYPE = torch.float16
 NUM_WARPS, NUM_STAGES = 2, 3
+COMBINE_WARPS = 1
 # of this very text: an edited copy is another operation to torch
 OPERATION = f"attngen::attention_{zlib.crc32(Path(__file__).read_bytes()):08x}"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, slowly
@@ -52,8 +56,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, slowly
 RUNTIME = [
     "q_len", "kv_len", "heads", "q_stride_b", "q_stride_t", "q_stride_h", "k_stride_b",
     "k_stride_t", "k_stride_h", "v_stride_b", "v_stride_t", "v_stride_h",
-    "out_stride_b", "out_stride_t", "out_stride_h", "kv_lengths_stride_0",
-    "q_offset_stride_0",
+    "kv_lengths_stride_0", "q_offset_stride_0", "out_stride_b", "out_stride_t",
+    "out_stride_h",
 ]  # fmt: skip
 CONSTEXPRS = {"ALIGN": 16}  # of tensors that lie densely
 
@@ -93,18 +97,23 @@ def _attention(
     kv_lengths: torch.Tensor,
     q_offset: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Allocate the outputs and launch the kernel: one operation to torch.compile."""
+    """Allocate the outputs and launch the kernels: one operation to torch.compile."""
     B, T, H, _ = q.shape
     out = _empty_out(q)
     lse = _empty_lse(q)
-    strides = [s for x in (q, k, v, out) for s in x.stride()[:3]]
+    part_m = q.new_empty((B, H, T, KV_SPLITS.value), dtype=torch.float32)
+    part_total = q.new_empty((B, H, T, KV_SPLITS.value), dtype=torch.float32)
+    part_acc = q.new_empty((B, H, T, KV_SPLITS.value, 128), dtype=torch.float32)
+    strides = [s for x in (q, k, v) for s in x.stride()[:3]]
     with torch.cuda.device_of(q):
-        forward[(triton.cdiv(T, Q_BLOCK.value) * H * B,)](
+        programs = triton.cdiv(T * R.value, Q_BLOCK.value) * (H // R.value) * B
+        forward[(programs, KV_SPLITS.value)](
             q,
             k,
             v,
-            out,
-            lse,
+            part_m,
+            part_total,
+            part_acc,
             kv_lengths,
             q_offset,
             T,
@@ -113,12 +122,22 @@ def _attention(
             *q.stride(),
             *k.stride(),
             *v.stride(),
-            *out.stride(),
             *kv_lengths.stride(),
             *q_offset.stride(),
             ALIGN=math.gcd(16, *strides),
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
+        )
+        combine[(B * H * T, triton.cdiv(V_DIM.value, COLUMNS.value))](
+            part_m,
+            part_total,
+            part_acc,
+            out,
+            lse,
+            T,
+            H,
+            *out.stride(),
+            num_warps=COMBINE_WARPS,
         )
     return out, lse
 
@@ -177,8 +196,9 @@ def forward(
     q_ptr,
     k_ptr,
     v_ptr,
-    out_ptr,
-    lse_ptr,
+    part_m_ptr,
+    part_total_ptr,
+    part_acc_ptr,
     kv_lengths_ptr,
     q_offset_ptr,
     q_len,
@@ -196,41 +216,43 @@ def forward(
     v_stride_t,
     v_stride_h,
     v_stride_d,
-    out_stride_b,
-    out_stride_t,
-    out_stride_h,
-    out_stride_d,
     kv_lengths_stride_0,
     q_offset_stride_0,
     ALIGN: tl.constexpr,
 ):
-    """Q_BLOCK queries of one head, over the key blocks that any of them sees."""
-    blocks = tl.cdiv(q_len, Q_BLOCK)
+    """Q_BLOCK rows of one kv head, over the key blocks that any of them sees.
+
+    Row i is query i // R of the query head i % R, of those that share the kv head.
+    """
+    blocks = tl.cdiv(q_len * R, Q_BLOCK)
     program = tl.program_id(0)
-    q_start = (blocks - 1 - program % blocks) * Q_BLOCK  # those that see most go first
-    h_index = (program // blocks % heads).to(tl.int64)
-    b_index = (program // blocks // heads).to(tl.int64)
-    g_index = h_index // R  # of the keys and values
-    rows = tl.arange(0, Q_BLOCK)
+    start = (blocks - 1 - program % blocks) * Q_BLOCK  # those that see most go first
+    g_index = (program // blocks % (heads // R)).to(tl.int64)  # the kv head
+    b_index = (program // blocks // (heads // R)).to(tl.int64)
+    rows = start + tl.arange(0, Q_BLOCK)
+    token = rows // R
+    h_index = g_index * R + rows % R  # of each row
+    q_start = start // R
+    q_stop = tl.minimum(tl.cdiv(start + Q_BLOCK, R), q_len)
+    split = tl.program_id(1)  # of the key blocks that these rows visit
     cols = tl.arange(0, K_BLOCK)
     d = tl.arange(0, 128)
-    q_there = q_start + rows < q_len
+    q_there = token < q_len
     offset = tl.load(q_offset_ptr + b_index * q_offset_stride_0)
     kv_end = tl.minimum(tl.load(kv_lengths_ptr + b_index * kv_lengths_stride_0), kv_len)
-    q_index = q_start + rows[:, None]
+    q_index = token[:, None]
     q_pos = q_index + offset
 
     # strides between tokens: ALIGN divides them, and saying so makes loads wide
     q_step = q_stride_t // ALIGN * ALIGN
     k_step = k_stride_t // ALIGN * ALIGN
     v_step = v_stride_t // ALIGN * ALIGN
-    out_step = out_stride_t // ALIGN * ALIGN
     q_head = _head(q_ptr, b_index, h_index, q_stride_b, q_stride_h, ALIGN)
     k_head = _head(k_ptr, b_index, g_index, k_stride_b, k_stride_h, ALIGN)
     v_head = _head(v_ptr, b_index, g_index, v_stride_b, v_stride_h, ALIGN)
-    q_head += q_start.to(tl.int64) * q_step
+    q_head += token.to(tl.int64) * q_step
     q = tl.load(
-        q_head + rows[:, None] * q_step + d[None, :] * q_stride_d,
+        q_head[:, None] + d[None, :] * q_stride_d,
         mask=q_there[:, None],
         other=0.0,
     )
@@ -243,22 +265,26 @@ def forward(
     # [0, full_last) only what every one of them sees.
     # q_lo and q_hi: positions, half-open
     q_lo = q_start + offset
-    q_hi = tl.minimum(q_start + Q_BLOCK, q_len) + offset
+    q_hi = q_stop + offset
     high = tl.minimum(q_hi, kv_end)
     last = tl.maximum(tl.cdiv(high, K_BLOCK), 0)
     full_last = tl.minimum(q_lo + 1, kv_end) // K_BLOCK
     full_last = tl.minimum(tl.maximum(full_last, 0), last)
+    # this split's share of them: blocks [lo, hi)
+    lo = last * split // KV_SPLITS
+    hi = last * (split + 1) // KV_SPLITS
+    full_last = tl.minimum(tl.maximum(full_last, lo), hi)
     m = tl.full((Q_BLOCK,), float("-inf"), tl.float32)  # in units of log 2
     total = tl.zeros((Q_BLOCK,), tl.float32)
     acc = tl.zeros((Q_BLOCK, 128), tl.float32)
-    for c in range(full_last):
+    for c in range(lo, full_last):
         k = tl.load(k_head + c * k_block + k_at)
         s = tl.dot(q, k)
         m, total, p, rescale = _softmax(s, m, total, UNSEEN=False)
         v = tl.load(v_head + c * v_block + v_at)
         acc *= rescale[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc)
-    for c in range(full_last, last):
+    for c in range(full_last, hi):
         k_index = c * K_BLOCK + cols[None, :]
         k = tl.load(
             k_head + c * k_block + k_at,
@@ -280,16 +306,16 @@ def forward(
         acc *= rescale[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc)
 
-    share = 1.0 / tl.where(total == 0, 1.0, total)  # a row that saw no key is 0
-    out_head = _head(out_ptr, b_index, h_index, out_stride_b, out_stride_h, ALIGN)
-    out_head += q_start.to(tl.int64) * out_step
+    # what this split comes to, for `combine`
+    part = (b_index * heads + h_index) * q_len + token
+    part = part * KV_SPLITS + split
+    tl.store(part_m_ptr + part, m, mask=q_there)
+    tl.store(part_total_ptr + part, total, mask=q_there)
     tl.store(
-        out_head + rows[:, None] * out_step + d[None, :] * out_stride_d,
-        (acc * share[:, None]).to(out_ptr.dtype.element_ty),
+        part_acc_ptr + part[:, None] * V_DIM + d[None, :],
+        acc,
         mask=q_there[:, None],
     )
-    lse_head = lse_ptr + (b_index * heads + h_index) * q_len + q_start
-    tl.store(lse_head + rows, (m + tl.log2(total)) * LN2, mask=q_there)
 
 
 @triton.jit
@@ -311,3 +337,37 @@ def _softmax(s, m, total, UNSEEN: tl.constexpr):
 def _head(ptr, b, h, stride_b, stride_h, ALIGN: tl.constexpr):
     """Where a head begins; strides are multiples of ALIGN."""
     return ptr + (b * (stride_b // ALIGN) + h * (stride_h // ALIGN)) * ALIGN
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def combine(
+    part_m_ptr,
+    part_total_ptr,
+    part_acc_ptr,
+    out_ptr,
+    lse_ptr,
+    q_len,
+    heads,
+    out_stride_b,
+    out_stride_t,
+    out_stride_h,
+    out_stride_d,
+):
+    """What the splits of a row of queries come to together, in COLUMNS of its output."""
+    row = tl.program_id(0).to(tl.int64)  # of batch, head, query
+    h_index = row // q_len % heads
+    at = row * KV_SPLITS + tl.arange(0, KV_SPLITS)
+    m_split = tl.load(part_m_ptr + at)
+    m = tl.max(m_split, 0)
+    m_safe = tl.where(m == float("-inf"), 0.0, m)  # no split saw a key
+    rescale = tl.exp2(m_split - m_safe)
+    total = tl.sum(tl.load(part_total_ptr + at) * rescale, 0)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    acc = tl.load(part_acc_ptr + at[:, None] * V_DIM + columns[None, :])
+    acc = tl.sum(acc * rescale[:, None], 0)
+    share = 1.0 / tl.where(total == 0, 1.0, total)  # a row that saw no key is 0
+    out_row = out_ptr + row // q_len // heads * out_stride_b + h_index * out_stride_h
+    out_row += row % q_len * out_stride_t
+    value = (acc * share).to(out_ptr.dtype.element_ty)
+    tl.store(out_row + columns * out_stride_d, value)
+    tl.store(lse_ptr + row, (m + tl.log2(total)) * LN2, mask=tl.program_id(1) == 0)

@@ -13,7 +13,8 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           slopes  [8]  float32
           out     [1, 8, 1000, 72]  bfloat16
 plan      running · 64 queries × 64 keys · 4 warps · 2 stages · last queries first ·
-          head dim in pieces; backward: 32 held × 16 · 2 warps · 2 stages
+          head dim in pieces; backward: 32 held × 16 · 2 warps · 2 stages · head dim in
+          pieces
           tiles of a head: 256; 119 full, 17 on an edge, 120 empty and never visited
 cost      5.64 GFLOP, 93.8 KiB of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen
@@ -24,7 +25,7 @@ choices   {"backend": "triton", "target": "a100", "algorithm": "running", "q_chu
           "k_chunk": 64, "num_warps": 4, "num_stages": 2, "order": "reverse",
           "head_dim": "split", "loads": "pointers", "backward": "two_passes",
           "backward_q_chunk": 32, "backward_k_chunk": 16, "backward_num_warps": 2,
-          "backward_num_stages": 2}
+          "backward_num_stages": 2, "backward_head_dim": "split"}
 """
 
 import math
@@ -526,8 +527,9 @@ def backward_queries(
     g_index = h_index // R  # of the keys and values
     rows = tl.arange(0, Q_BLOCK)
     cols = tl.arange(0, K_BLOCK)
-    d = tl.arange(0, 128)
-    d_there = d < QK_DIM
+    d_0 = tl.arange(0, 64)
+    d_1 = 64 + tl.arange(0, 16)
+    d_1_there = d_1 < QK_DIM
 
     # strides between tokens: ALIGN divides them, and saying so makes loads wide
     q_step = q_stride_t // ALIGN * ALIGN
@@ -544,24 +546,42 @@ def backward_queries(
     q_there = q_start + rows < q_len
     norm = tl.load(norm_ptr + row, mask=q_there, other=float("inf"))
     alive = norm != float("inf")  # it sees a key
-    q = tl.load(
+    q_0 = tl.load(
         q_head
         + tl.cast(q_start, tl.int64) * q_step
         + rows[:, None] * q_step
-        + d[None, :] * q_stride_d,
-        mask=alive[:, None] & d_there[None, :],
+        + d_0[None, :] * q_stride_d,
+        mask=alive[:, None],
         other=0.0,
     )
-    dout = tl.load(
+    q_1 = tl.load(
+        q_head
+        + tl.cast(q_start, tl.int64) * q_step
+        + rows[:, None] * q_step
+        + d_1[None, :] * q_stride_d,
+        mask=alive[:, None] & d_1_there[None, :],
+        other=0.0,
+    )
+    dout_0 = tl.load(
         dout_head
         + tl.cast(q_start, tl.int64) * dout_step
         + rows[:, None] * dout_step
-        + d[None, :] * dout_stride_d,
-        mask=alive[:, None] & d_there[None, :],
+        + d_0[None, :] * dout_stride_d,
+        mask=alive[:, None],
         other=0.0,
     )
-    k_at = cols[:, None] * k_step + d[None, :] * k_stride_d
-    v_at = cols[:, None] * v_step + d[None, :] * v_stride_d
+    dout_1 = tl.load(
+        dout_head
+        + tl.cast(q_start, tl.int64) * dout_step
+        + rows[:, None] * dout_step
+        + d_1[None, :] * dout_stride_d,
+        mask=alive[:, None] & d_1_there[None, :],
+        other=0.0,
+    )
+    k_0_at = cols[:, None] * k_step + d_0[None, :] * k_stride_d
+    k_1_at = cols[:, None] * k_step + d_1[None, :] * k_stride_d
+    v_0_at = cols[:, None] * v_step + d_0[None, :] * v_stride_d
+    v_1_at = cols[:, None] * v_step + d_1[None, :] * v_stride_d
 
     # Key blocks [0, last) hold what any query here sees.
     # q_hi: positions, half-open
@@ -573,21 +593,35 @@ def backward_queries(
     for c in range(last):
         k_there = c * K_BLOCK + cols < kv_len
         k_start = tl.cast(c, tl.int64) * K_BLOCK
-        k = tl.load(
-            k_head + k_start * k_step + k_at,
-            mask=k_there[:, None] & d_there[None, :],
+        k_0 = tl.load(
+            k_head + k_start * k_step + k_0_at,
+            mask=k_there[:, None],
             other=0.0,
         )
-        v = tl.load(
-            v_head + k_start * v_step + v_at,
-            mask=k_there[:, None] & d_there[None, :],
+        k_1 = tl.load(
+            k_head + k_start * k_step + k_1_at,
+            mask=k_there[:, None] & d_1_there[None, :],
             other=0.0,
         )
-        p, _ds, dp, _k, _d_slopes_at_h = _tile(
-            q,
-            k,
-            v,
-            dout,
+        v_0 = tl.load(
+            v_head + k_start * v_step + v_0_at,
+            mask=k_there[:, None],
+            other=0.0,
+        )
+        v_1 = tl.load(
+            v_head + k_start * v_step + v_1_at,
+            mask=k_there[:, None] & d_1_there[None, :],
+            other=0.0,
+        )
+        p, _ds, dp, _k_0, _k_1, _d_slopes_at_h = _tile(
+            q_0,
+            q_1,
+            k_0,
+            k_1,
+            v_0,
+            v_1,
+            dout_0,
+            dout_1,
             norm,
             delta,
             q_start,
@@ -603,26 +637,41 @@ def backward_queries(
         )
         delta += tl.sum(p * dp, 1)
     tl.store(delta_ptr + row, delta, mask=q_there)
-    dq = tl.zeros((Q_BLOCK, 128), tl.float32)
+    dq_0 = tl.zeros((Q_BLOCK, 64), tl.float32)
+    dq_1 = tl.zeros((Q_BLOCK, 16), tl.float32)
     sum_d_slopes_at_h = tl.zeros((Q_BLOCK,), tl.float32)
     for c in range(last):
         k_there = c * K_BLOCK + cols < kv_len
         k_start = tl.cast(c, tl.int64) * K_BLOCK
-        k = tl.load(
-            k_head + k_start * k_step + k_at,
-            mask=k_there[:, None] & d_there[None, :],
+        k_0 = tl.load(
+            k_head + k_start * k_step + k_0_at,
+            mask=k_there[:, None],
             other=0.0,
         )
-        v = tl.load(
-            v_head + k_start * v_step + v_at,
-            mask=k_there[:, None] & d_there[None, :],
+        k_1 = tl.load(
+            k_head + k_start * k_step + k_1_at,
+            mask=k_there[:, None] & d_1_there[None, :],
             other=0.0,
         )
-        _p, ds, _dp, k, d_slopes_at_h = _tile(
-            q,
-            k,
-            v,
-            dout,
+        v_0 = tl.load(
+            v_head + k_start * v_step + v_0_at,
+            mask=k_there[:, None],
+            other=0.0,
+        )
+        v_1 = tl.load(
+            v_head + k_start * v_step + v_1_at,
+            mask=k_there[:, None] & d_1_there[None, :],
+            other=0.0,
+        )
+        _p, ds, _dp, k_0, k_1, d_slopes_at_h = _tile(
+            q_0,
+            q_1,
+            k_0,
+            k_1,
+            v_0,
+            v_1,
+            dout_0,
+            dout_1,
             norm,
             delta,
             q_start,
@@ -636,16 +685,26 @@ def backward_queries(
             Q_BLOCK=Q_BLOCK,
             K_BLOCK=K_BLOCK,
         )
-        dq = tl.dot(ds.to(k.dtype), k, dq)
+        dq_0 = tl.dot(ds.to(k_0.dtype), k_0, dq_0)
+        dq_1 = tl.dot(ds.to(k_1.dtype), k_1, dq_1)
         sum_d_slopes_at_h += d_slopes_at_h
-    dq *= SCALE
+    dq_0 *= SCALE
+    dq_1 *= SCALE
     tl.store(
         dq_head
         + tl.cast(q_start, tl.int64) * dq_step
         + rows[:, None] * dq_step
-        + d[None, :] * dq_stride_d,
-        dq.to(dq_ptr.dtype.element_ty),
-        mask=q_there[:, None] & d_there[None, :],
+        + d_0[None, :] * dq_stride_d,
+        dq_0.to(dq_ptr.dtype.element_ty),
+        mask=q_there[:, None],
+    )
+    tl.store(
+        dq_head
+        + tl.cast(q_start, tl.int64) * dq_step
+        + rows[:, None] * dq_step
+        + d_1[None, :] * dq_stride_d,
+        dq_1.to(dq_ptr.dtype.element_ty),
+        mask=q_there[:, None] & d_1_there[None, :],
     )
     tl.store(d_slopes_at_h_ptr + row, sum_d_slopes_at_h, mask=q_there)
 
@@ -703,8 +762,9 @@ def backward_keys(
     b_index = (program // blocks // kv_heads).to(tl.int64)
     rows = tl.arange(0, Q_BLOCK)
     cols = tl.arange(0, K_BLOCK)
-    d = tl.arange(0, 128)
-    d_there = d < QK_DIM
+    d_0 = tl.arange(0, 64)
+    d_1 = 64 + tl.arange(0, 16)
+    d_1_there = d_1 < QK_DIM
 
     # strides between tokens: ALIGN divides them, and saying so makes loads wide
     q_step = q_stride_t // ALIGN * ALIGN
@@ -718,24 +778,42 @@ def backward_keys(
     v_head = _head(v_ptr, b_index, g_index, v_stride_b, v_stride_h, ALIGN)
     dv_head = _head(dv_ptr, b_index, g_index, dv_stride_b, dv_stride_h, ALIGN)
     k_here = k_start + cols < kv_len
-    k = tl.load(
+    k_0 = tl.load(
         k_head
         + tl.cast(k_start, tl.int64) * k_step
         + cols[:, None] * k_step
-        + d[None, :] * k_stride_d,
-        mask=k_here[:, None] & d_there[None, :],
+        + d_0[None, :] * k_stride_d,
+        mask=k_here[:, None],
         other=0.0,
     )
-    v = tl.load(
+    k_1 = tl.load(
+        k_head
+        + tl.cast(k_start, tl.int64) * k_step
+        + cols[:, None] * k_step
+        + d_1[None, :] * k_stride_d,
+        mask=k_here[:, None] & d_1_there[None, :],
+        other=0.0,
+    )
+    v_0 = tl.load(
         v_head
         + tl.cast(k_start, tl.int64) * v_step
         + cols[:, None] * v_step
-        + d[None, :] * v_stride_d,
-        mask=k_here[:, None] & d_there[None, :],
+        + d_0[None, :] * v_stride_d,
+        mask=k_here[:, None],
         other=0.0,
     )
-    q_at = rows[:, None] * q_step + d[None, :] * q_stride_d
-    dout_at = rows[:, None] * dout_step + d[None, :] * dout_stride_d
+    v_1 = tl.load(
+        v_head
+        + tl.cast(k_start, tl.int64) * v_step
+        + cols[:, None] * v_step
+        + d_1[None, :] * v_stride_d,
+        mask=k_here[:, None] & d_1_there[None, :],
+        other=0.0,
+    )
+    q_0_at = rows[:, None] * q_step + d_0[None, :] * q_stride_d
+    q_1_at = rows[:, None] * q_step + d_1[None, :] * q_stride_d
+    dout_0_at = rows[:, None] * dout_step + d_0[None, :] * dout_stride_d
+    dout_1_at = rows[:, None] * dout_step + d_1[None, :] * dout_stride_d
 
     # Query blocks [first, last) hold what any key here sees.
     # k_lo: positions, half-open
@@ -743,8 +821,10 @@ def backward_keys(
     low = k_lo
     first = low // Q_BLOCK
     last = tl.maximum(tl.cdiv(q_len, Q_BLOCK), first)
-    dk = tl.zeros((K_BLOCK, 128), tl.float32)
-    dv = tl.zeros((K_BLOCK, 128), tl.float32)
+    dk_0 = tl.zeros((K_BLOCK, 64), tl.float32)
+    dk_1 = tl.zeros((K_BLOCK, 16), tl.float32)
+    dv_0 = tl.zeros((K_BLOCK, 64), tl.float32)
+    dv_1 = tl.zeros((K_BLOCK, 16), tl.float32)
     for r in range(R):
         h_index = g_index * R + r
         q_head = _head(q_ptr, b_index, h_index, q_stride_b, q_stride_h, ALIGN)
@@ -759,21 +839,35 @@ def backward_keys(
             alive = norm != float("inf")  # it sees a key
             delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
             first_row = tl.cast(q_start, tl.int64)
-            q = tl.load(
-                q_head + first_row * q_step + q_at,
-                mask=alive[:, None] & d_there[None, :],
+            q_0 = tl.load(
+                q_head + first_row * q_step + q_0_at,
+                mask=alive[:, None],
                 other=0.0,
             )
-            dout = tl.load(
-                dout_head + first_row * dout_step + dout_at,
-                mask=alive[:, None] & d_there[None, :],
+            q_1 = tl.load(
+                q_head + first_row * q_step + q_1_at,
+                mask=alive[:, None] & d_1_there[None, :],
                 other=0.0,
             )
-            p, ds, _dp, _k, _d_slopes_at_h = _tile(
-                q,
-                k,
-                v,
-                dout,
+            dout_0 = tl.load(
+                dout_head + first_row * dout_step + dout_0_at,
+                mask=alive[:, None],
+                other=0.0,
+            )
+            dout_1 = tl.load(
+                dout_head + first_row * dout_step + dout_1_at,
+                mask=alive[:, None] & d_1_there[None, :],
+                other=0.0,
+            )
+            p, ds, _dp, _k_0, _k_1, _d_slopes_at_h = _tile(
+                q_0,
+                q_1,
+                k_0,
+                k_1,
+                v_0,
+                v_1,
+                dout_0,
+                dout_1,
                 norm,
                 delta,
                 q_start,
@@ -787,33 +881,56 @@ def backward_keys(
                 Q_BLOCK=Q_BLOCK,
                 K_BLOCK=K_BLOCK,
             )
-            dv = tl.dot(p.to(dout.dtype), dout, dv)
-            dk = tl.dot(ds.to(q.dtype), q, dk)
-    dk *= SCALE
+            dv_0 = tl.dot(p.to(dout_0.dtype), dout_0, dv_0)
+            dv_1 = tl.dot(p.to(dout_1.dtype), dout_1, dv_1)
+            dk_0 = tl.dot(ds.to(q_0.dtype), q_0, dk_0)
+            dk_1 = tl.dot(ds.to(q_1.dtype), q_1, dk_1)
+    dk_0 *= SCALE
+    dk_1 *= SCALE
     tl.store(
         dk_head
         + tl.cast(k_start, tl.int64) * dk_step
         + cols[:, None] * dk_step
-        + d[None, :] * dk_stride_d,
-        dk.to(dk_ptr.dtype.element_ty),
-        mask=k_here[:, None] & d_there[None, :],
+        + d_0[None, :] * dk_stride_d,
+        dk_0.to(dk_ptr.dtype.element_ty),
+        mask=k_here[:, None],
+    )
+    tl.store(
+        dk_head
+        + tl.cast(k_start, tl.int64) * dk_step
+        + cols[:, None] * dk_step
+        + d_1[None, :] * dk_stride_d,
+        dk_1.to(dk_ptr.dtype.element_ty),
+        mask=k_here[:, None] & d_1_there[None, :],
     )
     tl.store(
         dv_head
         + tl.cast(k_start, tl.int64) * dv_step
         + cols[:, None] * dv_step
-        + d[None, :] * dv_stride_d,
-        dv.to(dv_ptr.dtype.element_ty),
-        mask=k_here[:, None] & d_there[None, :],
+        + d_0[None, :] * dv_stride_d,
+        dv_0.to(dv_ptr.dtype.element_ty),
+        mask=k_here[:, None],
+    )
+    tl.store(
+        dv_head
+        + tl.cast(k_start, tl.int64) * dv_step
+        + cols[:, None] * dv_step
+        + d_1[None, :] * dv_stride_d,
+        dv_1.to(dv_ptr.dtype.element_ty),
+        mask=k_here[:, None] & d_1_there[None, :],
     )
 
 
 @triton.jit
 def _tile(
-    q,
-    k,
-    v,
-    dout,
+    q_0,
+    q_1,
+    k_0,
+    k_1,
+    v_0,
+    v_1,
+    dout_0,
+    dout_1,
     norm,
     delta,
     q_start,
@@ -840,7 +957,8 @@ def _tile(
     slopes_at_h = tl.load(slopes_ptr + h_index * slopes_stride_0)
     q_index = q_start + rows
     k_index = c * K_BLOCK + cols
-    s = _products(q, k, ROWS)
+    s = _products(q_0, k_0, ROWS)
+    s += _products(q_1, k_1, ROWS)
     s *= SCALE
     s_0 = s
     s = 30.0 * _tanh(s / 30.0)
@@ -853,8 +971,10 @@ def _tile(
         seen &= s != float("-inf")
         p = tl.where(seen, p, 0.0)
         there = tl.max(tl.broadcast_to(seen, p.shape).to(tl.int32), ROWS) > 0
-        k = tl.where(there[:, None], k, 0.0)  # else a NaN no query sees
-    dp = _products(dout, v, ROWS)
+        k_0 = tl.where(there[:, None], k_0, 0.0)  # else a NaN no query sees
+        k_1 = tl.where(there[:, None], k_1, 0.0)  # else a NaN no query sees
+    dp = _products(dout_0, v_0, ROWS)
+    dp += _products(dout_1, v_1, ROWS)
     if MASKED:
         dp = tl.where(seen, dp, 0.0)
     ds = p * (dp - delta)
@@ -865,7 +985,7 @@ def _tile(
     ds = ds * (1.0 - slope0_2 * slope0_2)
     if MASKED:
         ds = tl.where(seen, ds, 0.0)
-    return p, ds, dp, k, d_slopes_at_h
+    return p, ds, dp, k_0, k_1, d_slopes_at_h
 
 
 @triton.jit

@@ -105,7 +105,7 @@ class TritonBackend:
         from attngen.backends.triton.loader import runs_here
 
         here = runs_here(targets.get(plan.target))
-        return plan.time_s if here else small.interpreted_s(plan.spec)
+        return plan.time_s if here else small.interpreted_s(plan)
 
     def small(
         self, plan: Plan, *, rebuild: bool

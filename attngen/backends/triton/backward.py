@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attngen import slopes
+from attngen.backends.triton.arguments import kept, sizes_of
 from attngen.backends.triton.bounds import Bounds, bounds, offset_source
+from attngen.backends.triton.candidates import pieces
 from attngen.backends.triton.guards import overflows
 from attngen.backends.triton.slope_code import (
     SIZES,
@@ -28,19 +30,9 @@ from attngen.plans import Plan
 from attngen.spec import AttentionSpec
 from attngen.transposed import transposed
 
+LATE = "LATE_OFFSET"  # for an offset of queries that comes at run time
 IN_QUERIES: tuple[Kind, ...] = ("rows", "entries", "row_entries")  # who sums them up
 IN_KEYS: tuple[Kind, ...] = ("columns", "column_entries")
-
-
-def kept(spec: AttentionSpec) -> list[str]:
-    """What the forward pass keeps of each row, beside its outputs.
-
-    norm: log2 of the sum of its weights, a sink's with them; mass: what weights then add up
-    to, which is 1 but for the rounding of norm: float32 shows it.
-    """
-    if spec.derivatives != "vjp":
-        return []
-    return ["norm", "mass"] if spec.dtype == "float32" else ["norm"]
 
 
 class Backward:
@@ -64,8 +56,10 @@ class Backward:
         differences: bool,
     ) -> None:
         self.plan, self.spec, self.env, self.helpers = plan, plan.spec, env, helpers
+        self.packed = self.spec.storage == "packed"
         self.axes, self.choice = axes, backward_part(plan.choice)
         self.block, self.step = int(self.choice["q_chunk"]), int(self.choice["k_chunk"])
+        self.head_dim = self.choice.get("head_dim", "padded")
         self.out, self.dlse = "out" in self.spec.outputs, "lse" in self.spec.outputs
         self.drops, self.differences = overflows(self.spec, env), differences
         # whether lse and out have other weights
@@ -85,13 +79,10 @@ class Backward:
         return bounds(plan, self.env, self.helpers, interior=not self.drops)
 
     def _of_keys(self) -> Bounds:
-        """Which query blocks see any of a block of keys; all, where offsets come late."""
-        if offset_source(self.spec) not in ("", "constant"):
-            about = ["Positions come at run time: all query blocks may see these keys."]
-            return Bounds(
-                ["last = tl.cdiv(q_len, Q_BLOCK)"], about, edges=[("0", "last")]
-            )
-        spec = transposed(self.spec)
+        """Which query blocks see any of a block of keys."""
+        shift = LATE if offset_source(self.spec) not in ("", "constant") else ""
+        known = dataclasses.replace(self.spec, q_offset=0) if shift else self.spec
+        spec = transposed(known)
         assert spec is not None
         plan = dataclasses.replace(
             self.plan, spec=spec, q_chunk=self.block, k_chunk=self.step
@@ -101,8 +92,8 @@ class Backward:
             "q_index": self.env["k_index"], "k_index": self.env["q_index"],
         }  # fmt: skip
         env = {**self.env, **exchange}
-        found = bounds(plan, env, self.helpers, interior=not self.drops)
-        found.lines = [exchanged(x) for x in found.lines]
+        found = bounds(plan, env, self.helpers, interior=not self.drops, shift=shift)
+        found.lines = [exchanged(x).replace(LATE, "offset") for x in found.lines]
         found.about = [exchanged(x) for x in found.about]
         found.interiors = [(exchanged(x), exchanged(y)) for x, y in found.interiors]
         found.edges = [(exchanged(x), exchanged(y)) for x, y in found.edges]
@@ -122,7 +113,7 @@ class Backward:
 
     def _kernel(self, strided: list[str], others: list[str]) -> dict[str, Any]:
         names = [o.name for o in self.spec.operands]
-        sizes = ["q_len", "kv_len", "heads"]
+        sizes = sizes_of(self.spec)
         parameters = [f"{x}_ptr" for x in (*strided, *others, *names)]
         parameters += [*sizes, *self._strides(strided), *self._operand_strides()]
         return {"strided": strided, "others": others, "parameters": parameters}
@@ -137,7 +128,8 @@ class Backward:
         operands = [o.name for o in self.spec.operands]
         pointers = [*kernel["strided"], *kernel["others"], *operands]
         arguments = [f"{x}," for x in pointers]
-        arguments += ["T,", "S,", "H,", *(f"{x}," for x in more or [])]
+        more = [*(["sequences"] if self.packed else []), *(more or [])]
+        arguments += ["T,", "S,", "H,", *(f"{x}," for x in more)]
         arguments += [f"*{x}.stride()," for x in (*kernel["strided"], *operands)]
         return {"name": name, "grid": grid, "arguments": arguments}
 
@@ -160,11 +152,15 @@ class Backward:
             [*lse, *kept_, "delta", *columns],
         )
         block, step = "BACKWARD_BLOCK", "BACKWARD_STEP"
+        grids = [f"triton.cdiv(T, {block}) * H * B", f"triton.cdiv(S, {block}) * G * B"]
+        if self.packed:
+            grids = [
+                f"(T // {block} + sequences + 1) * H",
+                f"(S // {block} + sequences + 1) * G",
+            ]
         launches = [
-            self._launch(
-                "backward_queries", queries, f"triton.cdiv(T, {block}) * H * B"
-            ),
-            self._launch("backward_keys", keys, f"triton.cdiv(S, {block}) * G * B"),
+            self._launch("backward_queries", queries, grids[0]),
+            self._launch("backward_keys", keys, grids[1]),
         ]
         shown = []
         for p in parts:
@@ -245,14 +241,17 @@ class Backward:
 
     def _tile_parameters(self) -> list[str]:
         """What `_tile` takes: its blocks, and of the rest what its statements read."""
-        blocks = ["q", "k", *(["v", "dout"] if self.out else []), *kept(self.spec)]
-        blocks += ["delta", *(["lse", "dlse"] if self.beside else [])]
+        dims = self.spec.qk_dim, self.spec.v_dim
+        qk, v = (_suffixes(len(pieces(dim, self.head_dim))) for dim in dims)
+        blocks = [x + suffix for x in "qk" for suffix in qk]
+        blocks += [x + suffix for x in ("v", "dout") for suffix in v if self.out]
+        blocks += [*kept(self.spec), "delta", *(["lse", "dlse"] if self.beside else [])]
         lines = self._lines()
         if self.spec.dropout and self.out:
             lines.append("seed_ptr seed_stride_0")
         text = "\n".join(lines)
         names = ["q_start", "c", "q_len", "kv_len", "kv_end", "q_length", "offset"]
-        names += ["b_index", "h_index"]
+        names += ["b_index", "h_index", "q_first", "k_first"]
         names += [f"{o.name}_ptr" for o in self.spec.operands] + self._operand_strides()
         return [*blocks, *(n for n in names if re.search(rf"\b{n}\b", text))]
 
@@ -293,12 +292,22 @@ class Backward:
                 axis = "T" if p.kind == "row_entries" else "S"
                 shape = f"(B, H, {axis}, {entries_of(p.node)})"
             if p.kind == "entries":
-                shape = f"(B, H, triton.cdiv(T, BACKWARD_BLOCK), {entries_of(p.node)})"
+                blocks = "triton.cdiv(T, BACKWARD_BLOCK)"
+                if self.packed:
+                    blocks = "T // BACKWARD_BLOCK + sequences + 1"
+                shape = f"(B, H, {blocks}, {entries_of(p.node)})"
             if p.kind == "pairs":
                 kept_ = [SIZES[a] for a in "bh" if a in variables(p.node)]
                 shape = f"({', '.join([*kept_, 'T', 'S'])})"
             found.append((p.name, shape))
-        return [{"name": n, "make": f"norm.new_empty({s})"} for n, s in found]
+        # a packed sequence may have fewer blocks than it could: these write nothing
+        some = (
+            {p.name for p in self.made.parts if p.kind == "entries"}
+            if self.packed
+            else ()
+        )
+        made = [(n, "new_zeros" if n in some else "new_empty", s) for n, s in found]
+        return [{"name": n, "make": f"norm.{how}({s})"} for n, how, s in made]
 
     def _sums(self) -> list[str]:
         lines = []
@@ -331,6 +340,11 @@ def _fake(spec: AttentionSpec) -> list[str]:
 
 def _results(parts: Sequence[Part], kinds: tuple[str, ...]) -> str:
     return "".join(f", {'' if p.kind in kinds else '_'}{p.name}" for p in parts)
+
+
+def _suffixes(count: int) -> list[str]:
+    """Of the names of a head dim's pieces."""
+    return [f"_{i}" for i in range(count)] if count > 1 else [""]
 
 
 _PAIRS = (

@@ -16,11 +16,12 @@ from attngen.expr import POSTFIX, Expr, variables
 from attngen.expr import level as tightness
 from attngen.fullness import none_full
 from attngen.intervals import Interval, interval
-from attngen.plans import Plan
+from attngen.plans import Plan, grouped
 from attngen.regions import Span, spans
 from attngen.spec import AttentionSpec
 
 Run = tuple[str, str]
+ANYWHERE = (-(2**30), 2**30)  # positions of keys that come at run time
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Bounds:
         some: whether any key is ever seen.
         there: which keys of a block any query here sees; "" where only the mask tells.
         listed: whether a row of the launcher's list says which blocks; runs count in it.
+        visits: of each span of the mask the ends of its runs, in order.
+        share: statements that cut the runs to what a split takes of them.
     """
 
     lines: list[str] = field(default_factory=list)
@@ -41,6 +44,8 @@ class Bounds:
     some: bool = True
     there: str = ""
     listed: bool = False
+    visits: list[tuple[str, ...]] = field(default_factory=list)
+    share: list[str] = field(default_factory=list)
 
     @property
     def interior(self) -> bool:
@@ -50,6 +55,22 @@ class Bounds:
         """Leave the interiors empty where a condition doesn't hold: all tiles are edges."""
         for first, last in self.interiors:
             self.lines.append(f"{last} = tl.where({condition}, {last}, {first})")
+
+    def split(self) -> None:
+        """Cut the runs to the share that a split takes of all of their blocks."""
+        if not self.visits:
+            return
+        renamed: dict[str, str] = {}
+        self.share = _shares(self.visits)
+        for number, (first, *inner, last) in zip(
+            ("", *NUMBERS), self.visits, strict=False
+        ):
+            renamed[first], renamed[last] = f"lo{number}", f"hi{number}"
+            for end in inner:
+                text = f"tl.minimum(tl.maximum({end}, lo{number}), hi{number})"
+                self.share.append(f"{end} = {text}")
+        for runs in (self.interiors, self.edges):
+            runs[:] = [(renamed.get(a, a), renamed.get(b, b)) for a, b in runs]
 
     @property
     def names(self) -> list[str]:
@@ -62,30 +83,59 @@ class Bounds:
 NUMBERS = ("_2", "_3")  # of the second and third span of a mask
 
 
+def _shares(visits: list[tuple[str, ...]]) -> list[str]:
+    """Statements that define the blocks [lo, hi) of a split, of each span."""
+    lengths = [f"{v[-1]} - {v[0]}" if v[0] != "0" else v[-1] for v in visits]
+    lines = ["# this split's share of them: blocks [lo, hi)"]
+    count = lengths[0]
+    if not count.isidentifier() or visits[1:]:
+        count = "count"
+        texts = [n if n.isidentifier() else f"({n})" for n in lengths]
+        lines.append(f"count = {' + '.join(texts) if visits[1:] else lengths[0]}")
+    ends = [f"{count} * {part} // KV_SPLITS" for part in ("split", "(split + 1)")]
+    first = visits[0][0]
+    if not visits[1:]:
+        start = "" if first == "0" else f"{first} + "
+        return [*lines, f"lo = {start}{ends[0]}", f"hi = {start}{ends[1]}"]
+    lines += [f"begin = {ends[0]}", f"end = {ends[1]}"]
+    for number, visit, length in zip(("", *NUMBERS), visits, lengths, strict=False):
+        first, last = visit[0], visit[-1]
+        for name, at in ((f"lo{number}", "begin"), (f"hi{number}", "end")):
+            text = at if first == "0" else f"{first} + {at}"
+            text = f"tl.maximum({text}, {first})" if number else text
+            lines.append(f"{name} = tl.minimum({text}, {last})")
+        if visit is not visits[-1]:
+            lines += [f"begin -= {length}", f"end -= {length}"]
+    return lines
+
+
 def bounds(
     plan: Plan,
     env: Mapping[str, Interval],
     helpers: set[str],
     *,
     interior: bool = True,
+    shift: str = "",
 ) -> Bounds:
     """Args:
     interior: whether there may be blocks without a mask.
+    shift: the position of key 0 where it comes at run time, as text.
     """
-    spec, found = plan.spec, spans(plan.spec)
+    spec, found = plan.spec, spans(plan.spec, ANYWHERE if shift else None)
     if not found[0].some:
         return Bounds(about=["No query sees any key."], some=False)
-    if not interior or none_full(
-        spec, plan.q_chunk, plan.k_chunk
-    ):  # an edge tile is right of any kind
+    fewest = max(1, plan.q_chunk // grouped(spec, plan.choice))  # queries of a tile
+    # an edge tile is right of any kind
+    if not interior or none_full(spec, fewest, plan.k_chunk):
         found = tuple(dataclasses.replace(span, any_full=False) for span in found)
     made = Bounds()
-    limits = _Limits(plan, env, helpers, made.lines)
+    limits = _Limits(plan, env, helpers, made.lines, shift)
     limits.define(found)
     visits: list[_Visit] = []
     for span, number in zip(found, ("", *NUMBERS), strict=False):
         before = visits[-1].last if visits else None
         visits.append(_Visit(spec, span, number, limits, made, before))
+        made.visits.append(visits[-1].ends)
     if hull_is_seen(spec):
         low, high = visits[0].low, visits[0].high
         above = "(key >= low) & " if low else ""
@@ -120,11 +170,13 @@ class _Visit:
         self.first, self.last = "0", f"last{number}"
         self.low = self.high = ""
         self._ends(before)
+        self.ends: tuple[str, ...] = (self.first, self.last)
         if not span.any_full:
             made.edges.append((self.first, self.last))
             return
         inner = self._inside()
         full_last = f"full_last{number}"
+        self.ends = tuple(dict.fromkeys((self.first, inner, full_last, self.last)))
         made.interiors.append((inner, full_last))
         if inner != self.first:
             made.edges.append((self.first, inner))
@@ -163,8 +215,11 @@ class _Visit:
         if span.full_low is not None:
             inner = full_first
             low = f"tl.cdiv({limits.index(span.full_low)}, K_BLOCK)"
-            text = f"tl.minimum(tl.maximum({low}, {self.first}), {last})"
-            lines.append(f"{full_first} = {text}")
+            line = f"{full_first} = tl.minimum(tl.maximum({low}, {self.first}), {last})"
+            if len(line) > 84:
+                lines.append(f"{full_first} = tl.maximum({low}, {self.first})")
+                line = f"{full_first} = tl.minimum({full_first}, {last})"
+            lines.append(line)
         full = end
         if span.full_high is not None:
             full = f"tl.minimum({limits.index(span.full_high)}, {end})"
@@ -179,7 +234,7 @@ class _Visit:
         if text != full_last:
             lines.append(f"{full_last} = {text}")
         if self.spec.q_lengths:
-            every = "tl.minimum(q_start + Q_BLOCK, q_len) <= q_length"
+            every = f"{limits.stop} <= q_length"
             lines.append(f"{full_last} = tl.where({every}, {full_last}, {inner})")
         return inner
 
@@ -207,13 +262,19 @@ class _Limits:
         env: Mapping[str, Interval],
         helpers: set[str],
         lines: list[str],
+        shift: str,
     ) -> None:
         self.spec, self.lines = plan.spec, lines
+        self.late = bool(shift)
+        self.shift = shift or ("K_OFFSET" if self.spec.kv_offset else "")
         low, high = env["q"]
         names = {"q_lo": "q_lo", "q_hi": "q_hi"}
         around = {"q_lo": (low, high), "q_hi": (low + 1, high + 1)}
         self.printer = TritonPrinter("tl", names, repr, env=around, helpers=helpers)
         self.end = end_of_keys(self.spec)
+        self.stop = "tl.minimum(q_start + Q_BLOCK, q_len)"  # of the tile's queries
+        if grouped(self.spec, plan.choice) > 1:
+            self.stop = "q_stop"
         self.count = 0
 
     def define(self, found: tuple[Span, ...]) -> None:
@@ -231,15 +292,15 @@ class _Limits:
         if "q_lo" in read:
             self.lines.append(f"q_lo = q_start{shift}")
         if "q_hi" in read:
-            self.lines.append(f"q_hi = tl.minimum(q_start + Q_BLOCK, q_len){shift}")
+            self.lines.append(f"q_hi = {self.stop}{shift}")
 
     def below_zero(self, limit: Expr) -> bool:
         """Whether a limit can be, as an index of a key."""
         around = self.printer.env
-        return interval(limit, around)[0] < self.spec.kv_offset
+        return self.late or interval(limit, around)[0] < self.spec.kv_offset
 
     def index(self, limit: Expr) -> str:
-        if limit.op == "const":
+        if limit.op == "const" and not self.late:
             return str(max(0, int(limit.value) - self.spec.kv_offset))  # type: ignore[arg-type]
         text = self.printer.text(limit)
         if len(text) > 30:  # a step of its own
@@ -247,6 +308,6 @@ class _Limits:
             name = f"limit_{self.count}"
             self.lines += self.printer.lines(name, limit, width=76)
             text = name
-        if not self.spec.kv_offset:
+        if not self.shift:
             return text
-        return f"{text if tightness(limit) == POSTFIX else f'({text})'} - K_OFFSET"
+        return f"{text if tightness(limit) == POSTFIX else f'({text})'} - {self.shift}"

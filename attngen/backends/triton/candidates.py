@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from attngen import slopes
+from attngen import slopes, storage
+from attngen.backends.triton import decode, stored
 from attngen.backends.triton.slope_code import unplaced
 from attngen.dtypes import BYTES
 from attngen.errors import NotBuiltError
@@ -32,8 +33,6 @@ _BUILT: dict[str, tuple[tuple[object, ...], str]] = {
         (None, "vjp"),
         'backend="jax" has derivatives of any order',
     ),
-    "storage": (("dense",), 'pad into storage="dense" with kv_lengths=True'),
-    "kv_dtype": ((None,), "convert k and v to spec.dtype first"),
     "batch_shards": ((1,), "a spec of what one device has"),
     "head_shards": ((1,), "a spec of what one device has"),
     "dtype": (DTYPES, "the jax backend computes in float64"),
@@ -44,7 +43,7 @@ def refuse(spec: AttentionSpec) -> None:
     """Raise NotBuiltError for what the contract has and this backend doesn't do."""
     for field, (built, hint) in _BUILT.items():
         value = getattr(spec, field)
-        if value not in built and not (field == "kv_dtype" and value == spec.dtype):
+        if value not in built:
             raise NotBuiltError(
                 f"{field}={value!r} isn't built yet for Triton.",
                 got=f"{field}={value!r}",
@@ -57,9 +56,10 @@ def refuse(spec: AttentionSpec) -> None:
             got="out_dtype='float64'",
             needed="out_dtype=None, or one of " + ", ".join(DTYPES),
         )
+    storage.refuse(spec)
     reads = [n for score in spec.score for n in slopes.reads(score)]
     for node in reads if spec.derivatives else ():
-        if what := unplaced(node):
+        if what := unplaced(node, packed=spec.storage == "packed"):
             assert isinstance(node.value, Operand)
             name = node.value.name
             raise NotBuiltError(
@@ -104,7 +104,8 @@ def space(
     amd = target.gpu is not None and target.gpu.backend == "hip"
     return {
         "running": {
-            "q_chunk": blocks(spec.q_len, 256 if amd else widest),  # it has registers
+            # AMD's have registers
+            "q_chunk": blocks(decode.rows(spec), 256 if amd else widest),
             "k_chunk": blocks(spec.kv_len, widest),
             "num_warps": WARPS if whole else (1, 2, 4, 8),
             "num_stages": STAGES if whole else _stages(target),
@@ -112,6 +113,7 @@ def space(
             "head_dim": ("split", "padded") if odd else ("padded",),
             "loads": LOADS if whole else ("pointers",),  # which take any strides
             **skips(spec),
+            **decode.space(spec, target, whole=whole),
         }
     }
 
@@ -152,12 +154,16 @@ def illegal(spec: AttentionSpec, target: Target, choice: Choice) -> str | None:
             return f"{name} is one of {', '.join(map(str, values))}"
     if choice.get("skip") == "list" and (reason := _unlisted(spec)) is not None:
         return reason
+    if (reason := decode.illegal(spec, choice)) is not None:
+        return reason
     gpu = target.gpu
     if gpu is None:
         return f"Triton makes kernels for GPUs; {target.name} is none"
     threads = int(choice["num_warps"]) * gpu.warp_size
     if threads > 1024:
         return f"{choice['num_warps']} warps are {threads} threads; a block has 1024"
+    if (reason := stored.refusal(spec, choice["loads"])) is not None:
+        return reason
     if choice["loads"] == "descriptors" and (reason := _undescribed(spec, choice, gpu)):
         return reason.format(target.name)
     shared = shared_bytes(spec, choice, gpu)
@@ -176,6 +182,8 @@ def illegal(spec: AttentionSpec, target: Target, choice: Choice) -> str | None:
 
 def _unlisted(spec: AttentionSpec) -> str | None:
     """Why the launcher can't list tiles, or None."""
+    if spec.storage != "dense":
+        return f"skip = list isn't built for {spec.storage} storage"
     if (reason := unlistable(spec)) is not None:
         return reason
     assert spec.mask is not None
@@ -211,16 +219,22 @@ def shared_bytes(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     size = BYTES[spec.dtype]
     qk = sum(width for _, width in pieces(spec.qk_dim, choice["head_dim"]))
     v = sum(width for _, width in pieces(spec.v_dim, choice["head_dim"]))
-    each, stages = size * int(choice["k_chunk"]) * (qk + v), int(choice["num_stages"])
+    stages, keys, converted = int(choice["num_stages"]), int(choice["k_chunk"]), 0
+    each = BYTES[spec.dtype_of("k")] * keys * (qk + v)
+    if spec.dtype_of("k") != spec.dtype:  # beside them one of both, as products take it
+        converted = size * keys * max(qk, v)
     if gpu.backend == "hip" and gpu.copies_to_shared:
-        return each * stages * 33 // 32
-    more = 0
+        return each * stages * 33 // 32 + converted
+    # products that don't wait for the next read keys and values of the tile before
+    stages += in_groups(choice, gpu) and spec.dtype != "float32" and stages > 1
+    more = converted
     if gpu.backend == "cuda":
         q = int(choice["q_chunk"])
-        more = q * qk * size
+        more += q * qk * size
         if q < 16 * int(choice["num_warps"]):  # warps that share rows exchange weights
             more += q * int(choice["k_chunk"]) * size
-    return each * max(1, stages - 1) + more
+    ahead = max(0 if converted else 1, stages - 1)
+    return each * ahead + more
 
 
 # architecture → (registers of a thread that no tile accounts for, of each 16 bytes that it
@@ -232,6 +246,18 @@ _OWN = {
     "sm80": (55, 3), "sm86": (105, 3), "sm89": (105, 3), "sm90": (28, 4), "sm100": (40, 2),
     "sm120": (105, 3), "gfx942": (130, 4), "gfx950": (100, 4),
 }  # fmt: skip
+_APART = (75, 3)  # of sm90 and sm100, where each warp issues its own products
+
+
+GROUPED = ("sm90", "sm100")
+GROUP = 4  # warps that issue Hopper's and Blackwell's products together
+GROUP_ROWS = 64  # queries of one of those products, which reads keys and values anew
+
+
+def in_groups(choice: Choice, gpu: Gpu) -> bool:
+    """Whether warps issue products together, from shared memory; else each its own."""
+    few = int(choice["num_warps"]) < GROUP or int(choice["q_chunk"]) < GROUP_ROWS
+    return gpu.architecture in GROUPED and not few
 
 
 def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
@@ -248,18 +274,24 @@ def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     size, q, k = BYTES[spec.dtype], int(choice["q_chunk"]), int(choice["k_chunk"])
     threads = int(choice["num_warps"]) * gpu.warp_size
     stages = int(choice["num_stages"])
-    from_shared = gpu.architecture in ("sm90", "sm100")
+    from_shared = in_groups(choice, gpu)
     narrow = k if from_shared else qk
     narrow += k if gpu.backend == "hip" else 0
-    twice = gpu.architecture == "sm100" or gpu.backend == "hip"
+    twice = (gpu.architecture == "sm100" and from_shared) or gpu.backend == "hip"
     tile = q * (4 * (v + k + k * twice) + size * narrow) // 4
     tile += q * k * gathers(spec) * (2 if from_shared else 4)  # an address, an index
     tile += (
         q * k * 3 // 2 if spec.dropout else 0
     )  # Philox's words, as compiled for sm90
     own, each = _OWN[gpu.architecture]
-    if gpu.architecture == "sm90" and stages > 2:
+    if from_shared and q < 16 * int(choice["num_warps"]):  # warps share rows
+        own += qk // 4 if gpu.architecture == "sm90" else qk // 16
+    elif gpu.architecture in GROUPED and not from_shared:
+        own, each = _APART
+    if gpu.architecture == "sm90" and from_shared and stages > 2:
         own += 16
+    if gpu.backend == "hip":
+        tile += _of_wide(q * v, k * (qk + v) * size, threads, gpu) * threads
     if gpu.backend == "hip" and stages > 1:
         each *= 0 if gpu.copies_to_shared else 3
     if choice["loads"] == "descriptors":
@@ -268,6 +300,21 @@ def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     if spec.dtype == "float32" and gpu.backend == "cuda":
         own, each = own + 64, 0
     return (tile + each * k * (qk + v) * size // 16) // threads + own
+
+
+def _of_wide(sums: int, read: int, threads: int, gpu: Gpu) -> int:
+    """Registers more of AMD's with wide heads, as compiled (head dims 256 to 576).
+
+    From 256 weighted sums a thread on these are there twice; MI355X reads all of a wide tile
+    of keys and values before it multiplies, each wavefront the whole tile.
+
+    Args:
+        sums, read: of a tile, the weighted sums and the bytes of keys and values.
+    """
+    more = sums // threads if sums // threads >= 256 else 0
+    if gpu.copies_to_shared and read >= 2 * 16 * 1024:
+        more += max(0, read // (4 * gpu.warp_size) - 128)
+    return more
 
 
 def gathers(spec: AttentionSpec) -> int:
@@ -321,4 +368,5 @@ def describe(choice: Choice) -> str:
         ("loads", "descriptors"): "tensor descriptors",
     }
     parts += [words for (n, value), words in said.items() if choice.get(n) == value]
+    parts += decode.describe(choice)
     return f"{choice['algorithm']} · {' · '.join(parts)}"

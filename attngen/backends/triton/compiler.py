@@ -10,6 +10,8 @@ BLOCK_SHAPES            of what tensor descriptors load, by name, where there ar
 TEMP_BYTES              what the launcher allocates beside outputs; none: as the job says
 BACKWARD                kernels of the backward pass by name: constexpr parameters of each
 BACKWARD_WARPS, BACKWARD_STAGES   of these
+combine                 a kernel that adds up what KV_SPLITS splits of the keys leave
+COMBINE_WARPS           of it
 
 A parameter `<name>_ptr` points to the tensor of that name, aligned as torch aligns tensors,
 `<name>_desc` is a descriptor of it; a stride within a head that the kernel lets Triton specialise is 1; all others are int32 of
@@ -36,6 +38,7 @@ from attngen import targets
 from attngen.backends.triton import assembly
 from attngen.backends.triton.loader import import_file
 from attngen.backends.triton.pipes import Tile, pipes
+from attngen.backends.triton.stored import BITS
 from attngen.dtypes import BYTES
 from attngen.gpus import Gpu
 
@@ -72,6 +75,8 @@ def certify(job: dict[str, Any]) -> dict[str, Any]:
         )
         for name, sizes in getattr(module, "BACKWARD", {}).items()
     }
+    if hasattr(module, "combine"):
+        others["combine"] = _kernel(module, "combine", shapes, gpu, None)
     if others:
         found["kernels"] = others
     seconds = time.perf_counter() - start
@@ -101,7 +106,7 @@ def _kernel(
     """Compile a kernel of an emitted module: what came of it.
 
     Args:
-        sizes: its own constexpr parameters, of the backward pass; None: the forward pass.
+        sizes: its own constexpr parameters, of the backward pass; None: another's.
     """
     kernel = getattr(module, name)
     signature, constants, attributes = arguments(
@@ -111,9 +116,10 @@ def _kernel(
         constants=getattr(module, "CONSTEXPRS", {}) | dict(sizes or {}),
         blocks=getattr(module, "BLOCK_SHAPES", {}),
         out_dtype=str(getattr(module, "OUT_DTYPE", "")).removeprefix("torch."),
+        splits=int(getattr(module, "KV_SPLITS", 1)),
     )
     of = "NUM" if sizes is None else "BACKWARD"
-    warps = int(getattr(module, f"{of}_WARPS"))
+    warps = int(getattr(module, f"{'COMBINE' if name == 'combine' else of}_WARPS"))
     compiled = compile_kernel(
         kernel,
         gpu,
@@ -147,6 +153,7 @@ def arguments(
     constants: Mapping[str, Any],
     blocks: Mapping[str, Sequence[int]] = {},
     out_dtype: str = "",
+    splits: int = 1,
 ) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
     """A kernel's signature, constants and what is known of its pointers."""
     dtypes = {n: d for n, _, d in shapes}
@@ -163,6 +170,9 @@ def arguments(
             "d_"
         ):  # what operands' gradients are made of
             dtypes[name], shape_of[name] = "float32", rows
+        elif name.startswith("part_"):  # what splits leave
+            last = shape_of["v"][-1:] if name == "part_acc" else ()
+            dtypes[name], shape_of[name] = "float32", (*rows, splits, *last)
     sizes = {n: math.prod(s) * BYTES[dtypes[n]] for n, s in shape_of.items()}
     signature: dict[str, str] = {}
     values: dict[str, Any] = {}
@@ -173,7 +183,9 @@ def arguments(
         if parameter.is_constexpr or name in constants:
             signature[name], values[name] = "constexpr", constants[name]
         elif name.endswith("_ptr"):
-            signature[name] = POINTERS[dtypes[name.removesuffix("_ptr")]]
+            dtype = dtypes[name.removesuffix("_ptr")]
+            bits = dtype == "float8_e4m3" and gpu.architecture in BITS
+            signature[name] = "*u8" if bits else POINTERS[dtype]
             attributes[i,] = [["tt.divisibility", 16]]
             # as the launcher says of small tensors: AMD's buffer loads take 32-bit offsets
             small = sizes[name.removesuffix("_ptr")] < 2**31

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
-import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from attngen import philox, targets
-from attngen.backends.triton.backward import Backward, kept
+from attngen import philox, storage, targets
+from attngen.backends.triton.arguments import arguments, axes_of, kept, unpacked
+from attngen.backends.triton.backward import Backward
 from attngen.backends.triton.bounds import (
     Bounds,
     bounds,
@@ -17,9 +16,13 @@ from attngen.backends.triton.bounds import (
     offset_source,
 )
 from attngen.backends.triton.candidates import pieces, power_above
+from attngen.backends.triton.combining import combining
+from attngen.backends.triton.decode import COLUMNS, splits
 from attngen.backends.triton.guards import Guards, guards, overflows
 from attngen.backends.triton.listing import Listing, listing
-from attngen.backends.triton.tile_code import Writer
+from attngen.backends.triton.slope_code import SIZES
+from attngen.backends.triton.stored import Stored
+from attngen.backends.triton.tile_code import Writer, fours
 from attngen.expr import walk
 from attngen.intervals import (
     Interval,
@@ -29,14 +32,13 @@ from attngen.intervals import (
     proven,
 )
 from attngen.operands import Operand
-from attngen.plans import Plan
+from attngen.plans import Option, Plan, grouped
 from attngen.regions import spans
 from attngen.spec import AttentionSpec
 from attngen.spec_checks import relating
 
 LONGEST = 2**24  # tokens: for which indices are proven, whatever the spec's own lengths
 LOG2E = 1.4426950408889634
-_SIZES = {"b": "B", "h": "H", "q": "T", "k": "S"}
 
 
 def context(plan: Plan) -> dict[str, Any]:
@@ -56,29 +58,36 @@ def context(plan: Plan) -> dict[str, Any]:
     if guard.lines:
         where.only_where("tame")
     out, lse = "out" in spec.outputs, "lse" in spec.outputs
-    folded = not spec.score and spec.scale_value > 0
+    folded = not spec.score and spec.scale_value > 0 and not spec.is_quantised
+    gpu = targets.get(plan.target).gpu
+    assert gpu is not None
+    parts = combining(plan, axes_of(spec))
+    if parts:
+        where.split()
     back = None
     if spec.derivatives == "vjp":
-        axes = _axes(spec)
-        made = Backward(plan, env, index_dtype, helpers, axes, guard.interior)
-        back = made.context() | _back_dims(spec)
-    runtime = back["runtime"] if back else []
+        made = Backward(plan, env, index_dtype, helpers, axes_of(spec), guard.interior)
+        back = made.context() | _back_dims(plan, made.head_dim)
+    runtime = back["runtime"] if back else parts["runtime"] if parts else []
+    rows_code = [*writer.rows, *guard.lines]
     return {
         **_constants(plan, folded, guard.interior),
-        **_arguments(plan, out, lse, runtime, listed=tiles is not None),
+        **arguments(plan, out, lse, runtime, listed=tiles is not None),
         **_loads(plan, out),
-        **_dims(plan, out),
-        "layout": "[b, t, h, d]" if spec.layout == "bthd" else "[b, h, t, d]",
-        "unpack_q": "B, T, H, _" if spec.layout == "bthd" else "B, H, T, _",
-        "unpack_k": "_, S, G, _" if spec.layout == "bthd" else "_, G, S, _",
+        **_dims(spec, plan.option("head_dim"), out),
+        **unpacked(spec),
         "outputs": list(spec.outputs),
         "out": out,
         "lse": lse,
         "interior": interior,
         "edge": edge,
-        "rows_code": [*writer.rows, *guard.lines],
+        "rows_code": rows_code,
         "bounds": where,
         "tiles": tiles,
+        "parts": parts,
+        "grouped": writer.heads > 1,
+        "reads_start": _reads("q_start", where.lines),
+        "reads_stop": _reads("q_stop", where.lines),
         "end": end_of_keys(spec),
         "wide": ".to(tl.int64)" if index_dtype == "int64" else "",
         "reverse": plan.option("order") == "reverse",
@@ -104,24 +113,26 @@ def context(plan: Plan) -> dict[str, Any]:
         "kept": kept(spec),
         "mass": "mass" in kept(spec),
         "dropout": spec.dropout,
-        "aligned": spec.kv_offset % 4 == 0,
+        "aligned": fours(spec),
+        "packed": spec.storage == "packed",
+        "paged": spec.storage == "paged",
+        "stored": Stored(plan, gpu, there=guard.interior),
         "threshold": philox.threshold(spec.dropout),
         "narrow": spec.out_dtype_name != spec.dtype,
     }
 
 
-def _axes(spec: AttentionSpec) -> tuple[str, ...]:
-    """Of q, k and v, as their strides are named."""
-    return ("b", "t", "h", "d") if spec.layout == "bthd" else ("b", "h", "t", "d")
-
-
-def _back_dims(spec: AttentionSpec) -> dict[str, Any]:
-    """Head dims of the backward pass, each in one piece."""
-    (qk,) = _pieces("d", "QK_DIM", spec.qk_dim, "padded")
-    (v,) = _pieces("e", "V_DIM", spec.v_dim, "padded")
-    v = qk if spec.v_dim == spec.qk_dim else v
-    out = "out" in spec.outputs
-    return {"qk": qk, "v": v, "dims": [qk] if v is qk or not out else [qk, v]}
+def _back_dims(plan: Plan, head_dim: Option) -> dict[str, Any]:
+    """Head dims of the backward pass in pieces; what a tile returns of its keys."""
+    found = _dims(plan.spec, head_dim, "out" in plan.spec.outputs)
+    qk = found["qk_pieces"]
+    return {
+        "qk": qk,
+        "v": found["v_pieces"],
+        "dims": found["dims"],
+        "tile_keys": "".join(f", k{piece['suffix']}" for piece in qk),
+        "no_keys": "".join(f", _k{piece['suffix']}" for piece in qk),
+    }
 
 
 def _wide(spec: AttentionSpec) -> dict[str, Interval]:
@@ -167,9 +178,9 @@ def _sizes(spec: AttentionSpec) -> list[str]:
             if not isinstance(axis, str) or (index.op, index.value) == ("var", axis):
                 continue
             if index.op == "var":
-                found.append(f"{_SIZES[str(index.value)]} <= {_SIZES[axis]}")
+                found.append(f"{SIZES[str(index.value)]} <= {SIZES[axis]}")
             elif index.op == "const":
-                found.append(f"{_SIZES[axis]} > {index.value}")
+                found.append(f"{SIZES[axis]} > {index.value}")
             else:
                 own = spec.batch, spec.q_heads, spec.q_len, spec.kv_len
                 found.append(f"(B, H, T, S) == {own}")
@@ -196,8 +207,9 @@ def _reads(name: str, lines: list[str]) -> bool:
 def _constants(plan: Plan, folded: bool, natural: bool) -> dict[str, Any]:
     spec = plan.spec
     scale = spec.scale_value
+    rows = "rows" if grouped(spec, plan.choice) > 1 else "queries"
     lines: list[tuple[str, str, str]] = [
-        ("Q_BLOCK", str(plan.q_chunk), "queries of a tile"),
+        ("Q_BLOCK", str(plan.q_chunk), f"{rows} of a tile"),
         ("K_BLOCK", str(plan.k_chunk), "keys of a tile"),
         ("R", str(spec.repeats), "query heads that share a kv head"),
         ("QK_DIM", str(spec.qk_dim), ""),
@@ -213,6 +225,12 @@ def _constants(plan: Plan, folded: bool, natural: bool) -> dict[str, Any]:
                 f"{scale!r}, times log2(e): exp(s) is 2**(s * log2(e))",
             )
         )
+    if splits(plan.choice) > 1:
+        lines.append(
+            ("KV_SPLITS", str(splits(plan.choice)), "programs that share keys")
+        )
+        if "out" in spec.outputs:
+            lines.append(("COLUMNS", str(COLUMNS), "of out, of a program of `combine`"))
     back = spec.derivatives == "vjp"
     if back or not folded:
         lines.append(("SCALE", repr(scale), ""))
@@ -222,6 +240,10 @@ def _constants(plan: Plan, folded: bool, natural: bool) -> dict[str, Any]:
         lines.append(("DROPOUT", repr(spec.dropout), "share of weights that are 0"))
     if "lse" in spec.outputs or (back and natural):
         lines.append(("LN2", "0.6931471805599453", ""))
+    if spec.storage == "paged":
+        lines.append(("PAGE_SIZE", str(spec.page_size), "keys of a page"))
+        if storage.is_exact(spec):
+            lines.append(("KV_LEN", str(spec.kv_len), "keys of each sequence"))
     if offset_source(spec) == "constant" and (spec.expressions or spec.dropout):
         lines.append(("Q_OFFSET", str(spec.q_offset), "position of query 0"))
     if spec.kv_offset:
@@ -248,79 +270,8 @@ def _listed(tiles: Listing) -> Bounds:
         "A row of the list of tiles: how many key blocks only hold what every query"
     ]
     about += ["here sees, how many hold what any does, and which these are."]
-    return Bounds(lines, about, interiors, edges, listed=True)
-
-
-def _arguments(
-    plan: Plan, out: bool, lse: bool, runtime: list[str], *, listed: bool
-) -> dict[str, Any]:
-    """Of attention(), of the kernel, and of its launch."""
-    spec, gpu = plan.spec, targets.get(plan.target).gpu
-    operands = [o.name for o in spec.operands]
-    axes = _axes(spec)
-    tensors = ["q", "k", *(["v", "out"] if out else [])]
-    described = plan.option("loads") == "descriptors"
-    blocks = [x for x in tensors if described and x in ("k", "v")]
-    pointed = [x for x in tensors if x not in blocks]
-    dims = {"q": spec.qk_dim, "k": spec.qk_dim, "v": spec.v_dim, "out": spec.v_dim}
-    strides = [f"{x}_stride_{a}" for x in pointed for a in axes]
-    more = {
-        o.name: [f"{o.name}_stride_{i}" for i in range(len(o.axes))]
-        for o in spec.operands
-    }
-    strides += [name for names in more.values() for name in names]
-    rows = ["tiles"] if listed else []
-    strides += [f"{x}_stride_{i}" for x in rows for i in range(3)]
-    pointers = [*tensors, *(["lse"] if lse else []), *kept(spec), *operands, *rows]
-    sizes = ["q_len", "kv_len", "heads"]
-    every = dict.fromkeys([*sizes, *strides, *runtime])
-    runtime = [s for s in every if not s.endswith("_stride_d")]
-    shape = "(B, T, H, {})" if spec.layout == "bthd" else "(B, H, T, {})"
-    kv_shape = "(B, S, G, {})" if spec.layout == "bthd" else "(B, G, S, {})"
-    checks = [
-        ("q", shape.format(spec.qk_dim), _torch(spec.dtype)),
-        ("k", kv_shape.format(spec.qk_dim), _torch(spec.dtype)),
-        ("v", kv_shape.format(spec.v_dim), _torch(spec.dtype)),
-    ]
-    checks += [(o.name, _shape(o.axes), _torch(o.dtype)) for o in spec.operands]
-    shown = [(n, s, t.removeprefix("torch.")) for n, s, t in checks]
-    if out:
-        shown.append(("out", shape.format(spec.v_dim), spec.out_dtype_name))
-    if lse:
-        shown.append(("lse", "(B, H, T)", "float32: log of the sum of exp(s)"))
-    passed = [f'_describe("{x}", {x})' if x in blocks else x for x in pointers]
-    names = [f"{x}_desc" if x in blocks else f"{x}_ptr" for x in pointers]
-    launched = [
-        *(f"{x}," for x in passed),
-        "T,",
-        f"k.shape[{axes.index('t')}],",
-        "H,",
-        *(f"*{x}.stride()," for x in (*pointed, *operands)),
-        *(f"*{x}.stride()[:3]," for x in rows),
-    ]
-    return {
-        "tensors": tensors,
-        "operands": operands,
-        "named": [f"{n}={n}" for n in operands],
-        "arguments": ["q", "k", "v", *operands],
-        "pointed": pointed,
-        # dense strides are multiples of a head dim, and the least of them is one
-        "large_differ": gpu is not None and gpu.backend == "hip",
-        "align": math.gcd(16, *(dims[x] for x in pointed)),
-        "block_sizes": ", ".join(
-            f'"{x}": {"Q" if x == "q" else "K"}_BLOCK.value'
-            for x in pointed
-            if x != "out"
-        ),
-        "token_axis": axes.index("t"),
-        "parameters": names + sizes + strides,
-        "runtime_lines": textwrap.wrap(", ".join(f'"{n}"' for n in runtime) + ",", 84),
-        "launch_arguments": launched,
-        "checks": checks,
-        "shapes": shown,
-        "out_shape": shape.format(spec.v_dim),
-        "out_dtype": _torch(spec.out_dtype_name),
-    }
+    ends = ("0", "full", "visited") if tiles.interior else ("0", "visited")
+    return Bounds(lines, about, interiors, edges, listed=True, visits=[ends])
 
 
 def _loads(plan: Plan, out: bool) -> dict[str, Any]:
@@ -331,18 +282,8 @@ def _loads(plan: Plan, out: bool) -> dict[str, Any]:
     return {"described": described, "block_shapes": shapes if described else {}}
 
 
-def _torch(dtype: str) -> str:
-    return f"torch.{dtype}"
-
-
-def _shape(axes: tuple[Any, ...]) -> str:
-    items = [str(_SIZES.get(a, a)) for a in axes]
-    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
-
-
-def _dims(plan: Plan, out: bool) -> dict[str, Any]:
+def _dims(spec: AttentionSpec, choice: Option, out: bool) -> dict[str, Any]:
     """The pieces of both head dims; those of v share the names of q's where they agree."""
-    spec, choice = plan.spec, plan.option("head_dim")
     qk = _pieces("d", "QK_DIM", spec.qk_dim, choice)
     v = qk if spec.v_dim == spec.qk_dim else _pieces("e", "V_DIM", spec.v_dim, choice)
     dims = qk if v is qk or not out else qk + v

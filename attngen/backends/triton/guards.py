@@ -16,7 +16,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from attngen.backends.triton.tile_code import Writer
+from attngen.backends.triton.tile_code import Writer, power_of_two
 from attngen.dtypes import FLOAT32_LIMIT
 from attngen.expr import Expr, variables, walk
 from attngen.intervals import TAME, Interval, drops_keys
@@ -49,7 +49,8 @@ def guards(writer: Writer, env: Mapping[str, Interval]) -> Guards:
         return Guards()
     reads = [n for score in spec.score for n in walk(score.expr) if n.op == "load"]
     floats = dict.fromkeys(n for n in reads if n.kind == "float")
-    needed = [n for n in floats if _outside(n) or _whole(n) is not None]
+    most = MOST // power_of_two(writer.heads)
+    needed = [n for n in floats if _outside(n) or _whole(n, most) is not None]
     if overflows(spec, env, frozenset(needed)):
         return Guards(edge=True, interior=True)
     for node in tuple(needed):
@@ -58,7 +59,7 @@ def guards(writer: Writer, env: Mapping[str, Interval]) -> Guards:
             needed = rest
     lines = ["# whether no score can be -inf: what could make one so is finite"]
     for i, node in enumerate(needed):
-        text = _values(node, writer, lines)
+        text = _values(node, writer, most, lines)
         lines.append(f"tame {'&=' if i else '='} {text}")
     return Guards(edge=True, lines=tuple(lines))
 
@@ -75,7 +76,7 @@ def _outside(node: Expr) -> bool:
     return not variables(node) & {"k", "s"}
 
 
-def _whole(node: Expr) -> int | None:
+def _whole(node: Expr, most: int) -> int | None:
     """The axis of a read that is looked at whole, if that and the others' indices do."""
     assert isinstance(node.value, Operand)
     pairs = list(zip(node.value.axes, node.args, strict=True))
@@ -87,17 +88,17 @@ def _whole(node: Expr) -> int | None:
     if len(varied) != 1 or not plain:
         return None
     axis = pairs[varied[0]][0]
-    return varied[0] if isinstance(axis, int) and axis <= MOST else None
+    return varied[0] if isinstance(axis, int) and axis <= most else None
 
 
-def _values(node: Expr, writer: Writer, lines: list[str]) -> str:
+def _values(node: Expr, writer: Writer, most: int, lines: list[str]) -> str:
     """Whether all values of a read are tame, as text; statements that it needs first."""
     if _outside(node):
         name = writer.name(node)
-        if "q" not in variables(node):
+        if not writer.varies(node):
             return f"tl.abs({name}) <= {LIMIT}"
     else:
-        axis = _whole(node)
+        axis = _whole(node, most)
         assert axis is not None
         name = writer.read_whole(node, axis, lines)
     return f"tl.min((tl.abs({name}) <= {LIMIT}).to(tl.int32)) > 0"

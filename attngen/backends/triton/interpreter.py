@@ -52,10 +52,10 @@ def call(job: dict[str, Any]) -> list[str]:
 
 
 def save(folder: Path, arrays: Mapping[str, Any]) -> dict[str, str]:
-    """Write arrays as <name>.npy, bfloat16 as its bits; the dtype of each by name."""
+    """Write arrays as <name>.npy, what NumPy has no name for as bits; each dtype by name."""
     for name, x in arrays.items():
-        bits = x.view(np.int16) if str(x.dtype) == "bfloat16" else x
-        np.save(folder / f"{name}.npy", bits)
+        bits = {"bfloat16": np.int16, "float8_e4m3fn": np.int8}.get(str(x.dtype))
+        np.save(folder / f"{name}.npy", x if bits is None else x.view(bits))
     return {name: str(x.dtype) for name, x in arrays.items()}
 
 

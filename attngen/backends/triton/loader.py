@@ -136,13 +136,14 @@ def array(values: Any, dtype: str, target: Target | None = None) -> Any:
 
 
 def tensor(values: Any, dtype: str) -> Any:
-    """A NumPy array as a tensor; bfloat16 through its bits, which NumPy has no name for."""
+    """A NumPy array as a tensor; what NumPy has no name for goes through its bits."""
     import numpy as np
     import torch
 
-    if dtype == "bfloat16":
-        bits = np.ascontiguousarray(values).view(np.int16)
-        return torch.from_numpy(bits.copy()).view(torch.bfloat16)
+    if dtype == "bfloat16" or dtype.startswith("float8"):
+        of = np.int16 if dtype == "bfloat16" else np.int8
+        bits = torch.from_numpy(np.ascontiguousarray(values).view(of).copy())
+        return bits.view(torch.bfloat16 if of is np.int16 else torch.float8_e4m3fn)
     return torch.from_numpy(np.array(values))
 
 

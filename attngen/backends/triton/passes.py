@@ -7,17 +7,20 @@ many keys and goes over the queries that see them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from attngen import slopes
+from attngen import slopes, storage
 from attngen.backends.triton import model
 from attngen.backends.triton.candidates import (
     BLOCKS,
+    GROUPED,
     WARPS,
     blocks,
+    in_groups,
     most_registers,
-    power_above,
+    pieces,
 )
 from attngen.backends.triton.slope_code import entries_of, kind_of
 from attngen.cost import Cost
@@ -32,6 +35,7 @@ from attngen.tiles import Tiles
 STAGES = (1, 2, 3, 4)
 VALUES: dict[str, tuple[Option, ...]] = {
     "q_chunk": BLOCKS, "k_chunk": BLOCKS, "num_warps": WARPS, "num_stages": STAGES,
+    "head_dim": ("padded", "split"),
 }  # fmt: skip
 DROPPING = 96  # registers more with dropout, as compiled for sm90
 PRODUCTS = 7  # of a tile: three for dq, four for dk and dv
@@ -54,6 +58,7 @@ class Passes:
                 "k_chunk": blocks(longest, 256 if whole else 64),
                 "num_warps": WARPS if whole else (2, 4, 8),
                 "num_stages": STAGES if whole else (1, 2) if ahead else (1,),
+                **pieced(spec),
             }
         }
 
@@ -117,12 +122,25 @@ class Passes:
             text += f" · {warps} warp{'s' * (warps != 1)}"
         if stages is not None:
             text += f" · {stages} stage{'s' * (stages != 1)}"
-        return text
+        pieced_ = choice.get("head_dim") == "split"
+        return text + " · head dim in pieces" * pieced_
+
+
+def pieced(spec: AttentionSpec) -> Mapping[str, Sequence[Option]]:
+    """The choice of pieces, where a head dim has several."""
+    odd = any(len(pieces(d, "split")) > 1 for d in (spec.qk_dim, spec.v_dim))
+    return {"head_dim": ("split", "padded")} if odd else {}
+
+
+def _widths(spec: AttentionSpec, choice: Choice) -> list[int]:
+    """Of the pieces of both head dims, with padding."""
+    how = choice.get("head_dim", "padded")
+    return [width for d in (spec.qk_dim, spec.v_dim) for _, width in pieces(d, how)]
 
 
 def _rows(spec: AttentionSpec) -> int:
     """Bytes of one float32 a row."""
-    return 4 * spec.batch * spec.q_heads * spec.q_len
+    return 4 * math.prod(storage.shape_of(spec, "lse"))
 
 
 def _sums(spec: AttentionSpec, choice: Choice) -> int:
@@ -130,10 +148,11 @@ def _sums(spec: AttentionSpec, choice: Choice) -> int:
     total = 0
     for operand in slopes.trained(spec):
         total += 2 * 4 * spec.bytes_of(operand.name) // BYTES[operand.dtype]
-    heads, total = spec.batch * spec.q_heads, total + _rows(spec) * spec.sink
+    heads, total = _rows(spec) // (4 * spec.q_len), total + _rows(spec) * spec.sink
+    blocks = -(-spec.q_len // int(choice["q_chunk"]))
     sizes = {
         "rows": spec.q_len, "row_entries": spec.q_len, "columns": spec.kv_len,
-        "column_entries": spec.kv_len, "entries": -(-spec.q_len // int(choice["q_chunk"])),
+        "column_entries": spec.kv_len, "entries": blocks + (spec.storage == "packed") * spec.batch,
     }  # fmt: skip
     for node in dict.fromkeys(n for s in spec.score for n in slopes.reads(s)):
         kind = kind_of(node)
@@ -149,31 +168,51 @@ def _sums(spec: AttentionSpec, choice: Choice) -> int:
 def shared_bytes(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     """Modelled: what a program holds of two tensors, what it visits of two, p and ds.
 
-    AMD's hold what they hold in registers.
+    AMD's hold what they hold in registers; with one stage tensors take turns, piece by piece.
     """
-    size = BYTES[spec.dtype]
-    dims = power_above(spec.qk_dim) + power_above(spec.v_dim)
+    size, dims = BYTES[spec.dtype], _widths(spec, choice)
     held, step = int(choice["q_chunk"]), int(choice["k_chunk"])
+    if gpu.backend == "hip" and int(choice["num_stages"]) == 1:
+        return size * max(held, step) * max(dims)
     if gpu.backend == "hip":
-        return 2 * size * step * dims * int(choice["num_stages"])
+        return 2 * size * step * sum(dims) * int(choice["num_stages"])
     stages = max(1, int(choice["num_stages"]) - 1)
-    return size * (held * dims + step * dims * stages + held * step)
+    return size * (held * sum(dims) + step * sum(dims) * stages + held * step)
 
 
 # architecture → registers of a thread that no tile accounts for; others of NVIDIA's: 96
 _OWN = {"sm90": 78, "sm100": 78, "gfx942": 150, "gfx950": 150}
+_APART = 136  # of sm90 and sm100, where each warp issues its own products of wide heads
 
 
 def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     """Modelled, of a thread: dk and dv, and a tile of s, p and ds.
 
     What else there is was fitted to which tiles spill on sm80, sm90 and gfx942, compiled by
-    Triton 3.9 (head dims 64 and 128, causal).
+    Triton 3.9 (head dims 64 and 128, causal); of wider heads to those of 256 to 576.
     """
-    dims = power_above(spec.qk_dim) + power_above(spec.v_dim)
+    dims = sum(_widths(spec, choice))
     held, step = int(choice["q_chunk"]), int(choice["k_chunk"])
     threads = int(choice["num_warps"]) * gpu.warp_size
     own = _OWN.get(gpu.architecture, 96)
     # whole float32 products on NVIDIA's are multiply-adds, whose factors lie in registers
     own += 64 if spec.dtype == "float32" and gpu.backend == "cuda" else 0
+    if dims > WIDE:
+        if in_groups(choice, gpu):
+            own += dims // 8 if held < 16 * int(choice["num_warps"]) else 0
+        elif gpu.architecture in GROUPED:
+            own = max(own, _APART)
+        own += _of_wide(dims, held, step, threads, gpu, BYTES[spec.dtype])
     return held * (dims + 3 * step) // threads + own
+
+
+WIDE = (
+    256  # both head dims together, of which more is held at once than of narrower ones
+)
+
+
+def _of_wide(dims: int, held: int, step: int, threads: int, gpu: Gpu, size: int) -> int:
+    """Registers more with wide heads: what products read, of which AMD's hold all."""
+    if gpu.backend == "hip":
+        return step * step * dims // 2048 + held * dims * size // (4 * threads)
+    return step * (dims - WIDE) * size // (4 * threads)

@@ -227,9 +227,13 @@ def placed(part: Part) -> tuple[str, str]:
     return text, ", ".join(at)
 
 
-def unplaced(node: Expr) -> str:
+def unplaced(node: Expr, *, packed: bool = False) -> str:
     """Why what a read takes can't be put where it belongs; "" if it can."""
     own = [str(index.value) for index in node.args if index.op == "var"]
+    if packed and "b" in own:
+        return "the batch of packed sequences"
+    if packed and kind_of(node) == "pairs":
+        return "pairs of packed tokens"
     if len(set(own)) < len(own):
         return "two axes at one index"
     if computed(node) and {"q", "k"} <= set(own):

@@ -5,22 +5,26 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from attngen import storage
+from attngen.backends.triton.decode import splits
 from attngen.errors import OperandError, SpecError
 from attngen.expr import COMPARISONS, Expr, const, substitute
 from attngen.linear import affine
-from attngen.plans import Plan
+from attngen.plans import Plan, grouped
 from attngen.regions import largest_constant
 from attngen.spec import AttentionSpec
 from attngen.tracing import mask_of
 
+SHARED = 15  # more blocks of keys where splits share them, at most
+TILE_S = 2e-3  # of one tile, however small
 FAR = 600  # keys: beyond them the interpreter takes minutes
 
 
 def small(plan: Plan, *, rebuild: bool) -> tuple[AttentionSpec, dict[str, Any]] | None:
     """A smaller spec with every kind of tile, in the plan's own blocks.
 
-    Two blocks of queries and three of keys, the last of each ragged, and as many more keys
-    as a constant of the mask reaches. The plan's file computes it as it is: lengths come
+    Two blocks of queries and three of keys, the last of each ragged, more keys where splits
+    share them, and as many more as a constant of the mask reaches. The plan's file computes it as it is: lengths come
     at run time. Where that would be many keys and the file can be made anew (rebuild),
     limits of the mask are moved closer instead. None where the spec can't be made smaller
     (an operand that is read at a fixed index beyond the smaller size, say).
@@ -32,7 +36,9 @@ def small(plan: Plan, *, rebuild: bool) -> tuple[AttentionSpec, dict[str, Any]] 
     reach = largest_constant(spec)
     if isinstance(spec.q_offset, int):
         reach = max(reach, abs(spec.q_offset) + abs(spec.kv_offset))
-    length = min(spec.kv_len, reach + 2 * plan.k_chunk + plan.k_chunk // 2 + 3)
+    whole = 2 + min(splits(plan.choice) - 1, SHARED)
+    length = reach + whole * plan.k_chunk + plan.k_chunk // 2 + 3
+    length = min(spec.kv_len, length)
     q_length = min(spec.q_len, plan.q_chunk + plan.q_chunk // 2 + 5)
     if spec.q_len == spec.kv_len:
         length = q_length = min(spec.q_len, max(length, q_length))
@@ -44,6 +50,12 @@ def small(plan: Plan, *, rebuild: bool) -> tuple[AttentionSpec, dict[str, Any]] 
         "q_len": q_length,
         "kv_len": length,
     }
+    if spec.storage == "packed":
+        sizes["batch"] = min(spec.batch, 3)
+    if spec.storage == "paged":
+        sizes["num_pages"] = None
+        if storage.is_exact(spec):  # the file has that number of keys
+            sizes["kv_len"] = spec.kv_len
     try:
         made = dataclasses.replace(spec, **sizes, memory_budget=None)
     except (OperandError, SpecError):
@@ -72,9 +84,15 @@ def _nearer(mask: Expr, most: int) -> Expr:
     return substitute(mask, limit)
 
 
-def interpreted_s(spec: AttentionSpec) -> float:
+def interpreted_s(plan: Plan) -> float:
     """About how long the interpreter takes over every pair, in seconds of a patient user.
 
-    A second here is a sixth of one: what takes longer than five is judged when small.
+    A second here is a sixth of one: what takes longer than five is judged when small. Tiles
+    of few queries take as long as larger ones.
     """
-    return spec.batch * spec.q_heads * spec.q_len * spec.kv_len * 1.2e-5
+    spec = plan.spec
+    pairs = spec.batch * spec.q_heads * spec.q_len * spec.kv_len
+    if spec.storage == "packed":
+        pairs //= spec.batch**2
+    heads = spec.batch * spec.q_heads // grouped(spec, plan.choice)
+    return max(pairs * 1.2e-5, heads * plan.tiles.visited * TILE_S)

@@ -15,12 +15,23 @@ from attngen.backends.triton.printer import TritonPrinter
 from attngen.expr import Expr
 from attngen.intervals import Interval, proven
 from attngen.operands import Operand
-from attngen.plans import Plan
+from attngen.plans import Plan, grouped
 from attngen.printer import read_name, search_name
+from attngen.spec import AttentionSpec
 
 WIDTH = 88
 _NAMES = {"b": "b_index", "h": "h_index", "q": "q_pos", "k": "k_pos", "s": "s"}
 _OTHER = {"bool": "False", "int": "0", "float": "0.0"}
+
+
+def fours(spec: AttentionSpec) -> bool:
+    """Whether dropout makes four words at a time: a block's first key is a fourth one."""
+    return spec.kv_offset % 4 == 0 and spec.storage != "packed"
+
+
+def power_of_two(n: int) -> int:
+    """The least that isn't below n."""
+    return 1 << (n - 1).bit_length()
 
 
 @dataclass
@@ -64,12 +75,16 @@ class Writer:
     ) -> None:
         self.plan, self.spec, self.env = plan, plan.spec, env
         self.index_dtype, self.helpers = index_dtype, helpers
+        self.packed = self.spec.storage == "packed"
         self.rows: list[str] = []
         self.rows_defined: set[str] = set()
         self.row_indices = 0
         self.searched: dict[Expr, str] = {}
         self.places: dict[Expr, list[str]] = {}  # the indices of a read, as text
+        self.heads = grouped(self.spec, plan.choice)  # of the rows of a tile
         self.names = dict(_NAMES)
+        if self.heads > 1:
+            self.names["h"] = "h_index[:, None]"
         if not offset_source(self.spec):
             self.names["q"] = "q_index"
         if self.spec.kv_offset == 0:
@@ -83,9 +98,12 @@ class Writer:
         self.gathers = self.indices = 0
         if edge:
             self._define("k_index", self.code.keys)
-        if self.spec.dropout:
+        if self.spec.dropout and self.packed:
+            self._token("q", self.rows)
+            self._token("k", self.code.keys)
+        elif self.spec.dropout:
             self._variable("q", self.rows)
-            if self.spec.kv_offset % 4:
+            if not fours(self.spec):
                 self._variable("k", self.code.keys)
         for i, score in enumerate(self.spec.score):
             self._needs(score.expr, self.code.keys)
@@ -100,10 +118,12 @@ class Writer:
         if edge:
             self._mask()
         if self.spec.dropout:
-            at = f"b_index, h_index, {self.names['q']}"
-            if self.spec.kv_offset % 4:
+            at = f"b_index, {self.names['h']}, {self.names['q']}"
+            if self.packed:
+                at = "tl.zeros_like(b_index), h_index, q_token, k_token"
+            elif not fours(self.spec):
                 at += f", {self.names['k']}"
-            else:  # four words at a time
+            else:
                 shift = " + K_OFFSET" if self.spec.kv_offset else ""
                 at += f", c * K_BLOCK{shift}, K_BLOCK, {self.axis}"
             self.code.kept = [f"kept = _dropout(seed, {at})"]
@@ -166,16 +186,28 @@ class Writer:
             if self.names["k"] == "k_pos":
                 self._define("k_pos", lines)
 
+    def _token(self, name: str, lines: list[str]) -> str:
+        """Define which of all tokens of q or k one is, and return its name."""
+        self._define(f"{name}_index", lines)
+        if not self.packed:
+            return f"{name}_index"
+        self._define(f"{name}_token", lines)
+        return f"{name}_token"
+
     def _define(self, name: str, lines: list[str]) -> None:
         known = self.rows_defined if lines is self.rows else self.defined
         if name in known:
             return
         known.add(name)
         text = {
-            "q_index": f"q_start + {self.at_rows}",
+            "q_index": "token[:, None]"
+            if self.heads > 1
+            else f"q_start + {self.at_rows}",
             "q_pos": "q_index + offset",
             "k_index": f"c * K_BLOCK + {self.at_cols}",
             "k_pos": "k_index + K_OFFSET",
+            "q_token": "q_index + q_first",
+            "k_token": "k_index + k_first",
         }[name]
         lines.append(f"{name} = {text}")
 
@@ -203,7 +235,7 @@ class Writer:
                 other = 'float("nan")'  # of the values outside
             if isinstance(axis, str) and index.op == "var":
                 conditions += self._there(index)
-            if not (text.isdigit() or text in ("b_index", "h_index")):
+            if not (text.isdigit() or text in (self.names["b"], self.names["h"])):
                 text = f"{text}.to(tl.int64)"
             steps.append(f"{text} * {node.value.name}_stride_{i}")
         if not unsure and not proven(node, self._padded()):
@@ -289,17 +321,33 @@ class Writer:
             lines = [f"{name} = {function}(", *(f"    {a}," for a in arguments), ")"]
         return [*lines, f"{name} = {name}{cast}"] if cast else lines
 
+    def varies(self, node: Expr) -> bool:
+        """Whether what is read before the loops differs between the rows of a tile."""
+        reads = expr.variables(node)
+        return "q" in reads or (self.heads > 1 and "h" in reads)
+
     def read_whole(self, node: Expr, axis: int, lines: list[str]) -> str:
-        """Define all values of an axis of its own length, in place of a read of one."""
+        """Define all values of an axis of its own length, in place of a read of one.
+
+        Where heads are packed, those of each of these.
+        """
         assert isinstance(node.value, Operand)
         length = node.value.axes[axis]
         assert isinstance(length, int)
-        every = f"tl.arange(0, {1 << (length - 1).bit_length()})"
+        every = f"tl.arange(0, {power_of_two(length)})"
         steps = []
         for i, index in enumerate(node.args):
             text = every if i == axis else self._index(index, lines)
+            if text == "h_index[:, None]":
+                text = "g_heads"
             steps.append(f"{text} * {node.value.name}_stride_{i}")
         conditions = [f"{every} < {length}"] if length & (length - 1) else []
+        if any("g_heads" in step for step in steps):
+            heads = f"tl.arange(0, {power_of_two(self.heads)})"
+            if self.heads & (self.heads - 1):
+                heads = f"tl.minimum({heads}, R - 1)"
+            line = f"g_heads = g_index * R + {heads}[:, None]"
+            lines += [line] if line not in lines else []
         name = f"{node.value.name}_at_all"
         lines += self._statement(name, node, steps, conditions, "0.0", WIDTH - 4)
         return name
@@ -315,9 +363,9 @@ class Writer:
             return str(index.value)
         if index.op == "var":
             if index.value in ("q", "k"):
-                name = f"{index.value}_index"
-                self._define(name, self.rows if index.value == "q" else lines)
-            return f"{index.value}_index"
+                at = self.rows if index.value == "q" else lines
+                return self._token(str(index.value), at)
+            return self.names[str(index.value)]
         # before the loops under another name: what a loop assigns anew it carries
         if lines is self.rows:
             self.row_indices += 1

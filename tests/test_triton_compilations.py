@@ -1,0 +1,116 @@
+"""How often Triton compiles the kernels of an emitted file: counted with no GPU.
+
+What is called is the file alone: nothing is emitted again for another length.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="needs attngen[triton]")
+
+import attngen
+from attngen import AttentionSpec, api, masks, scores
+
+# calls a file's launchers, each with tensors of other sizes; prints for each kernel how often
+# it was launched, and with how many keys of Triton's cache, of which each is a compilation
+KEYS = """
+import collections, importlib.util, inspect, json, sys, torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime import jit
+made = importlib.util.spec_from_file_location("emitted", sys.argv[1])
+module = sys.modules["emitted"] = importlib.util.module_from_spec(made)
+made.loader.exec_module(module)
+gpu = make_backend(GPUTarget("cuda", 90, 32))
+keys = collections.defaultdict(list)
+
+class Launched:
+    def __init__(self, name, kernel):
+        self.name = name
+        self.bind = jit.create_function_from_signature(kernel.signature, kernel.params, gpu)
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            _, specialised, options = self.bind(*args, **options)
+            keys[self.name].append(jit.compute_cache_key({}, specialised, options))
+        return launch
+
+names_of = ["forward", *getattr(module, "BACKWARD", ())]
+for name in [*names_of, *["combine"] * hasattr(module, "combine")]:
+    setattr(module, name, Launched(name, getattr(module, name)))
+
+def names(operation):
+    return inspect.signature(operation._init_fn).parameters
+
+for b, t, s, offset, more in json.loads(sys.argv[2]):
+    def heads(n, count):  # each in the first columns of wider rows
+        return torch.zeros(b, n, count, 64 + more, dtype=torch.float16)[..., :64]
+
+    given = {
+        "q": heads(t, 4), "k": heads(s, 2), "v": heads(s, 2), "dout": heads(t, 4),
+        "bias": torch.zeros(4, t, s), "slopes": torch.zeros(4),
+        "kv_lengths": torch.full((b,), s - 1, dtype=torch.int32),
+        "q_offset": torch.full((b,), offset, dtype=torch.int32),
+    }
+    outputs = module._attention(*(given[n] for n in names(module._attention)))
+    if hasattr(module, "_gradients"):
+        given |= zip(("out", "norm"), outputs)
+        module._gradients(*(given[n] for n in names(module._gradients)))
+print(json.dumps({name: (len(x), len(set(x))) for name, x in keys.items()}))
+"""
+# batch, lengths of queries and keys, an offset; and columns beside each head
+CALLS = [
+    (1, 100, 100, 0, 0), (2, 16, 1600, 7, 0), (1, 1, 4097, 4096, 0), (3, 2048, 33, 0, 0),
+    (2, 64, 80, 3, 64), (1, 17, 96, 3, 16),
+]  # fmt: skip
+SPEC = AttentionSpec(
+    q_heads=4, kv_heads=2, q_len=100, kv_len=100, qk_dim=64, dtype="float16",
+    mask=masks.causal(), kv_lengths=True, q_offset="operand",
+)  # fmt: skip
+
+
+def counted(calls, fix=None, **changes):
+    """Of each kernel how often it is launched, and compiled."""
+    spec = dataclasses.replace(SPEC, **changes)
+    plan = attngen.plan(spec, target="h100", backend="triton", fix=fix)
+    ran = subprocess.run(
+        [sys.executable, "-c", KEYS, api.stored(attngen.emit(plan)), json.dumps(calls)],
+        capture_output=True,
+        text=True,
+        env={n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"},
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return json.loads(ran.stdout)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "fix"),
+    [
+        (["forward"], {"loads": "pointers"}),
+        (["forward"], {"loads": "descriptors"}),
+        (["forward"], {"pack_gqa": True}),
+        (["forward", "combine"], {"kv_splits": 4}),
+        (["forward", "combine"], {"pack_gqa": True, "kv_splits": 8}),
+    ],
+)
+def test_a_new_length_batch_or_offset_compiles_nothing(kernels, fix):
+    assert counted(CALLS, fix) == {name: [len(CALLS), 1] for name in kernels}
+
+
+VJP = {"derivatives": "vjp", "score": (scores.alibi(), scores.bias(axes="hqk"))}
+KERNELS = ("forward", "backward_queries", "backward_keys", "backward_bias_at_hqk")
+
+
+def test_nor_does_it_for_the_backward_pass():
+    assert counted(CALLS, **VJP) == {name: [len(CALLS), 1] for name in KERNELS}
+
+
+def test_strides_that_are_aligned_otherwise_compile_once_more():
+    """What is counted can be more than one."""
+    calls = [*CALLS, (1, 100, 100, 0, 1), (2, 50, 70, 9, 3)]
+    assert counted(calls, **VJP) == {name: [len(calls), 2] for name in KERNELS}

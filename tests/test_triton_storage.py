@@ -1,0 +1,348 @@
+"""Packed and paged storage and quantised K/V in Triton, in the interpreter."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton", reason="needs attngen[triton]")
+
+import interpreted
+from library import EXAMPLES, OFFSETS, holding, rotating
+from refusals import refused
+
+import attngen
+from attngen import AttentionSpec, api, inputs, masks, scores
+from attngen.backends.triton.loader import has_gpu
+from attngen.errors import NotBuiltError, PlanError
+
+SPEC = AttentionSpec(
+    batch=3, q_heads=4, kv_heads=2, q_len=40, kv_len=56, qk_dim=32, mask=masks.causal(),
+    q_offset="bottom_right", outputs=("out", "lse"),
+)  # fmt: skip
+PAGED = {"storage": "paged", "kv_lengths": True}
+STORED = {
+    "dense": {},
+    "packed": {"storage": "packed"},
+    "small pages": {**PAGED, "page_size": 4},
+    "odd pages": {**PAGED, "page_size": 7},
+    "large pages": {**PAGED, "page_size": 64},
+    "pages of blocks": {**PAGED, "page_size": 16, "num_pages": 30},
+    "all keys": {"storage": "paged", "page_size": 16},  # the last page has some
+}
+PLAIN = {"plain": {}}
+NARROW = {
+    f"{dtype} of {scale}": {"kv_dtype": dtype, "kv_scale": scale}
+    for dtype in ("int8", "float8_e4m3")
+    for scale in ("head", "token", 4)
+}
+OTHERWISE = {"layout": "bhtd", "sink": True, "dropout": 0.2, "dtype": "float16"}
+MATRIX = [
+    (stored, narrow, other)
+    for stored, fields in STORED.items()
+    for narrow, more in (PLAIN | NARROW).items()
+    for other in (False, True)
+    if (stored, narrow) != ("dense", "plain")
+    and not (stored == "odd pages" and more.get("kv_scale") == 4)
+]
+
+
+def slowly(cases, every):
+    """All but each n-th of the cases are slow."""
+    return [
+        case if i % every == 0 else pytest.param(*case, marks=pytest.mark.slow)
+        for i, case in enumerate(cases)
+    ]
+
+
+def judge(spec, q_chunk=16, k_chunk=16, **fix):
+    return interpreted.judge(spec, q_chunk=q_chunk, k_chunk=k_chunk, **fix)
+
+
+@pytest.mark.parametrize(("stored", "narrow", "other"), slowly(MATRIX, 3))
+def test_every_storage(stored, narrow, other):
+    fields = STORED[stored] | (PLAIN | NARROW)[narrow] | (OTHERWISE if other else {})
+    judge(dataclasses.replace(SPEC, **fields), k_chunk=32 if other else 16)
+
+
+@pytest.mark.parametrize("storage", ["packed", "paged"])
+@pytest.mark.parametrize(
+    ("name", "offset"),
+    slowly([(n, o) for n, o in rotating().items() if o != "before"], 4),
+)
+def test_library(name, offset, storage):
+    fields = STORED["packed" if storage == "packed" else "odd pages"]
+    spec = EXAMPLES[name].spec(q_offset=OFFSETS[offset], **fields)
+    with holding(EXAMPLES[name].operands):
+        judge(spec)
+
+
+DECODE = [
+    (stored, narrow, packs, splits)
+    for stored in ("dense", "odd pages", "large pages")
+    for narrow in ("plain", "int8 of head", "float8_e4m3 of token")
+    for packs, splits in ((True, 4), (False, 2), (True, 1))
+    if (stored, narrow) != ("dense", "plain")
+]
+
+
+@pytest.mark.parametrize(("stored", "narrow", "packs", "splits"), slowly(DECODE, 4))
+def test_decoding(stored, narrow, packs, splits):
+    fields = STORED[stored] | (PLAIN | NARROW)[narrow] | {"kv_lengths": True}
+    fields |= OTHERWISE | {"score": scores.alibi()} if splits == 4 else {}
+    spec = dataclasses.replace(SPEC, q_heads=6, q_len=3, kv_len=90, **fields)
+    judge(spec, pack_gqa=packs, kv_splits=splits)
+
+
+@pytest.mark.parametrize("fix", [{"pack_gqa": True}, {"kv_splits": 2}], ids=str)
+def test_packed_sequences_are_neither_grouped_nor_split(fix):
+    spec = dataclasses.replace(SPEC, storage="packed")
+    with refused(PlanError, "isn't built for packed storage"):
+        interpreted.plan(spec, **fix)
+
+
+BACKWARD = {
+    "plain": {},
+    "top left": {"q_offset": 0, "dtype": "float16"},
+    "run time": {"q_offset": "operand"},
+    "window": {"q_offset": 3, "mask": masks.causal() & masks.sliding_window(7)},
+    "otherwise": OTHERWISE,
+    "slopes": {"score": (scores.alibi(), scores.softcap(3.0)), "outputs": ("out",)},
+    "table": {"score": scores.relative_table(56)},
+    "keys": {"score": scores.bias(axes="hk"), "outputs": ("lse",)},
+    "queries": {"score": scores.bias(axes="qh"), "mask": masks.documents()},
+    "one": {"batch": 1, "mask": None},
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.slow] * (i % 3 != 1))
+        for i, n in enumerate(BACKWARD)
+    ],
+)
+def test_gradients_of_packed_sequences(name):
+    spec = dataclasses.replace(
+        SPEC, storage="packed", qk_dim=16, v_dim=16, derivatives="vjp", **BACKWARD[name]
+    )
+    judge(spec, backward_q_chunk=32, backward_k_chunk=16)
+
+
+@pytest.mark.parametrize("axes", ["hqk", "bk"])
+def test_gradients_that_packed_sequences_have_not(axes):
+    spec = dataclasses.replace(
+        SPEC, storage="packed", derivatives="vjp", score=scores.bias(axes=axes)
+    )
+    with refused(NotBuiltError, "packed"):
+        interpreted.plan(spec)
+
+
+@pytest.mark.parametrize("fields", [PAGED, {"kv_dtype": "int8"}], ids=str)
+def test_caches_have_no_gradients(fields):
+    with refused(NotBuiltError, "a cache isn't trained"):
+        interpreted.plan(dataclasses.replace(SPEC, derivatives="vjp", **fields))
+
+
+def test_numbers_of_float8_e4m3_by_their_bits():
+    """As GPUs read them that have no instruction for it: every one of the 256."""
+    spec = AttentionSpec(
+        q_heads=256, kv_heads=1, q_len=1, kv_len=256, qk_dim=16, kv_dtype="float8_e4m3",
+        dtype="float16", score=scores.bias(axes="hk"),
+    )  # fmt: skip
+    given = inputs.arrays(spec)
+    every = np.arange(256, dtype=np.uint8).view(given["v"].dtype)
+    numbers = every.astype(np.float32)
+    given["k"][:] = 0
+    given["bias"] = np.where(np.eye(256), 0, -np.inf).astype(np.float32)  # one key each
+    given["v"][:] = every[None, :, None, None]
+    given["v_scale"][:] = 1
+    for target in ("a100", "h100"):
+        path = api.stored(attngen.emit(interpreted.plan(spec, target)))
+        (out,) = interpreted.call(path, **given)
+        seen = np.isfinite(numbers)  # a NaN is in the tiles of others
+        np.testing.assert_array_equal(out[0, 0, seen, 0], numbers[seen])
+        if target == "a100":  # Triton's interpreter takes the others' for 480
+            assert np.isnan(out[0, 0, ~seen]).all()
+
+
+# What is refused.
+
+
+def changed(spec, **values):
+    """Arrays of a spec with some entries set: name=(index, value)."""
+    given = inputs.arrays(spec)
+    for name, (index, value) in values.items():
+        given[name][index] = value
+    return given
+
+
+PACKED = dataclasses.replace(SPEC, storage="packed")
+PAGES = dataclasses.replace(SPEC, **STORED["small pages"])
+BAD_VALUES = {
+    "offsets that fall": (PACKED, {"cu_seqlens_q": (1, 39)}),
+    "offsets beyond q": (PACKED, {"cu_seqlens_q": (-1, 41)}),
+    "offsets beyond k": (PACKED, {"cu_seqlens_k": (-1, 57)}),
+    "a first offset": (PACKED, {"cu_seqlens_k": (0, 1)}),
+    "a page too far": (PAGES, {"block_table": ((0, 1), 42)}),
+    "a page below": (PAGES, {"block_table": ((0, 0), -1)}),
+    "lengths beyond pages": (PAGES, {"kv_lengths": (1, 57)}),
+}
+
+
+@pytest.mark.skipif(has_gpu(), reason="a GPU is asked only in the check mode")
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_bad_values_are_refused_where_the_host_knows_them(name):
+    spec, values = BAD_VALUES[name]
+    path = api.stored(attngen.emit(interpreted.plan(spec, q_chunk=16, k_chunk=16)))
+    interpreted.call(path, **inputs.arrays(spec))
+    word = next(iter(values))
+    with pytest.raises(interpreted.Failed, match=word):
+        interpreted.call(path, **changed(spec, **values))
+
+
+SHAPES = {
+    "a scale too many": ("int8", "token", {"k_scale": (3, 2, 57)}),
+    "scales of heads for tokens": ("int8", "token", {"v_scale": (2,)}),
+    "scales of tokens for heads": ("int8", "head", {"v_scale": (3, 2, 56)}),
+    "blocks of another size": ("float8_e4m3", 4, {"k_scale": (3, 2, 7)}),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_scales_of_another_shape_are_refused(name):
+    dtype, scale, shapes = SHAPES[name]
+    spec = dataclasses.replace(SPEC, kv_dtype=dtype, kv_scale=scale)
+    path = api.stored(attngen.emit(interpreted.plan(spec, q_chunk=16, k_chunk=16)))
+    given = inputs.arrays(spec)
+    (which,) = shapes
+    given[which] = np.ones(shapes[which], np.float32)
+    with pytest.raises(interpreted.Failed, match=f"{which} is torch.float32"):
+        interpreted.call(path, **given)
+
+
+WRONG = {
+    "no sequence": (PACKED, {"cu_seqlens_q": np.zeros(1, np.int32)}, "no sequence"),
+    "other sequences": (PACKED, {"cu_seqlens_k": np.zeros(3, np.int32)}, "cu_seqlens_k is"),
+    "a batch": (PACKED, {"q": np.zeros((1, 40, 4, 32), np.float32)}, "three dimensions"),
+    "a table for each": (PAGES, {"block_table": np.zeros(3, np.int32)}, "1 dimensions"),
+    "a table of few": (PAGES, {"block_table": np.zeros((2, 14), np.int32)}, "block_table is"),
+    "other pages": (PAGES, {"k": np.zeros((42, 5, 2, 32), np.float32)}, "k is"),
+    "wide keys": (
+        dataclasses.replace(SPEC, kv_dtype="int8"),
+        {"k": np.zeros((3, 56, 2, 32), np.float32)},
+        "k is torch.float32",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arrays_are_refused(name):
+    spec, arrays, word = WRONG[name]
+    path = api.stored(attngen.emit(interpreted.plan(spec, q_chunk=16, k_chunk=16)))
+    with pytest.raises(interpreted.Failed, match=word):
+        interpreted.call(path, **(inputs.arrays(spec) | arrays))
+
+
+@pytest.mark.parametrize(
+    ("fields", "fix", "word"),
+    [
+        (PAGED, {"loads": "descriptors"}, "paged"),
+        ({"kv_dtype": "int8"}, {"loads": "descriptors"}, "dtype of q"),
+        (PAGED | {"mask": masks.documents()}, {"skip": "list"}, "paged storage"),
+    ],
+    ids=str,
+)
+def test_choices_that_storage_has_not(fields, fix, word):
+    with refused(PlanError, word):
+        interpreted.plan(dataclasses.replace(SPEC, **fields), "h100", **fix)
+
+
+# What compiles anew.
+
+KEYS = """
+import importlib.util, json, sys, torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime import jit
+made = importlib.util.spec_from_file_location("emitted", sys.argv[1])
+module = sys.modules["emitted"] = importlib.util.module_from_spec(made)
+made.loader.exec_module(module)
+gpu = make_backend(GPUTarget("cuda", 90, 32))
+keys = {}
+
+class Launched:
+    def __init__(self, name):
+        self.name, kernel = name, getattr(module, name)
+        self.bind = jit.create_function_from_signature(kernel.signature, kernel.params, gpu)
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            _, specialised, options = self.bind(*args, **options)
+            key = jit.compute_cache_key({}, specialised, options)
+            keys.setdefault(self.name, []).append(key)
+        return launch
+
+names = ["forward", *getattr(module, "BACKWARD", {})]
+launched = {name: Launched(name) for name in names}
+for name in names:
+    setattr(module, name, launched[name])
+module._check.__globals__["INTERPRETED"] = False
+module._check = lambda *a, **b: None
+def half(*shape):
+    return torch.zeros(shape, dtype=torch.float16, requires_grad=len(names) > 1)
+def ints(x):
+    return torch.tensor(x, dtype=torch.int32)
+for call in json.loads(sys.argv[2]):
+    if "cu" in call:
+        q, k = call["cu"]
+        arrays = half(q[-1] + 3, 4, 64), half(k[-1], 2, 64), half(k[-1], 2, 64)
+        operands = {"cu_seqlens_q": ints(q), "cu_seqlens_k": ints(k)}
+    else:
+        b, t, pages, table, lengths = call["paged"]
+        arrays = half(b, t, 4, 64), half(pages, 8, 2, 64), half(pages, 8, 2, 64)
+        operands = {"block_table": ints(table), "kv_lengths": ints(lengths)}
+    out = module.attention(*arrays, **operands)
+    if len(names) > 1:
+        out.sum().backward()
+print(json.dumps({n: [len(x), len(set(x))] for n, x in keys.items()}))
+"""
+CALLS = {
+    "packed": [
+        {"cu": [[0, 5, 17], [0, 5, 17]]},
+        {"cu": [[0, 128], [0, 1]]},
+        {"cu": [[0, 0, 16, 2000, 2001], [0, 16, 16, 320, 4097]]},
+    ],
+    "paged": [
+        {"paged": [1, 1, 9, [[0, 1, 2]], [17]]},
+        {"paged": [2, 16, 64, [[5, 1, 2, 9], [60, 3, 1, 0]], [32, 1]]},
+        {"paged": [3, 4, 16, [[1], [2], [15]], [8, 7, 6]]},
+    ],
+}
+
+
+@pytest.mark.parametrize("derivatives", [None, "vjp"])
+@pytest.mark.parametrize("storage", CALLS)
+def test_a_new_length_offset_page_table_or_batch_compiles_nothing(storage, derivatives):
+    if storage == "paged" and derivatives:
+        pytest.skip("a cache isn't trained")
+    own = {"page_size": 8, "kv_lengths": True} if storage == "paged" else {}
+    spec = AttentionSpec(
+        batch=2, q_heads=4, kv_heads=2, q_len=64, kv_len=64, qk_dim=64, dtype="float16",
+        mask=masks.causal(), q_offset="bottom_right", storage=storage, derivatives=derivatives, **own,
+    )  # fmt: skip
+    path = api.stored(attngen.emit(interpreted.plan(spec, "h100")))
+    kept = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, "-c", KEYS, str(path), json.dumps(CALLS[storage])],
+        capture_output=True, text=True, env=kept,
+    )  # fmt: skip
+    names = ["forward"]
+    names += ["backward_queries", "backward_keys"] if derivatives else []
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = json.loads(ran.stdout)
+    assert found == {name: [3, 1] for name in names}
