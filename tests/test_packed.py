@@ -139,7 +139,13 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize("case", GRADIENTS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, marks=pytest.mark.slow) if c in ("self", "heads first") else c
+        for c in GRADIENTS
+    ],
+)
 def test_gradients(case):
     spec, fix = GRADIENTS[case]
     judge(dataclasses.replace(spec, derivatives="vjp"), **fix)

@@ -55,7 +55,16 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+# of each two alike one is among the default tests
+RARE = (
+    "a part, heads first", "of all batches", "a last page in part", "pages of one",
+    "spare pages", "a score", "heads first", "one query",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if c in RARE else c for c in CASES]
+)
 def test_kernels(case):
     spec, fix = CASES[case]
     judge(spec, **RUNNING, **fix)

@@ -103,6 +103,7 @@ def test_a_report_states_what_quantising_costs():
     assert dataclasses.replace(report, quantised=(worse,)).passed
 
 
+@pytest.mark.slow
 def test_finer_scales_cost_less():
     """Which the report must show, of the same K/V."""
     errors = [judge(spec_of(kv_scale=s), **FIX).quantised[0].error for s in SCALES]
