@@ -35,6 +35,7 @@ from attngen.version import __version__
 if TYPE_CHECKING:
     from attngen.emitter import Source
     from attngen.kernel import Kernel
+    from attngen.quantisation import quantise
     from attngen.records import Record
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "operand",
     "plan",
     "presets",
+    "quantise",
     "score",
     "scores",
     "searchsorted",
@@ -73,7 +75,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Source and Kernel when they are first asked for: they bring NumPy along."""
+    """Source, Kernel and quantise when they are first asked for: they bring NumPy along."""
     if name == "Source":
         from attngen.emitter import Source
 
@@ -86,4 +88,8 @@ def __getattr__(name: str) -> Any:
         from attngen.records import Record
 
         return Record
+    if name == "quantise":
+        from attngen.quantisation import quantise
+
+        return quantise
     raise AttributeError(f"module 'attngen' has no attribute {name!r}")

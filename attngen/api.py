@@ -316,7 +316,9 @@ def attention(
         target, backend, effort, fix: as for `build`.
         options: fields of AttentionSpec (mask, score, layout, scale, memory_budget, …).
             kv_lengths, q_lengths, q_offset and sink may be arrays; every other name is an
-            operand, so also the seed of dropout.
+            operand, so also the seed of dropout. cu_seqlens_q and cu_seqlens_k say that
+            tokens are packed ([tokens, heads, dim]), block_table that k and v are pages,
+            k_scale and the dtype of k how these are quantised.
 
     Returns:
         out, or a tuple where several outputs are asked for.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+from attngen import stored_calls
 from attngen.errors import CallError, SpecError
 from attngen.spec import FIELDS
 
@@ -19,6 +20,10 @@ _ARRAYS = (
     "q_offset",
     "sink",
 )  # a field, or the operand itself
+
+
+# what says that K/V aren't dense arrays in the dtype of q
+_STORED = frozenset((*stored_calls.OFFSETS, "block_table", "k_scale", "storage"))
 
 
 class Call(NamedTuple):
@@ -57,6 +62,8 @@ def split(
         else:
             operands[name] = value
     try:
+        if _STORED.intersection(options):
+            fields += stored_calls.fields_of(q, k, options, operands)
         call = Call(
             (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), tuple(fields)
         )
@@ -98,37 +105,42 @@ def spec_fields(call: Call) -> dict[str, Any]:
         CallError: an array has the wrong rank, or the three don't fit together.
     """
     options = dict(call.options)
-    layout = options.get("layout", "bthd")
+    layout, storage = options.get("layout", "bthd"), options.get("storage")
+    packed, paged = storage == "packed", storage == "paged"
+    tokens = ["tokens, heads", "heads, tokens"]
     for name, shape in zip("qkv", call.shapes, strict=True):
-        if len(shape) != 4:
+        if len(shape) != (3 if packed else 4):
+            first, second = (f"[{x}, dim]" for x in tokens)
+            if not packed:
+                first, second = (f"[batch, {x}, dim]" for x in tokens)
             raise CallError(
-                f"{name} must have four axes.",
+                f"{name} must have {'three' if packed else 'four'} axes.",
                 got=f"an array of shape {shape}",
-                needed="[batch, tokens, heads, dim], or [batch, heads, tokens, dim] with "
-                'layout="bhtd"',
+                needed=f'{first}, or {second} with layout="bhtd"',
+                hint="cu_seqlens_q and cu_seqlens_k say that tokens are packed"
+                if packed
+                else None,
             )
     q, k, v = call.shapes
-    if k[:3] != v[:3] or q[0] != k[0] or q[3] != k[3]:
+    same = k[:-1] == v[:-1] and q[-1] == k[-1]
+    if not same or not (packed or paged or q[0] == k[0]):
         raise CallError(
             "q, k and v don't fit together.",
             got=f"q {list(q)}, k {list(k)}, v {list(v)}",
             needed="one batch; k and v of the same tokens and heads; q and k of one dim",
         )
     dtypes = [str(d) for d in call.dtypes]
-    if len(set(dtypes)) > 1:
-        raise CallError(
-            "q, k and v have different dtypes.",
-            got=", ".join(dtypes),
-            needed="one dtype",
-        )
-    token, head = (2, 1) if layout == "bhtd" else (1, 2)
-    return options | {
-        "batch": q[0],
+    narrow = stored_calls.kv_dtype(dtypes, options)
+    token, head = (-2, -3) if layout == "bhtd" else (-3, -2)
+    found = {
         "q_heads": q[head],
         "kv_heads": k[head],
         "q_len": q[token],
-        "kv_len": k[token],
-        "qk_dim": q[3],
-        "v_dim": v[3],
+        "qk_dim": q[-1],
+        "v_dim": v[-1],
         "dtype": dtypes[0],
     }
+    found |= {} if paged else {"kv_len": k[token]}
+    found |= {} if packed else {"batch": q[0]}
+    found |= {} if narrow is None else {"kv_dtype": narrow}
+    return options | found

@@ -24,10 +24,22 @@ _INTEGERS = (
     "qk_dim",
     "v_dim",
     "kv_offset",
+    "page_size",
+    "num_pages",
     "batch_shards",
     "head_shards",
 )
-_TEXTS = ("dtype", "out_dtype", "layout", "q_offset", "derivatives", "precision")
+_TEXTS = (
+    "dtype",
+    "out_dtype",
+    "kv_dtype",
+    "kv_scale",
+    "layout",
+    "storage",
+    "q_offset",
+    "derivatives",
+    "precision",
+)
 _FLAGS = ("sink", "kv_lengths", "q_lengths")
 # a preset whose queries are its keys stays so when one of the two is changed
 _PAIRS = {"q_len": "kv_len", "q_heads": "kv_heads", "qk_dim": "v_dim"}
@@ -104,7 +116,7 @@ def read_spec(given: dict[str, Any]) -> AttentionSpec:
         changes["memory_budget"] = _number(given["budget"])
     if "outputs" in changes:
         changes["outputs"] = tuple(changes["outputs"].replace(" ", "").split(","))
-    for field in ("q_offset", "out_dtype", "derivatives"):
+    for field in ("q_offset", "out_dtype", "kv_dtype", "kv_scale", "derivatives"):
         if field in changes:
             changes[field] = _number(changes[field])
             if changes[field] == "none":

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attngen import files
+from attngen import backends, files, storage
 from attngen.backends import Backend
 from attngen.cost import sharding, square_flop
 from attngen.errors import AttngenError, FileError, InternalError
@@ -142,6 +142,8 @@ def _computes(spec: AttentionSpec) -> str:
     offset = spec.q_offset if spec.q_offset is not None else 0
     if offset != 0 or spec.kv_offset:
         lines.append(f"positions: query 0 is at {offset}, key 0 at {spec.kv_offset}")
+    for text in storage.described(spec):
+        lines += _filled(text)
     if spec.sink:
         lines.append("with exp(sink[h]) added to each denominator (not in lse)")
     if spec.dropout:
@@ -163,21 +165,22 @@ def _computes(spec: AttentionSpec) -> str:
 
 
 def _describe_plan(plan: Plan, backend: Backend) -> str:
-    tiles, names = plan.tiles, decided_by(plan)
+    tiles, seen = plan.tiles, backends.seen(plan)
+    names = decided_by(seen)
     lines = list(_filled(backend.describe(plan.choice)))
     told = f"{tiles.full} full, {tiles.edge} on an edge, {tiles.empty} empty and never visited"
     if names:
         full = f"{tiles.full} always full, " if tiles.full else ""
         told = f"{full}{tiles.empty} always empty, at most {tiles.visited} visited: "
         told += f"{say_which(names)} at run time"
-    lines += _filled(f"tiles{a_head(plan)}: {tiles.total}; {told}")
+    lines += _filled(f"tiles{a_head(seen)}: {tiles.total}; {told}")
     for warning in plan.warnings:
         lines += _filled(f"warning: {warning}")
     return "\n".join(lines)
 
 
 def _cost(plan: Plan) -> str:
-    square = square_flop(plan.spec)
+    square = square_flop(backends.seen(plan).spec)
     skips = (
         f" ({show_count(square)}FLOP without skipping)" if plan.flop < square else ""
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import textwrap
 
-from attngen import backends
+from attngen import backends, storage
 from attngen.cost import sharding
 from attngen.lists import SPAN
 from attngen.plans import Alternative, Plan
 from attngen.skipping import a_head, counted, decided_by, percent, say_which, share
+from attngen.spec import AttentionSpec
 from attngen.units import show_bytes, show_count, show_time
 
 
@@ -18,7 +19,7 @@ def explain(plan: Plan) -> str:
     budget = spec.budget_bytes
     size = f"{spec.q_len} queries × {spec.kv_len} keys, {_count(spec.q_heads, 'head')}"
     size += f" over {_count(spec.kv_heads, 'kv head')}" if spec.repeats > 1 else ""
-    size += f", batch {spec.batch}" if spec.batch > 1 else ""
+    size += "".join(f", {part}" for part in _stored(spec))
     size += f", {sharding(spec)}" if spec.devices > 1 else ""
     if spec.derivatives is not None:
         how = {"vjp": "with gradients", "any": "with derivatives of any order"}
@@ -58,9 +59,29 @@ def explain(plan: Plan) -> str:
         lines.append(
             '          TPUs multiply float32 in bfloat16 unless precision is "highest"'
         )
-    lines += _skipped(plan)
+    lines += _skipped(backends.seen(plan))
     lines += _alternatives(plan, describe)
     return "\n".join(lines)
+
+
+def _stored(spec: AttentionSpec) -> list[str]:
+    """The batch, and how K/V are stored, in words."""
+    batch = f"batch {spec.batch}" if spec.batch > 1 else ""
+    if spec.storage == "packed":
+        batch = f"of {_count(spec.batch, 'packed sequence')}"
+    parts = [batch] if batch else []
+    if spec.storage == "paged":
+        parts.append(f"in {storage.pages(spec)} pages of {spec.page_size}")
+    if spec.kv_dtype not in (None, spec.dtype):
+        scale = f" by {_scales(spec)}" if spec.is_quantised else ""
+        parts.append(f"K/V in {spec.kv_dtype}{scale}")
+    return parts
+
+
+def _scales(spec: AttentionSpec) -> str:
+    if spec.kv_scale in ("head", "token"):
+        return f"{spec.kv_scale}"
+    return f"{spec.kv_scale} tokens"
 
 
 def _rounds(plan: Plan) -> bool:

@@ -125,9 +125,10 @@ def _operand(spec: AttentionSpec, operand: Operand, generator: Any) -> Array:
         return np.asarray(generator.integers(0, most + 1, shape), np.int32)
     if operand.name == "seed":
         return np.asarray(generator.integers(0, 2**32, shape, np.uint32))
-    if operand.name.startswith("cu_seqlens"):
+    own = operand in spec.own_operands
+    if own and operand.name.startswith("cu_seqlens"):
         return _offsets(spec, operand.name, generator)
-    if operand.name == "block_table":
+    if own and operand.name == "block_table":
         pages = generator.permutation(storage.pages(spec))
         return np.resize(pages, shape).astype(np.int32)
     if operand.kind == "bool":

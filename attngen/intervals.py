@@ -38,11 +38,26 @@ def interval(node: Expr, env: Mapping[str, Interval]) -> Interval:
         assert isinstance(node.value, Operand)
         if node.kind == "bool":
             return (0, 1)
+        if node.value.rises_to is not None:
+            return (0, node.value.rises_to)
         limit = INT_LIMITS.get(node.value.dtype, math.inf)
         return (-limit, limit)
     if node.op == "searchsorted":  # rises with its argument; the entries aren't known
         return (0, node.value.axes[0])  # type: ignore[union-attr, return-value]
+    if node.op == "sub" and _is_place(*node.args):
+        return (0, max(0, interval(node.args[0], env)[1]))
     return _OPERATIONS[node.op](*(interval(a, env) for a in node.args))
+
+
+def _is_place(x: Expr, first: Expr) -> bool:
+    """Whether x − first is a token's place in its sequence: behind the last offset at or
+    before it, as backends/jax/packed.py finds that."""
+    if first.op != "load" or first.args[0].op != "maximum":
+        return False
+    assert isinstance(first.value, Operand)
+    found = (n for n in expr.walk(first.args[0]) if n.op == "searchsorted")
+    rises = first.value.rises_to is not None
+    return rises and any(n.value == first.value and n.args == (x,) for n in found)
 
 
 def _add(x: Interval, y: Interval) -> Interval:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from attngen import philox
+from attngen import checks, philox
 from attngen.emitter import Source
 from attngen.errors import BackendError, CallError, OperandError
 from attngen.plans import Plan
@@ -29,6 +29,8 @@ class Kernel:
     Call it as `kernel(q, k, v, name=operand, …)`; shapes and dtypes are checked against
     the spec. Returns the spec's outputs in their order, one alone not in a tuple.
 
+    Offsets, lengths and tables of packed and paged K/V are looked at where checks.py says.
+
     Two operands may be numbers: q_offset, and seed, as `philox.seed_words` has it.
 
     any_size: the function takes any batch and lengths, and checks its arguments itself
@@ -42,7 +44,8 @@ class Kernel:
 
     Raises:
         CallError: q, k or v doesn't match the spec.
-        OperandError: an operand is missing, surplus, or doesn't match.
+        OperandError: an operand is missing, surplus, or doesn't match; or an offset, a
+            length or a page can't be followed.
         BackendError: arrays, where the target isn't here.
     """
 
@@ -87,6 +90,8 @@ class Kernel:
                 raise self._mismatch(name, x)
         if self.absent and not any(_is_traced(x) for x in given.values()):
             raise self._not_here()
+        if self.spec.storage != "dense":
+            checks.check(self.spec, given)
         return self.function(q, k, v, **operands)
 
     def _not_here(self) -> BackendError:

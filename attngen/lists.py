@@ -94,6 +94,17 @@ class Blocks:
         return (*self.rows, *self.columns)
 
 
+@dataclass(frozen=True)
+class Offset(Search):
+    """A number of an operand that rises, where `end` indexes it, by name."""
+
+    keyed: bool
+
+    @property
+    def of_keys(self) -> bool:
+        return self.keyed
+
+
 Told = Extremes | Search | Blocks
 
 
@@ -132,6 +143,12 @@ class _Reader:
             if low is None or high is None:
                 return None
             return self._search(node, low), self._search(node, high)
+        assert isinstance(node.value, Operand)
+        if node.value.rises_to is not None and node.args[0].op != "var":
+            first, last = ends(linear(node.args[0]), around)
+            if first is None or last is None:
+                return None
+            return self._offset(node, first), self._offset(node, last)
         if not _is_told(node):
             return None
         known = self._extremes(node)
@@ -159,6 +176,20 @@ class _Reader:
         if key not in self.found:
             count = sum(isinstance(s, Search) for s in self.found.values())
             self.found[key] = Search(node, f"{node.value.name}_at_ends_{count + 1}", x)
+        known = self.found[key]
+        return linear(var(known.names[0], "int"))
+
+    def _offset(self, node: Expr, end: Linear) -> Linear:
+        assert isinstance(node.value, Operand)
+        index = expression(end)
+        key = (node.value, "at", index)
+        if key not in self.found:
+            count = sum(isinstance(s, Offset) for s in self.found.values())
+            of_keys = {"k_lo", "k_hi"}
+            of_keys |= {n for x in self.found.values() if x.of_keys for n in x.names}
+            name = f"{node.value.name}_at_tile_{count + 1}"
+            keyed = bool(variables(index) & of_keys)
+            self.found[key] = Offset(node, name, index, keyed)
         known = self.found[key]
         return linear(var(known.names[0], "int"))
 
@@ -260,7 +291,10 @@ def _leaves_int32(spec: AttentionSpec) -> bool:
     for x in found.told:
         within: Interval = (-limit, limit)
         roots += x.made_from
-        if isinstance(x, Search):
+        if isinstance(x, Offset):
+            assert isinstance(x.node.value, Operand)
+            within = (0, x.node.value.rises_to or 0)
+        elif isinstance(x, Search):
             within = interval(x.node, env)
         env |= dict.fromkeys(x.names, within)
     for root in roots:

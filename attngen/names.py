@@ -24,6 +24,7 @@ _JAX = """
     kv_count q_count offset q_lo q_hi first last full_first full_last
     key k_lo k_hi b_lo b_hi h_lo h_hi some every kind order full visited
     seen there m m_safe m_sink p acc total rescale kept DROPOUT
+    SEQUENCES PAGES PAGE_SIZE SCALE_BLOCK
     out lse out_all lse_all
 """
 # of their backward passes

@@ -22,11 +22,13 @@ class Operand:
 
     axes: for each dimension a letter (b, h, q, k: as long as the batch, the query heads,
     the queries, the keys) or a length of its own.
+    rises_to: of integers that rise from 0 along the only axis, to that at most: offsets.
     """
 
     name: str
     axes: tuple[Axis, ...]
     dtype: str
+    rises_to: int | None = None
 
     def __post_init__(self) -> None:
         check_operand_name(self.name)

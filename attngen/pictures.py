@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from attngen import drawing
+from attngen import backends, drawing
 from attngen.plans import Plan
 from attngen.skipping import counted, decided_by, percent, say_which, share
 from attngen.tilemap import EDGE, EMPTY, FULL, Cells, cells
@@ -48,6 +48,7 @@ def draw(plan: Plan, path: str | Path) -> None:
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
+    plan = backends.seen(plan)
     spec, found = plan.spec, cells(plan, PIXELS, PIXELS)
     square = 0.25 <= spec.q_len / spec.kv_len <= 4
     figure, axes = drawing.new_figure(size=(7.0, 8.4) if square else (8.0, 5.0))
@@ -95,6 +96,7 @@ def draw(plan: Plan, path: str | Path) -> None:
 
 def text(plan: Plan) -> str:
     """The tiles of a head in characters, at most 100 columns and about 50 lines."""
+    plan = backends.seen(plan)
     spec, found = plan.spec, cells(plan, MOST_LINES, MOST_COLUMNS)
     rows, columns = found.kinds.shape
     high = max(1, min(2, LEAST // rows))

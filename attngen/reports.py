@@ -49,6 +49,25 @@ class OutputCheck:
 
 
 @dataclass(frozen=True)
+class Quantised:
+    """What quantised K/V cost in accuracy: against float64 of K/V before they were.
+
+    Args:
+        case, name: as of an OutputCheck.
+        kv_dtype: of the numbers; dtype: of K/V as plain attention has them.
+        error: the kernel's; None where NaNs or infinities aren't the reference's.
+        plain_error: of plain attention, of K/V in dtype.
+    """
+
+    case: str
+    name: str
+    kv_dtype: str
+    dtype: str
+    error: float | None
+    plain_error: float
+
+
+@dataclass(frozen=True)
 class Report:
     """What validation found.
 
@@ -56,11 +75,13 @@ class Report:
         checks: of each output, in each case that was run.
         cases: what each case was, in words.
         ran: where, in words: on which GPU, or in an interpreter; "" on this processor.
+        quantised: of each output where K/V are quantised: stated, and not judged.
     """
 
     checks: tuple[OutputCheck, ...]
     cases: tuple[str, ...]
     ran: str = ""
+    quantised: tuple[Quantised, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -94,6 +115,12 @@ class Report:
             lines.append(
                 f"  {c.name:<{max(wide, 4)}} {c.case:<10} error {error}, allowed {c.tolerance:.2e} "
                 f"(plain attention: {c.baseline_error:.2e})"
+            )
+        for x in self.quantised:
+            error = "NaN or infinity astray" if x.error is None else f"{x.error:.1e}"
+            lines.append(
+                f"  {x.name:<{max(wide, 4)}} {x.case:<10} K/V in {x.kv_dtype}: error {error}, "
+                f"in {x.dtype}: {x.plain_error:.1e}"
             )
         return "\n".join(lines)
 

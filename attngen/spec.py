@@ -188,16 +188,16 @@ class AttentionSpec:
         """The operands that fields ask for."""
         own = []
         if self.kv_lengths:
-            own.append(_own("kv_lengths", "b", "int32"))
+            own.append(own_operand("kv_lengths", "b", "int32"))
         if self.q_lengths:
-            own.append(_own("q_lengths", "b", "int32"))
+            own.append(own_operand("q_lengths", "b", "int32"))
         if self.q_offset == "operand":
-            own.append(_own("q_offset", "b", "int32"))
+            own.append(own_operand("q_offset", "b", "int32"))
         if self.sink:
-            own.append(_own("sink", "h", "float32"))
+            own.append(own_operand("sink", "h", "float32"))
         if self.dropout:
-            own.append(_own("seed", (2,), "uint32"))
-        own += [_own(*given) for given in storage.own_operands(self)]
+            own.append(own_operand("seed", (2,), "uint32"))
+        own += [own_operand(*given) for given in storage.own_operands(self)]
         return tuple(own)
 
     @functools.cached_property
@@ -260,10 +260,13 @@ class AttentionSpec:
         return spec_files.from_toml(text)
 
 
-def _own(name: str, axes: Iterable[Axis], dtype: str) -> Operand:
+def own_operand(
+    name: str, axes: Iterable[Axis], dtype: str, rises_to: int | None = None
+) -> Operand:
     """An operand whose name is the spec's own, which a user's may not be."""
     made = object.__new__(Operand)
-    for field, value in (("name", name), ("axes", tuple(axes)), ("dtype", dtype)):
+    given = {"name": name, "axes": tuple(axes), "dtype": dtype, "rises_to": rises_to}
+    for field, value in given.items():
         object.__setattr__(made, field, value)
     return made
 

@@ -162,6 +162,16 @@ def is_exact(spec: AttentionSpec) -> bool:
     return not told and spec.kv_len % spec.page_size != 0
 
 
+def dense(spec: AttentionSpec) -> AttentionSpec:
+    """The spec of keys in order, for one of pages; any other as it is."""
+    if spec.storage != "paged":
+        return spec
+    made: dict[str, Any] = {
+        "storage": "dense", "page_size": PAGE_SIZE, "num_pages": None,
+    }  # fmt: skip
+    return dataclasses.replace(spec, **made)
+
+
 def typical(spec: AttentionSpec) -> AttentionSpec:
     """A dense spec of as many sequences, each of the mean length."""
     made: dict[str, Any] = {
@@ -171,6 +181,32 @@ def typical(spec: AttentionSpec) -> AttentionSpec:
         made["q_len"] = -(-spec.q_len // spec.batch)
         made["kv_len"] = -(-spec.kv_len // spec.batch)
     return dataclasses.replace(spec, **made)
+
+
+def described(spec: AttentionSpec) -> list[str]:
+    """How q, k and v are stored, in sentences for an emitted file."""
+    lines = []
+    if spec.storage == "packed":
+        lines.append(
+            f"of {spec.batch} packed sequences: b has the queries cu_seqlens_q[b] to "
+            "cu_seqlens_q[b+1]-1, and keys by cu_seqlens_k; q and k are positions in it; "
+            "other tokens see nothing"
+        )
+    if spec.storage == "paged":
+        size = spec.page_size
+        lines.append(
+            f"of paged k and v: key i of sequence b is token i%{size} of page "
+            f"block_table[b, i//{size}]; entries behind its last key aren't followed"
+        )
+    if spec.is_quantised:
+        each = {"head": "head", "token": "token"}.get(
+            str(spec.kv_scale), f"{spec.kv_scale} tokens"
+        )
+        lines.append(
+            f"of quantised k and v: each is its {spec.kv_dtype} number times k_scale, or "
+            f"v_scale, of its kv head" + ("" if each == "head" else f" and {each}")
+        )
+    return lines
 
 
 def said(spec: AttentionSpec) -> dict[str, Any]:

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from attngen import inputs, reference, reference_gradients, slopes
+from attngen import accuracy, inputs, reference, reference_gradients, slopes
 from attngen.errors import FAULTS, OperandError, SpecError, ValidationError
 from attngen.plans import Plan
 from attngen.reference import Array, numpy_dtype
 from attngen.regions import largest_constant
-from attngen.reports import OutputCheck, Report
+from attngen.reports import OutputCheck, Quantised, Report
 from attngen.spec import AttentionSpec
 
 ELEMENTS = (
@@ -72,6 +72,7 @@ def validate(
     if rebuild is not None:
         smaller = shrink(spec, plan) if small is None else small()
     checks: list[OutputCheck] = []
+    quantised: list[Quantised] = []
     cases: list[str] = []
     whole = False
     if call_s <= limit or smaller is None:
@@ -79,7 +80,8 @@ def validate(
         whole = len(rows) == spec.q_len
         count = "all rows" if whole else f"{len(rows)} of {spec.q_len} rows"
         cases.append(f"full size, {count}")
-        checks += _judge("full size", spec, function, rows, to_array, seed)
+        found = _judge("full size", spec, function, rows, to_array, seed)
+        checks, quantised = checks + found[0], quantised + found[1]
     if smaller is not None and not whole:
         assert rebuild is not None
         small_spec, choice = smaller
@@ -89,8 +91,9 @@ def validate(
             f"{choice['q_chunk']} × {choice['k_chunk']}, {len(rows)} rows"
         )
         made = rebuild(small_spec, choice)
-        checks += _judge("small", small_spec, made, rows, to_array, seed)
-    return Report(tuple(checks), tuple(cases))
+        found = _judge("small", small_spec, made, rows, to_array, seed)
+        checks, quantised = checks + found[0], quantised + found[1]
+    return Report(tuple(checks), tuple(cases), quantised=tuple(quantised))
 
 
 def _judge(
@@ -100,7 +103,7 @@ def _judge(
     rows: Array,
     to_array: Callable[[Array, str], Any],
     seed: int,
-) -> list[OutputCheck]:
+) -> tuple[list[OutputCheck], list[Quantised]]:
     given = inputs.arrays(spec, seed=seed)
     pulled = inputs.cotangents(spec, seed=seed, rows=rows)
     returned = _call(spec, function, given | pulled, to_array)
@@ -135,7 +138,13 @@ def _judge(
         ):
             error = None
         checks.append(OutputCheck(case, name, error, base, allowed))
-    return checks
+    if not spec.is_quantised:
+        return checks, []
+    outputs = dict(zip(spec.outputs, returned, strict=True))
+    told = accuracy.of_quantising(
+        spec, outputs, (q, given), rows, seed=seed, case=case, measure=largest_error
+    )
+    return checks, told
 
 
 def _gradients(
@@ -307,6 +316,7 @@ def shrink(spec: AttentionSpec, plan: Plan) -> Small | None:
     batches = _fewer(spec.batch, choice.get("batch_chunk"), spec.batch_shards)
     heads = _fewer(spec.kv_heads, choice.get("head_chunk"), spec.head_shards)
     sizes: dict[str, Any] = {
+        "num_pages": None,
         "batch": batches[0],
         "kv_heads": heads[0],
         "q_heads": heads[0] * min(spec.repeats, 2),

@@ -11,6 +11,7 @@ is interval arithmetic (extremes.py).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from attngen.extremes import (
     either,
     ends,
     inverse,
+    join,
     truth,
 )
 from attngen.linear import Linear, affine_of, at_most, divided, linear, number
@@ -88,13 +90,40 @@ def _possible(condition: Expr, around: Around) -> Expr | None:
 
 def _term(term: Term, around: Around) -> Expr:
     lines, rest = [], TRUE
+    equal = _equal_parts(term)
+    narrow = _narrowed(equal, around)
     for atom in term:
         line = None if atom.gap is None else affine_of(atom.gap)
-        if line is None:
-            rest = both(rest, _perhaps(atom, around))
-        else:
+        if line is not None:
             lines.append(line)
+        else:
+            own = atom.gap is not None and tuple(dict(atom.gap.parts)) in equal
+            rest = both(rest, _perhaps(atom, around if own else narrow))
     return both(feasible(lines), rest)
+
+
+def _equal_parts(term: Term) -> list[tuple[Expr, ...]]:
+    """Pairs of parts, no variables, of which a term says that they are equal."""
+    gaps = [atom.gap for atom in term if atom.gap is not None]
+    found: list[tuple[Expr, ...]] = []
+    for gap in gaps:
+        parts = dict(gap.parts)
+        pair = sorted(parts.values()) == [-1, 1] and gap.constant == 0
+        if pair and gap.times(-1) in gaps and all(p.op != "var" for p in parts):
+            found.append(tuple(parts))
+    return found
+
+
+def _narrowed(equal: list[tuple[Expr, ...]], around: Around) -> Around:
+    """The same, where parts that are equal lie where both do."""
+    parts: dict[Expr, Ends] = {}
+    for pair in equal:
+        (low, high), (least, most) = (ends(Linear(((p, 1),)), around) for p in pair)
+        both_ends = join("maximum", low, least), join("minimum", high, most)
+        parts |= dict.fromkeys(pair, both_ends)
+    if not parts:
+        return around
+    return dataclasses.replace(around, truths={}, parts=parts)
 
 
 def _perhaps(atom: Atom, around: Around) -> Expr:

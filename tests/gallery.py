@@ -145,6 +145,39 @@ def training_alibi() -> AttentionSpec:
     )
 
 
+def packed_training() -> AttentionSpec:
+    """Packed sequences, causal in each, their last query at their last key; gradients."""
+    return AttentionSpec(
+        batch=8,
+        q_heads=8,
+        kv_heads=2,
+        q_len=4096,
+        qk_dim=64,
+        storage="packed",
+        mask=masks.causal(),
+        q_offset="bottom_right",
+        derivatives="vjp",
+    )
+
+
+def paged_decode() -> AttentionSpec:
+    """A step of decode from pages of int8, a scale for each token; four tokens guessed."""
+    return AttentionSpec(
+        batch=8,
+        q_heads=16,
+        kv_heads=4,
+        q_len=4,
+        kv_len=8192,
+        qk_dim=128,
+        storage="paged",
+        kv_dtype="int8",
+        kv_scale="token",
+        kv_lengths=True,
+        mask=masks.causal(),
+        q_offset="bottom_right",
+    )
+
+
 def of_preset(name: str, **changes: object):
     return lambda: dataclasses.replace(presets.get(name), **changes)
 
@@ -179,6 +212,12 @@ ENTRIES = {
     ),
     "training_paper": (of_preset("paper-16k", derivatives="vjp"), "1MiB", {}),
     "alphafold_pair": (of_preset("alphafold-pair", batch=8), "64MiB", {}),
+    "packed_training": (
+        packed_training,
+        "16MiB",
+        {"skip": "list", "backward_skip": "list", "q_chunk": 256, "k_chunk": 256},
+    ),
+    "paged_decode": (paged_decode, "8MiB", {"k_chunk": 512}),
     "sharded": (sharded, "4MiB", {"q_chunk": 256, "head_chunk": 4}),
 }
 

@@ -101,9 +101,9 @@ def test_where_there_is_nothing_is_refused(kind, where, ask):
 @pytest.mark.parametrize(
     "change",
     [
-        {"storage": "packed"},
-        {"storage": "paged"},
-        {"kv_dtype": "int8"},
+        {"storage": "paged", "derivatives": "vjp"},
+        {"kv_dtype": "int8", "derivatives": "any"},
+        {"kv_dtype": "float64"},
     ],
     ids=str,
 )
@@ -131,7 +131,7 @@ EDITS = {
     "a template of another kind": {"algorithm": "_shared"},
     "no options": {"options": ()},
     "an option of no backend": {"options": (("warps", 4),)},
-    "a spec that isn't built": {"spec": spec_of(storage="paged")},
+    "a spec that isn't built": {"spec": spec_of(storage="paged", derivatives="vjp")},
 }
 
 

@@ -91,6 +91,7 @@ def test_operands_are_passed_by_name(fresh):
 
 
 Q, K, V = qkv()
+PACKED = {f"cu_seqlens_{x}": np.array([0, 48], np.int32) for x in "qk"}
 CALLS = {
     "lists": (CallError, ([[1.0]], K, V), {}),
     "three axes": (CallError, (Q[0], K, V), {}),
@@ -98,6 +99,19 @@ CALLS = {
     "other batches": (CallError, (Q, K[:0], V[:0]), {}),
     "other dims": (CallError, (Q, K[..., :4], V), {}),
     "other dtypes": (CallError, (Q, K, V.astype(jnp.bfloat16)), {}),
+    "offsets of q alone": (
+        CallError,
+        (Q[0], K[0], V[0]),
+        {"cu_seqlens_q": np.array([0, 4], np.int32)},
+    ),
+    "packed, with a batch": (CallError, (Q, K, V), {"storage": "packed", **PACKED}),
+    "paged, without a table": (CallError, (Q, K, V), {"storage": "paged"}),
+    "a kv_dtype that isn't": (CallError, (Q, K, V), {"kv_dtype": "int8"}),
+    "scales of nothing": (
+        CallError,
+        (Q, K, V),
+        {"k_scale": np.ones((1, 2, 7), np.float32)},
+    ),
     "integers": (SpecError, [x.astype(jnp.int32) for x in (Q, K, V)], {}),
     "an empty batch": (SpecError, (Q[:0], K[:0], V[:0]), {}),
     "kv heads": (SpecError, (jnp.tile(Q, (1, 1, 2, 1))[:, :, :3], K, V), {}),

@@ -84,3 +84,25 @@ def test_what_was_equal_stays_equal():
     assert sizes("--preset", "sd15-self", "--q-heads", 2) == (4096, 4096, 2, 2)
     both = ("--q-len", 100, "--kv-len", 9, "--q-offset", "bottom_right")
     assert sizes("--preset", "llama3-8b", *both) == (100, 9, 32, 8)
+
+
+STORED = {
+    "--storage packed": {"storage": "packed"},
+    "--storage paged --page-size 8 --num-pages 40": {
+        "storage": "paged",
+        "page_size": 8,
+        "num_pages": 40,
+    },
+    "--kv-dtype int8 --kv-scale token": {"kv_dtype": "int8", "kv_scale": "token"},
+    "--kv-dtype float8_e4m3 --kv-scale 16": {
+        "kv_dtype": "float8_e4m3",
+        "kv_scale": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("options", STORED)
+def test_storage_has_options(options):
+    sizes = ["--batch", "2", "--q-heads", "2", "--q-len", "32", "--qk-dim", "8"]
+    want = AttentionSpec(batch=2, q_heads=2, q_len=32, qk_dim=8, **STORED[options])
+    assert spec_of(*sizes, *options.split()) == want

@@ -245,3 +245,12 @@ def test_peers_import_nothing_before_they_are_made():
     for name in peers.names():
         assert peers.get(name).package in ("jax", "torch")
     assert peers.installed(peers.get("plain"))
+
+
+@pytest.mark.parametrize(
+    "change", [{"storage": "packed"}, {"storage": "paged"}, {"kv_dtype": "int8"}]
+)
+def test_stored_keys_are_refused_with_a_reason(change):
+    spec = AttentionSpec(**SIZES, **change)
+    for name in peers.names():
+        assert "K/V" in peers.refuse(peers.get(name), spec)

@@ -104,11 +104,12 @@ def test_loops_that_cannot_skip_are_not_legal_where_there_is_something_to_skip()
 @pytest.mark.parametrize(
     "change",
     [
-        {"storage": "packed"},
-        {"storage": "paged"},
-        {"kv_dtype": "int8"},
-        {"kv_dtype": "float8_e4m3"},
-        {"kv_dtype": "bfloat16"},
+        {"storage": "packed", "batch": 2, "batch_shards": 2},
+        {"storage": "paged", "derivatives": "vjp"},
+        {"storage": "paged", "head_shards": 2},
+        {"kv_dtype": "int8", "derivatives": "any"},
+        {"kv_dtype": "float8_e4m3", "head_shards": 2},
+        {"kv_dtype": "float64"},
     ],
 )
 def test_what_is_not_built_says_so(change):

@@ -6,6 +6,7 @@ A backend is a module-level object `BACKEND` of its package that has the members
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -160,6 +161,13 @@ def register(name: str, package: str) -> None:
 
 def names() -> tuple[str, ...]:
     return tuple(_PACKAGES)
+
+
+def seen(plan: Plan) -> Plan:
+    """A plan as its tiles are counted: of the dense spec that stands for a stored one."""
+    if plan.spec.storage == "dense":
+        return plan
+    return dataclasses.replace(plan, spec=get(plan.backend).modelled(plan.spec))
 
 
 def get(name: str | None = None) -> Backend:

@@ -103,6 +103,10 @@ def refuse(peer: Peer, spec: AttentionSpec) -> str | None:
     """Why a peer can't say the spec; None where it can."""
     if spec.dropout:
         return "drops other weights: dropout's bits are attngen's own"
+    if spec.storage != "dense":
+        return f"isn't asked for {spec.storage} K/V: these are said in other arguments"
+    if spec.kv_dtype not in (None, spec.dtype):
+        return f"takes K/V in the dtype of q, not in {spec.kv_dtype}"
     return peer.refuse(spec)
 
 

@@ -6,6 +6,8 @@ computes  out = softmax(s) v over the keys, with s = q.k * 0.07216878364870322
           key k is there for query q where k <= q
           and its index < kv_lengths[b]
           positions: query 0 is at bottom_right, key 0 at 0
+          of paged k and v: key i of sequence b is token i%64 of page block_table[b,
+          i//64]; entries behind its last key aren't followed
           q       [16, 1, 128, 576]  bfloat16
           k       [4096, 64, 1, 576]  bfloat16
           v       [4096, 64, 1, 512]  bfloat16

@@ -4,6 +4,9 @@ made by   attngen 0.1.0 for h100; `attngen emit --check` compares this file
           with what would be emitted now. It is yours: attngen claims no rights in it.
 computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           key k is there for query q where k <= q
+          of 16 packed sequences: b has the queries cu_seqlens_q[b] to
+          cu_seqlens_q[b+1]-1, and keys by cu_seqlens_k; q and k are positions in it;
+          other tokens see nothing
           and the gradients of q, k, v, once, in reverse mode
           q       [65536, 32, 128]  bfloat16
           k       [65536, 8, 128]  bfloat16
@@ -14,7 +17,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
 plan      running · 128 queries × 128 keys · 8 warps · 1 stage · last queries first;
           backward: 128 held × 16 · 8 warps · 2 stages
           tiles of a head: 1024; 496 full, 32 on an edge, 496 empty and never visited
-cost      10.2 TFLOP (1.13 PFLOP without skipping), 16.0 MiB of temporaries (modelled)
+cost      10.2 TFLOP, 16.0 MiB of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen
 spec      {"batch": 16, "q_heads": 32, "kv_heads": 8, "q_len": 65536, "kv_len": 65536,
           "qk_dim": 128, "v_dim": 128, "dtype": "bfloat16", "q_offset": 0, "mask":

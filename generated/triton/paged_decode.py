@@ -6,6 +6,10 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           key k is there for query q where k <= q
           and its index < kv_lengths[b]
           positions: query 0 is at bottom_right, key 0 at 0
+          of paged k and v: key i of sequence b is token i%64 of page block_table[b,
+          i//64]; entries behind its last key aren't followed
+          of quantised k and v: each is its float8_e4m3 number times k_scale, or
+          v_scale, of its kv head
           q       [32, 1, 32, 128]  bfloat16
           k       [16384, 64, 8, 128]  float8_e4m3
           v       [16384, 64, 8, 128]  float8_e4m3

@@ -6,6 +6,10 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           key k is there for query q where (k <= q) & (k > q - 4096)
           and its index < kv_lengths[b]
           positions: query 0 is at bottom_right, key 0 at 0
+          of paged k and v: key i of sequence b is token i%16 of page block_table[b,
+          i//16]; entries behind its last key aren't followed
+          of quantised k and v: each is its int8 number times k_scale, or v_scale, of
+          its kv head and token
           q       [8, 4, 32, 128]  float16
           k       [8192, 16, 8, 128]  int8
           v       [8192, 16, 8, 128]  int8

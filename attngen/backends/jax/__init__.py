@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attngen import joint, slopes, targets
-from attngen.backends.jax import candidates, context, model, shards, spaces
+from attngen import joint, slopes, storage, targets
+from attngen.backends.jax import candidates, context, model, packed, shards, spaces
 from attngen.backends.jax.passes import Passes
 from attngen.backends.jax.turns import turns
 from attngen.cost import Cost
+from attngen.dtypes import ARRAYS
 from attngen.files import template_folder
 from attngen.plans import Choice, Option, Plan
 from attngen.spec import AttentionSpec
@@ -35,21 +36,22 @@ class JaxBackend:
         candidates.refuse(spec)
 
     def modelled(self, spec: AttentionSpec) -> AttentionSpec:
-        return spec
+        return packed.lowered(storage.dense(spec))
 
     def space(
         self, spec: AttentionSpec, target: Target, *, whole: bool = False
     ) -> Mapping[str, Mapping[str, Sequence[Option]]]:
-        return spaces.space(spec, target, whole=whole)
+        return spaces.space(packed.lowered(spec), target, whole=whole)
 
     def illegal(
         self, spec: AttentionSpec, target: Target, choice: Choice
     ) -> str | None:
-        return candidates.illegal(spec, choice)
+        return candidates.illegal(packed.lowered(spec), choice)
 
     def cost(
         self, spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles
     ) -> Cost:
+        spec = packed.lowered(spec)
         mine = shards.local_choice(spec, choice)
         return model.cost(shards.local(spec), target, mine, tiles)
 
@@ -102,7 +104,8 @@ class JaxBackend:
 
     def trial_s(self, plan: Plan) -> float:
         """On this machine's processor, where the target isn't here."""
-        seconds = model.time_s(joint.forward_spec(plan.spec), plan.choice, plan.tiles)
+        spec = packed.lowered(joint.forward_spec(plan.spec))
+        seconds = model.time_s(spec, plan.choice, plan.tiles)
         if joint.PREFIX in plan.choice:
             own, here = joint.backward_part(plan.choice), targets.get("cpu")
             seconds += self.backward.cost(plan.spec, here, own, plan.tiles).time_s
@@ -114,7 +117,7 @@ class JaxBackend:
         if spec.derivatives is not None:
             program["gradients"] = slopes.gradients(spec)
             program["cotangents"] = slopes.cotangents(spec)
-        return {"turns": turns(plan)} | program | shards.mesh(spec)
+        return {"turns": turns(packed.lowered_plan(plan))} | program | shards.mesh(spec)
 
     def array(self, values: Any, dtype: str, target: Target | None = None) -> Any:
         import jax.numpy as jnp
@@ -123,7 +126,7 @@ class JaxBackend:
 
         if dtype in ("float64", "int64"):
             check_x64(dtype)
-        return jnp.asarray(values, dtype)
+        return jnp.asarray(values, ARRAYS.get(dtype, dtype))
 
     def block(self, value: Any) -> Any:
         import jax

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from attngen import slopes
+from attngen import slopes, storage
 from attngen.backends.jax.distance import has_distance, overflows
+from attngen.backends.jax.packed import lowered
 from attngen.backends.jax.shards import local
 from attngen.diagonals import hull_is_seen, rises
 from attngen.errors import NotBuiltError
@@ -38,36 +39,33 @@ DEFAULTS: dict[str, Option] = {
 }
 UNROLLED = 16  # key chunks, at most: each is compiled on its own
 
-# field → (the values that are built, what to do instead)
-_BUILT: dict[str, tuple[tuple[object, ...], str]] = {
-    "derivatives": (
-        (None, "vjp", "any"),
-        "dataclasses.replace(spec, derivatives=None) computes forward",
-    ),
-    "storage": (("dense",), 'pad into storage="dense" with kv_lengths=True'),
-    "kv_dtype": ((None,), "convert k and v to spec.dtype first"),
-}
-
 
 def refuse(spec: AttentionSpec) -> None:
     """Raise NotBuiltError for what the contract has and this version doesn't do."""
-    for field, (built, hint) in _BUILT.items():
-        value = getattr(spec, field)
-        if value not in built and not (field == "kv_dtype" and value == spec.dtype):
-            raise NotBuiltError(
-                f"{field}={value!r} isn't built yet.",
-                got=f"{field}={value!r}",
-                needed=f"{field}={built[0]!r}",
-                hint=hint,
-            )
+    storage.refuse(spec)
+    _refuse_shards(spec)
     if spec.derivatives == "any" and spec.dropout:
         raise NotBuiltError(
             'Dropout with derivatives="any" isn\'t built yet.',
             got=f"dropout={spec.dropout}, derivatives='any'",
             needed="dropout=0.0, or derivatives='vjp'",
         )
-    local(spec)
+    local(lowered(spec))
     _refuse_tables(spec)
+
+
+def _refuse_shards(spec: AttentionSpec) -> None:
+    """Packed sequences are of any length: no two devices would have as many tokens."""
+    if spec.devices == 1 or (spec.storage == "dense" and not spec.is_quantised):
+        return
+    field = "kv_dtype" if spec.storage == "dense" else "storage"
+    shards = f"batch_shards={spec.batch_shards}, head_shards={spec.head_shards}"
+    raise NotBuiltError(
+        f"{field}={getattr(spec, field)!r} isn't built for shards.",
+        got=shards,
+        needed="batch_shards=1 and head_shards=1",
+        hint="inside a jax.shard_map each device calls a kernel of its own part",
+    )
 
 
 def _refuse_tables(spec: AttentionSpec) -> None:
@@ -117,6 +115,7 @@ def illegal(spec: AttentionSpec, choice: Choice) -> str | None:
     return (
         _bad_size(spec, choice)
         or _bad_word(spec, choice)
+        or _bad_stored(spec, choice)
         or (
             _bad_dense(choice)
             if choice["algorithm"] == "dense"
@@ -181,6 +180,31 @@ def _bad_word(spec: AttentionSpec, choice: Choice) -> str | None:
     return None
 
 
+def is_stored(spec: AttentionSpec) -> bool:
+    """Whether K/V are pages, or of another dtype: then they are read chunk by chunk."""
+    return spec.storage == "paged" or spec.kv_dtype not in (None, spec.dtype)
+
+
+def _bad_stored(spec: AttentionSpec, choice: Choice) -> str | None:
+    """Of K/V that are pages, or of another dtype."""
+    if not is_stored(spec):
+        return None
+    kind, narrow = choice["algorithm"], spec.kv_dtype not in (None, spec.dtype)
+    what = "convert" if narrow else "gather"
+    if kind not in CHUNKED:
+        return f"{kind} would {what} all of K/V at once: chunks of them are read"
+    if option(choice, "slices") == "dn":
+        return f"slices = dn would {what} all of K/V at once: slices = nd"
+    if narrow and not choice["guard"]:
+        return "XLA would convert all of K/V before the loops: guard = true"
+    if option(choice, "diagonal"):
+        return "diagonal is for K/V in order, in dtype: diagonal = 0"
+    own_scale = spec.is_quantised and spec.kv_scale != "head"
+    if own_scale and option(choice, "denominator") == "ones":
+        return "denominator = ones would sum p times scales of v: denominator = sum"
+    return None
+
+
 def scalable(spec: AttentionSpec, choice: Choice) -> bool:
     """Whether queries can be scaled with no other rounding than scores would have.
 
@@ -188,6 +212,8 @@ def scalable(spec: AttentionSpec, choice: Choice) -> bool:
     """
     if choice["product_dtype"] == spec.stats_dtype:
         return True
+    if spec.is_quantised:  # scales of keys are of no power
+        return False
     exact = math.frexp(spec.scale_value)[0] == 0.5
     return exact and (choice["exp"] == "exp" or bool(spec.score))
 

@@ -15,6 +15,7 @@ from attngen.backends.jax.cycles import estimated_cycles
 from attngen.backends.jax.program import program
 from attngen.backends.jax.scratch import scratch_bytes
 from attngen.certifier import TOO_LARGE
+from attngen.dtypes import ARRAYS
 from attngen.machine import cuda_plugin
 from attngen.targets import Target
 from attngen.version import installed
@@ -109,7 +110,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     figures = certify(job)
     compiled = _compile(job, targets.get(job["target"]))
     arrays = []
-    for i, (_, shape, dtype) in enumerate(job["shapes"]):
+    for i, (_, shape, dtype) in enumerate(_shapes(job)):
         arrays.append(
             jax.random.normal(jax.random.key(i), shape, jnp.float32).astype(dtype)
         )
@@ -133,6 +134,11 @@ def _peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _shapes(job: dict[str, Any]) -> list[tuple[str, tuple[int, ...], str]]:
+    """(name, shape, dtype) of each array, the dtype as JAX calls it."""
+    return [(n, tuple(s), ARRAYS.get(d, d)) for n, s, d in job["shapes"]]
+
+
 def _compile(job: dict[str, Any], target: Target) -> Any:
     import jax
 
@@ -152,9 +158,7 @@ def _compile(job: dict[str, Any], target: Target) -> Any:
         function, given = exported.call, [placed(x) for x in exported.in_avals]
         named = {}
     else:
-        shapes = {
-            n: placed(jax.ShapeDtypeStruct(tuple(s), d)) for n, s, d in job["shapes"]
-        }
+        shapes = {n: placed(jax.ShapeDtypeStruct(s, d)) for n, s, d in _shapes(job)}
         function, given = _function(job), [shapes.pop(n) for n in "qkv"]
         named = shapes
     jitted = jax.jit(function, out_shardings=where) if where else jax.jit(function)
@@ -175,8 +179,8 @@ def _compile_sharded(job: dict[str, Any], target: Target) -> Any:
 
     pulled = job.get("cotangents", {})
     shapes = {
-        n: jax.ShapeDtypeStruct(tuple(s), d, sharding=where(pulled.get(n, n)))
-        for n, s, d in job["shapes"]
+        n: jax.ShapeDtypeStruct(s, d, sharding=where(pulled.get(n, n)))
+        for n, s, d in _shapes(job)
     }
     given = [shapes.pop(n) for n in "qkv"]
     names = [*job["outputs"], *job.get("gradients", {}).values()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from attngen import philox
-from attngen.backends.jax import backward, shards
+from attngen.backends.jax import backward, packed, shards, stored
 from attngen.backends.jax.loops import chunked, unrolls
 from attngen.backends.jax.scans import offset_from_lengths, scanned
 from attngen.backends.jax.statements import rebound
@@ -33,9 +33,26 @@ from attngen.plans import Plan
 
 def context(plan: Plan) -> dict[str, Any]:
     """Everything a template names, by section. See templates/README.md."""
+    spec, found = plan.spec, _context(packed.lowered_plan(plan))
+    return found | {
+        "checks": stored.checks(spec),
+        "constants": stored.constants(spec, found["constants"]),
+        "operands": [o.name for o in spec.operands],
+        "out_shape": stored.out_shape(spec),
+        "lse_whole": "(H, T)" if spec.storage == "packed" else "(B, H, T)",
+        "q_offset": spec.q_offset if spec.static_q_offset is None else None,
+        "batches": "SEQUENCES" if spec.storage == "packed" else "B",
+        "packed": stored.wrapper(spec),
+        "paged": spec.storage == "paged",
+    }
+
+
+def _context(plan: Plan) -> dict[str, Any]:
+    """Of a plan of dense sequences, or of paged ones."""
     if plan.spec.derivatives != "vjp":
-        return _forward(plan) | {
-            "scale": "SCALE",
+        found = _forward(plan)
+        return found | {
+            "scale": found["factor"],
             "returned": plan.spec.outputs,
             "back": None,
         }
@@ -88,13 +105,12 @@ def _with_backward(
 
 def _forward(plan: Plan) -> dict[str, Any]:
     """Of a plan without derivatives."""
-    spec, at = plan.spec, tile(plan)
+    at = tile(plan)
     return (
         _constants(plan, at)
         | _arrays(plan, at)
         | _products(plan, at)
         | _ALGORITHMS.get(plan.algorithm, chunked)(plan, at)
-        | {"operands": [o.name for o in spec.operands]}
     )
 
 
@@ -163,26 +179,9 @@ def _constants(plan: Plan, at: Tile) -> dict[str, Any]:
 
 
 def _arrays(plan: Plan, at: Tile) -> dict[str, Any]:
-    """Shapes and dtypes of arguments, for the check at the function's head."""
+    """How arguments and outputs lie, and their dtypes."""
     spec = plan.spec
     qk, v = ("D", "D") if spec.qk_dim == spec.v_dim else ("QK_DIM", "V_DIM")
-    names = {"b": "B", "q": "T", "k": "S", "h": "H", "g": "G"}
-
-    def shape(axes: str, dim: str) -> str:
-        return f"({', '.join(names[a] for a in order(spec.layout, axes))}, {dim})"
-
-    kv = spec.dtype_of("k")
-    checks = [
-        ("q", shape("bqh", qk), spec.dtype),
-        ("k", shape("bkg", qk), kv),
-        ("v", shape("bkg", v), kv),
-    ]
-    for operand in spec.operands:
-        if operand.name == "q_offset":
-            continue  # [B] or a scalar: broadcast, then checked
-        items = [names[a] if isinstance(a, str) else str(a) for a in operand.axes]
-        text = f"({', '.join(items)}{',' if len(items) == 1 else ''})"
-        checks.append((operand.name, text, operand.dtype))
     keys = order(spec.layout, "bkg")
     layout = {"q": order(spec.layout, "bqh") + "d", "k": keys + "d"}
     layout["v"] = keys + ("d" if qk == v else "v")
@@ -190,8 +189,6 @@ def _arrays(plan: Plan, at: Tile) -> dict[str, Any]:
     return {
         "views": shards.views(plan, layout),
         "sharded": bool(shards.split(plan)),
-        "checks": checks,
-        "out_shape": shape("bqh", v),
         "stats": f"jnp.{spec.stats_dtype}",
         "out_dtype": f"jnp.{spec.out_dtype_name}",
         "out_cast": spec.out_dtype_name != spec.stats_dtype,
@@ -201,7 +198,6 @@ def _arrays(plan: Plan, at: Tile) -> dict[str, Any]:
         "philox": philox_words(spec.dropout) if drops(plan) else {},
         "x64": "float64" in (spec.dtype, spec.out_dtype_name)
         or plan.index_dtype == "int64",
-        "q_offset": spec.q_offset if spec.static_q_offset is None else None,
         "offset_from_lengths": offset_from_lengths(spec),
         "alike": rebound("_alike", backward.arguments(spec), 84),
         "partitioned": spec.devices > 1,
@@ -228,12 +224,15 @@ def _products(plan: Plan, at: Tile) -> dict[str, Any]:
         "einsum": "_product" if keywords else "jnp.einsum",
         "keywords": keywords,
         "cast": f".astype(jnp.{product})" if product != spec.dtype else "",
+        "cast_keys": f".astype(jnp.{product})" if product != spec.dtype_of("k") else "",
         "cast_p": f".astype(jnp.{product})" if product != spec.stats_dtype else "",
         "scale_rows": chosen(plan, "scale") == "queries",
         "rows_permutation": permutation(order(spec.layout, "bqgr"), at.letters),
         "out_permutation": inverse(order(spec.layout, "bqgr"), at.letters),
         "stats_shape": at.shape(at.rows),
         "guards": guards(plan),
+        "stored": stored.NOTHING,
+        "factor": "SCALE",
         **exponential(plan),
         "drops_keys": plan.drops_keys,
         "row_axes": axes_text([at.letters.index(a) for a in at.rows if a in "rq"]),
@@ -257,6 +256,7 @@ def _keys(plan: Plan, at: Tile) -> dict[str, Any]:
 
     qk, v = ("D", "D") if spec.qk_dim == spec.v_dim else ("QK_DIM", "V_DIM")
     dropped = not set(memory) <= set(at.letters) or bool(shards.split(plan))
+    dropped = dropped or spec.storage == "paged"
     return {
         "qk_subscripts": f"{at.rows}d,{last}->{at.letters}",
         "pv_subscripts": f"{at.letters},{last}->{at.rows}d",

@@ -15,7 +15,7 @@ from attngen.backends.jax.statements import assign, searched
 from attngen.backends.jax.tile import Starts, Tile, heads, times
 from attngen.expr import variables
 from attngen.extremes import FALSE
-from attngen.lists import Blocks, Extremes, Search, held, listed, pairs
+from attngen.lists import Blocks, Extremes, Offset, Search, held, listed, pairs
 from attngen.operands import Operand
 from attngen.plans import Plan
 from attngen.printer import ArrayPrinter, read_name, stepwise
@@ -84,6 +84,8 @@ class _Writer:
         for x in self.told:
             if isinstance(x, Extremes):
                 lines += self._extremes(x)
+            elif isinstance(x, Offset):
+                lines += self._offset(x, texts)
             elif isinstance(x, Search):
                 lines += self._search(x, texts)
             else:
@@ -220,6 +222,12 @@ class _Writer:
         assert isinstance(x.node.value, Operand)
         text = ArrayPrinter("jnp", texts, repr).text(x.end)
         return searched(x.name, x.node.value, text, WIDTH)
+
+    def _offset(self, x: Offset, texts: Mapping[str, str]) -> list[str]:
+        assert isinstance(x.node.value, Operand)
+        printer = ArrayPrinter("jnp", texts, repr, prefix="limit")
+        lines = stepwise(printer, x.name, x.end, WIDTH)
+        return [*lines, f"{x.name} = {x.node.value.name}[{x.name}]"]
 
     def _blocks(self, x: Blocks, texts: Mapping[str, str]) -> list[str]:
         """How many blocks of a tile hold: by sums over all blocks, ahead of the loops."""

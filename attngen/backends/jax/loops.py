@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from attngen.backends.jax import shards
+from attngen.backends.jax import shards, stored
 from attngen.backends.jax.bounds import bounds
 from attngen.backends.jax.candidates import bounded
 from attngen.backends.jax.lengths import Lengths
@@ -54,6 +54,7 @@ def chunked(plan: Plan, at: Tile) -> dict[str, Any]:
     steps = " * ".join(count for _, count in levels)
     ones = chosen(plan, "denominator") == "ones"
     v = _value_dim(spec)
+    of_stored = stored.context(plan, at, starts)
     return {
         "code": code,
         "levels": level_lines(levels, plan, at),
@@ -68,7 +69,7 @@ def chunked(plan: Plan, at: Tile) -> dict[str, Any]:
         "edge_start": any("k_start" in line for line in (*code.edge, *(there or ()))),
         "there": there,
         "tile_shape": part.shape(at.letters),
-        "tile_made": "s, vc, kept" if drops(plan) else "s, vc",
+        "tile_made": ", ".join(_made(plan, of_stored["stored"]["scaled"])),
         "starts": starts,
         "guard": bool(plan.option("guard")),
         "loop_kind": str(plan.option("loop")),
@@ -84,9 +85,15 @@ def chunked(plan: Plan, at: Tile) -> dict[str, Any]:
         "split": _split(plan, loops),
         "map_steps": chosen(plan, "steps") == "map",
         "stacked": _stacked(plan, at, levels),
+        **of_stored,
         **memory(plan, at, part, starts),
         **_triangle(plan, at, loops),
     }
+
+
+def _made(plan: Plan, scaled: str) -> list[str]:
+    """What a tile returns."""
+    return ["s", "vc", *(["kept"] * drops(plan)), *([scaled] if scaled else [])]
 
 
 def _bare(text: str) -> str:

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 from attngen.backends.jax import gpu_model, scan_model, tpu_memory, tpu_model
-from attngen.backends.jax.candidates import edge_share, option
+from attngen.backends.jax.candidates import edge_share, is_stored, option
 from attngen.backends.jax.memory import temp_bytes as temp_bytes
 from attngen.cost import Cost, tile_flop
 from attngen.dtypes import BYTES
@@ -53,6 +53,8 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
         temporaries = tpu_memory.temp_bytes(spec, choice, tiles, target.tpu)
         if spec.dropout:  # weights that are left, and which
             temporaries += 2 * BYTES[spec.stats_dtype] * shape(spec, choice).scores
+        if is_stored(spec):
+            temporaries += _beside(spec, choice)
         seconds = tpu_model.time_s(spec, choice, tiles, target.tpu)
         return Cost(temporaries, seconds, share)
     temporaries = temp_bytes(spec, choice, tiles)
@@ -61,6 +63,16 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
     else:
         seconds = _time_s(spec, choice, tiles, temporaries)
     return Cost(temporaries, seconds, share)
+
+
+SUBLANES = 8  # of a TPU's tile: fewer rows take as much
+
+
+def _beside(spec: AttentionSpec, choice: Choice) -> int:
+    """What a TPU keeps of chunks that are gathered or converted: as scores lie, twice."""
+    own = shape(spec, choice)
+    rows = own.batches * -(-own.rows // own.batches // SUBLANES) * SUBLANES
+    return 2 * BYTES[spec.stats_dtype] * rows * own.keys
 
 
 def _scanned(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> Cost:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from attngen import joint
 from attngen.backends.jax import passes_model, passes_tpu, shards
 from attngen.backends.jax.candidates import exponentials, products, scalable
+from attngen.backends.jax.packed import lowered
 from attngen.cost import Cost
 from attngen.lists import skips, unlistable
 from attngen.plans import Choice, Option
@@ -48,6 +49,7 @@ class Passes:
         self, spec: AttentionSpec, target: Target, *, whole: bool = False
     ) -> Mapping[str, Mapping[str, Sequence[Option]]]:
         """For each way of passing over the tiles, the choices worth considering."""
+        spec = lowered(spec)
         wide = target.kind == "cpu"
         product = products(spec) if wide else products(spec)[::-1]
         # scores as the forward pass rounds them, where there are none of a user's
@@ -99,6 +101,7 @@ class Passes:
         self, spec: AttentionSpec, target: Target, choice: Choice
     ) -> str | None:
         """The reason why a candidate can't be emitted, or None."""
+        spec = lowered(spec)
         limits = {
             "q_chunk": ("q_len", spec.q_len),
             "k_chunk": ("kv_len", spec.kv_len),
@@ -146,6 +149,7 @@ class Passes:
 
     def kept_bytes(self, spec: AttentionSpec, target: Target) -> int:
         """What the forward pass keeps for this one, as it lies."""
+        spec = lowered(spec)
         if target.tpu is not None:
             return passes_tpu.kept_bytes(spec, target.tpu)
         return joint.kept_bytes(spec)
@@ -154,12 +158,14 @@ class Passes:
         self, spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles
     ) -> Cost:
         """Modelled bytes and time; tiles: of one head, of one pass."""
+        spec = lowered(spec)
         mine = shards.local_choice(spec, choice)
         return passes_model.cost(shards.local(spec), target, mine, tiles)
 
     def flop(self, spec: AttentionSpec, choice: Choice, tiles: Tiles) -> int:
         """Of the products: five for a tile; two more, q·k and dout·v, of a second pass, and of
         the one that sums up delta."""
+        spec = lowered(spec)
         again = (choice["algorithm"] == "two_passes") + (choice["delta"] == "summed")
         dims = (3 + again) * spec.qk_dim + (2 + again) * spec.v_dim
         tile = 2 * int(choice["q_chunk"]) * int(choice["k_chunk"]) * dims

@@ -52,6 +52,11 @@ class SlopeWriter(Writer):
             self._through(i, found.back)
         return found
 
+    def _mask(self) -> None:
+        self.width -= 4  # in a branch
+        super()._mask()
+        self.width += 4
+
     def before(self, i: int) -> None:
         if self._reads_score(i):
             self.code.score.append(f"s_{i} = s")

@@ -7,10 +7,12 @@ import math
 from collections.abc import Mapping, Sequence
 
 from attngen.backends.jax.candidates import (
+    CHUNKED,
     LOOPS,
     bounded,
     distant,
     exponentials,
+    is_stored,
     limited,
     products,
     unrollable,
@@ -40,8 +42,25 @@ def space(spec: AttentionSpec, target: Target, *, whole: bool = False) -> Space:
     if spec.derivatives == "any":
         return _scanned(spec, target, whole=whole)
     if target.kind == "cpu":
-        return _processor(spec, whole=whole)
-    return _accelerator(spec, target, whole=whole)
+        found = _processor(spec, whole=whole)
+    else:
+        found = _accelerator(spec, target, whole=whole)
+    return _stored(spec, found) if is_stored(spec) else found
+
+
+def _stored(spec: AttentionSpec, found: Space) -> Space:
+    """Of these what there is for pages, or for K/V of another dtype."""
+    only: dict[str, Sequence[Option]] = {"slices": ("nd",), "diagonal": (0,)}
+    if spec.kv_dtype not in (None, spec.dtype):
+        only["guard"] = (True,)
+    if spec.is_quantised and spec.kv_scale != "head":
+        only["denominator"] = ("sum",)
+    return {
+        kind: {n: only.get(n, values) for n, values in axes.items()}
+        if kind in CHUNKED
+        else axes
+        for kind, axes in found.items()
+    }
 
 
 def _processor(
@@ -130,7 +149,8 @@ def _accelerator(spec: AttentionSpec, target: Target, *, whole: bool) -> Space:
     tpu = target.tpu is not None
     ones = tpu and (len(narrow) == 1 or "lse" not in spec.outputs)
     ones = ones and not spec.dropout  # which would leave some out of the sum
-    exact = len(narrow) == 1 or math.frexp(spec.scale_value)[0] == 0.5
+    power = math.frexp(spec.scale_value)[0] == 0.5 and not spec.is_quantised
+    exact = len(narrow) == 1 or power
     if (
         target.tpu is not None and target.tpu.matrix_side == LANES
     ):  # the scale of scores costs nothing there
