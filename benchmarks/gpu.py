@@ -61,7 +61,9 @@ def sdpa(spec: AttentionSpec, given: dict[str, Any]) -> Call | None:
     import torch.nn.functional as F
 
     causal = spec.mask == masks.causal() and spec.q_len == spec.kv_len
-    said = spec.outputs == ("out",) and not (spec.score or spec.operands)  # nor dropout, pages
+    said = spec.outputs == ("out",) and not (
+        spec.score or spec.operands
+    )  # nor dropout, pages
     if not said or not (spec.mask is None or causal):
         return None
     q, k, v = (given[n] for n in "qkv")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from attngen import expr, slopes
+from attngen.backends.triton import statements
 from attngen.backends.triton.tile_code import TileCode, Writer
 from attngen.expr import Expr, var
 from attngen.operands import Operand
@@ -131,7 +132,7 @@ class SlopeWriter(Writer):
         arguments += [str(count), str(power_from(count))]
         return [
             f"entry = tl.where(q_index < q_len, {index}, -1)",
-            *self._call(part.name, helper, arguments, self.width),
+            *statements.call(part.name, helper, arguments, self.width),
         ]
 
     def _entry(self, part: Part) -> tuple[str, int]:

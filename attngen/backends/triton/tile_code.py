@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from attngen import expr
+from attngen.backends.triton import statements
 from attngen.backends.triton.bounds import end_of_keys, offset_source
 from attngen.backends.triton.printer import TritonPrinter
 from attngen.expr import Expr
@@ -242,7 +243,7 @@ class Writer:
             conditions += self._there(node)  # it is proven for tokens that are there
         conditions = list(dict.fromkeys(conditions))
         room = self._room(lines)
-        lines += self._statement(name, node, steps, conditions, other, room)
+        lines += self._load_of(name, node, steps, conditions, other, room)
 
     def _padded(self) -> dict[str, Interval]:
         """Where variables can lie in a ragged tile, which has tokens that aren't there."""
@@ -257,7 +258,7 @@ class Writer:
         conditions = ["(q_index < q_len)"] if "q" in reads else []
         return conditions + ["(k_index < kv_len)"] * ("k" in reads and self.edge)
 
-    def _statement(
+    def _load_of(
         self,
         name: str,
         node: Expr,
@@ -266,60 +267,20 @@ class Writer:
         other: str,
         room: int,
     ) -> list[str]:
-        """Args:
-        room: for a line that can't be shorter, which is more before the loops.
-        """
         assert isinstance(node.value, Operand)
-        operand = node.value.name
-        pointer = f"{operand}_ptr + {' + '.join(steps)}"
-        keywords = []
-        if conditions:
-            mask = " & ".join(conditions)
-            if len(conditions) == 1 and mask.startswith("(") and mask.count("(") == 1:
-                mask = mask[1:-1]
-            keywords = [f"mask={mask}", f"other={other}"]
-        cast = self._cast(node)
-        line = f"{name} = tl.load({', '.join([pointer, *keywords])}){cast}"
-        if len(line) <= self.width:
-            return [line]
-        lines = [f"{name} = {operand}_ptr"]
-        for step in steps:
-            if len(lines[-1]) + len(step) + 3 <= self.width and len(lines) == 1:
-                lines[-1] += f" + {step}"
-            elif len(name) + len(step) + 4 <= room:
-                lines.append(f"{name} += {step}")
-            else:
-                lines += [f"{name} += (", f"    {step}", ")"]
-        line = f"{name} = tl.load({', '.join([name, *keywords])}){cast}"
-        if len(line) <= self.width:
-            return [*lines, line]
-        if not conditions:
-            return [*lines, *self._call(name, "tl.load", [name], room, cast)]
-        there = f"{name}_there"
-        lines.append(f"{there} = {keywords[0][5:]}")
-        arguments = [name, f"mask={there}", keywords[1]]
-        return [*lines, *self._call(name, "tl.load", arguments, room, cast)]
+        return statements.load(
+            name,
+            node.value.name,
+            steps,
+            conditions,
+            other,
+            self._cast(node),
+            width=self.width,
+            room=room,
+        )
 
     def _room(self, lines: list[str]) -> int:
         return WIDTH - (4 if lines is self.rows else 8)
-
-    def _call(
-        self,
-        name: str,
-        function: str,
-        arguments: list[str],
-        room: int,
-        cast: str = "",
-    ) -> list[str]:
-        """name = function(arguments), on several lines where one is too short."""
-        inner = ", ".join(arguments)
-        line = f"{name} = {function}({inner}){cast}"
-        if len(line) <= room:
-            return [line]
-        lines = [f"{name} = {function}({inner})"]
-        if len(lines[0]) > room:
-            lines = [f"{name} = {function}(", *(f"    {a}," for a in arguments), ")"]
-        return [*lines, f"{name} = {name}{cast}"] if cast else lines
 
     def varies(self, node: Expr) -> bool:
         """Whether what is read before the loops differs between the rows of a tile."""
@@ -349,7 +310,7 @@ class Writer:
             line = f"g_heads = g_index * R + {heads}[:, None]"
             lines += [line] if line not in lines else []
         name = f"{node.value.name}_at_all"
-        lines += self._statement(name, node, steps, conditions, "0.0", WIDTH - 4)
+        lines += self._load_of(name, node, steps, conditions, "0.0", WIDTH - 4)
         return name
 
     def _cast(self, node: Expr) -> str:
@@ -392,7 +353,7 @@ class Writer:
         operand, length = node.value.name, node.value.axes[0]
         self.helpers.add("_searchsorted")
         arguments = [f"{operand}_ptr", f"{operand}_stride_0", str(length), text]
-        lines += self._call(name, "_searchsorted", arguments, self._room(lines))
+        lines += statements.call(name, "_searchsorted", arguments, self._room(lines))
 
     def name(self, node: Expr) -> str:
         """A name for the values of a read: of its indices where these are variables."""
