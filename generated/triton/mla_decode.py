@@ -178,7 +178,7 @@ def _check(q, k, v, **operands):
             raise TypeError(f"{name} is {got}, not {dtype}{list(shape)}")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}")
-    blocks = {"q": Q_BLOCK.value, "k": K_BLOCK.value, "v": K_BLOCK.value}
+    blocks = {"q": Q_BLOCK.value, "k": PAGE_SIZE.value, "v": PAGE_SIZE.value}
     for name, block in blocks.items():  # within a block offsets have 32 bits
         x = given[name]
         if (block - 1) * x.stride(1) + x.shape[3] * x.stride(3) >= 2**31:

@@ -125,9 +125,7 @@ def arguments(
         "large_differ": gpu is not None and gpu.backend == "hip",
         "align": math.gcd(16, *(dims[x] for x in pointed)),
         "block_sizes": ", ".join(
-            f'"{x}": {"Q" if x == "q" else "K"}_BLOCK.value'
-            for x in pointed
-            if x != "out"
+            f'"{x}": {_tokens(spec, plan.k_chunk, x)}' for x in pointed if x != "out"
         ),
         "token_axis": axes.index("t"),
         "given_axis_d": 3 - (spec.storage == "packed"),
@@ -149,6 +147,14 @@ def sizes_of(spec: AttentionSpec) -> list[str]:
     if spec.storage == "packed":
         return ["q_tokens", "kv_tokens", "heads", "sequences"]
     return ["q_len", "kv_len", "heads"]
+
+
+def _tokens(spec: AttentionSpec, k_chunk: int, name: str) -> str:
+    """Tokens within which a kernel's offsets have 32 bits."""
+    if name == "q":
+        return "Q_BLOCK.value"
+    whole = spec.storage == "paged" and spec.page_size > k_chunk
+    return "PAGE_SIZE.value" if whole else "K_BLOCK.value"
 
 
 def _shown(spec: AttentionSpec, name: str, shape: str) -> str:

@@ -106,11 +106,11 @@ class Stored:
 
     def _of_scale(self, name: str) -> str:
         """How far into its scales the factor of each key lies."""
-        place = "key"
-        if self.packed:
-            place = "(k_first + key)"
+        place = "(k_first + key)" if self.packed else "key"
         if self.paged:
             place = "(place + cols)" if self.whole else "place"
+        else:
+            place += ".to(tl.int64)"
         if self.spec.kv_scale != "token":
             place = f"{place} // {self.spec.kv_scale}"
         last = len(storage.scale_axes(self.spec)) - 1
