@@ -1,7 +1,8 @@
 """The dtypes of the language, by name, and their sizes."""
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-QUANTISED = ("float8_e4m3", "int8")
+LARGEST = {"float8_e4m3": 448.0, "int8": 127.0}  # numbers of quantised K/V
+QUANTISED = tuple(LARGEST)
 KV_DTYPES = (*DTYPES, *QUANTISED)
 BYTES = {
     "float64": 8,

@@ -18,7 +18,7 @@ from attngen.cost import sharding, square_flop
 from attngen.errors import AttngenError, FileError, InternalError
 from attngen.expr import describe
 from attngen.plans import Option, Plan
-from attngen.skipping import a_head, decided_by, say_which
+from attngen.skipping import a_head, decided_by, of_mean, say_which
 from attngen.slopes import gradients
 from attngen.spec import AttentionSpec
 from attngen.units import show_bytes, show_count
@@ -173,7 +173,8 @@ def _describe_plan(plan: Plan, backend: Backend) -> str:
         full = f"{tiles.full} always full, " if tiles.full else ""
         told = f"{full}{tiles.empty} always empty, at most {tiles.visited} visited: "
         told += f"{say_which(names)} at run time"
-    lines += _filled(f"tiles{a_head(seen)}: {tiles.total}; {told}")
+    whose = a_head(seen) + of_mean(plan, seen)
+    lines += _filled(f"tiles{whose}: {tiles.total}; {told}")
     for warning in plan.warnings:
         lines += _filled(f"warning: {warning}")
     return "\n".join(lines)

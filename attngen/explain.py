@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 
 from attngen import backends, storage
 from attngen.cost import sharding
 from attngen.lists import SPAN
 from attngen.plans import Alternative, Plan
-from attngen.skipping import a_head, counted, decided_by, percent, say_which, share
+from attngen.skipping import (
+    a_head,
+    counted,
+    decided_by,
+    of_mean,
+    percent,
+    say_which,
+    share,
+)
 from attngen.spec import AttentionSpec
 from attngen.units import show_bytes, show_count, show_time
 
@@ -59,7 +68,7 @@ def explain(plan: Plan) -> str:
         lines.append(
             '          TPUs multiply float32 in bfloat16 unless precision is "highest"'
         )
-    lines += _skipped(backends.seen(plan))
+    lines += _skipped(plan, backends.seen(plan))
     lines += _alternatives(plan, describe)
     return "\n".join(lines)
 
@@ -95,7 +104,8 @@ def _count(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def _skipped(plan: Plan) -> list[str]:
+def _skipped(own: Plan, plan: Plan) -> list[str]:
+    """Of a plan, and of the dense one whose tiles are counted."""
     tiles, spec = plan.tiles, plan.spec
     if spec.mask is None and not tiles.empty:
         return ["skipped   nothing: every query sees every key"]
@@ -109,6 +119,14 @@ def _skipped(plan: Plan) -> list[str]:
             f"at most {tiles.visited} are visited, {tiles.full} of them known to be full: "
             f"{say_which(names)} at run time; the time above is for {SPAN} keys a query"
         )
+        first, *more = textwrap.wrap(text, 88)
+        return [f"skipped   {first}", *(f"{'':10}{line}" for line in more)]
+    if mean := of_mean(own, plan):
+        text = (
+            f"{part}: of {tiles.total} tiles{whose}{mean} {tiles.empty} are empty and "
+        )
+        text += f"never visited, {tiles.full} are full and evaluate no mask, "
+        text += f"{tiles.edge} are on an edge"
         first, *more = textwrap.wrap(text, 88)
         return [f"skipped   {first}", *(f"{'':10}{line}" for line in more)]
     return [
@@ -143,7 +161,8 @@ def _alternatives(plan: Plan, describe: object) -> list[str]:
 
 
 NAME = 46  # columns of a plan's name
-ALWAYS = ("algorithm", "q_chunk", "k_chunk", "head_chunk", "batch_chunk", "loop")
+FORWARD = ("algorithm", "q_chunk", "k_chunk", "head_chunk", "batch_chunk", "loop")
+ALWAYS = (*FORWARD, "backward", *(f"backward_{name}" for name in FORWARD))
 
 
 def _told(name: str, plan: Plan) -> bool:
@@ -155,7 +174,7 @@ def _short(name: str) -> str:
     short = name.removeprefix("running · ").removesuffix(" · fori")
     short = short.replace("diagonal", "diag")
     for long in (" a step", " queries", " keys"):
-        short = short.replace(long, "")
+        short = re.sub(rf"(?<=\d){long}\b", "", short)
     return short
 
 

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from attngen.dtypes import LARGEST
 from attngen.errors import CallError, SpecError
 from attngen.reference import Array, by_heads, numpy_dtype
 from attngen.spec import AttentionSpec
-
-LARGEST = {"float8_e4m3": 448.0, "int8": 127.0}
 
 
 def quantise(spec: AttentionSpec, k: Any, v: Any) -> dict[str, Array]:

@@ -21,8 +21,11 @@ from attngen.spec import AttentionSpec
 def share(plan: Plan) -> float:
     """The part of the square's operations that the plan skips, from 0 to 1.
 
-    Where operands decide at run time (`decided_by`), the least that is skipped.
+    Where operands decide at run time (`decided_by`), the least that is skipped. With
+    gradients of the tiles, which both passes skip alike.
     """
+    if plan.spec.derivatives is not None:
+        return plan.tiles.empty / max(1, plan.tiles.total)
     return max(0.0, 1 - plan.flop / square_flop(plan.spec))
 
 
@@ -71,6 +74,17 @@ def a_head(plan: Plan) -> str:
     """Whose tiles are counted, in words."""
     own = "a kv head" if grouped(plan.spec, plan.choice) > 1 else "a head"
     return " of " + (", ".join(counted(plan)) or own)
+
+
+def of_mean(plan: Plan, seen: Plan) -> str:
+    """In words, that the tiles are those of a packed sequence of the mean length; "" else.
+
+    Args:
+        seen: the plan of the dense spec whose tiles are counted.
+    """
+    if plan.spec.storage != "packed" or seen.spec.batch != plan.spec.batch:
+        return ""
+    return f" of a sequence of the mean length, {seen.spec.q_len} queries"
 
 
 def _ends(blocks: Blocks) -> tuple[str, ...]:

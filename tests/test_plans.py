@@ -81,3 +81,13 @@ def test_explain_says_what_is_skipped():
     assert "of 100 tiles a head" in text
     plain = dataclasses.replace(SPEC, mask=None)
     assert "nothing: every query sees every key" in attngen.plan(plain).explain()
+
+
+@pytest.mark.parametrize(("backend", "target"), [("jax", "cpu"), ("triton", "h100")])
+def test_a_plan_is_explained_whatever_is_fixed(backend, target):
+    spec = dataclasses.replace(presets.get("llama3-8b"), derivatives="vjp")
+    plan = attngen.plan(spec, target, backend)
+    for name, value in plan.choice.items():
+        fixed = attngen.plan(spec, target, backend, {name: value})
+        assert "nothing of the square" not in fixed.explain()
+    assert attngen.plan(spec, target, backend, plan.choice).explain()

@@ -191,3 +191,44 @@ def test_a_file_says_what_is_multiplied():
     assert "of quantised k and v" in text
     assert "SCALE_BLOCK = 16" in text
     assert "K/V in int8 by 16 tokens" in attngen.plan(spec_of(kv_scale=16)).explain()
+
+
+def test_a_scale_that_is_nan_stays_with_what_sees_it():
+    spec = AttentionSpec(
+        batch=2, q_heads=2, q_len=3, kv_len=40, qk_dim=16, kv_lengths=True, kv_dtype="int8",
+    )  # fmt: skip
+    given = inputs.arrays(spec)
+    given["kv_lengths"][:] = [0, 40]
+    given["v_scale"][0] = np.nan
+    out = np.asarray(attngen.build(spec, backend="jax")(**given))
+    assert not out[0].any()
+    assert np.isnan(out[1, :, 0]).all()
+    assert np.isfinite(out[1, :, 1]).all()
+
+
+def test_float16_keeps_small_values(monkeypatch):
+    """Values of a thousandth: their scales are below what float16 holds well."""
+    normal = inputs._normal
+    monkeypatch.setattr(
+        inputs, "_normal", lambda *a: (made := normal(*a)) | {"v": made["v"] * 1e-3}
+    )
+    spec = AttentionSpec(
+        q_heads=2, q_len=5, kv_len=80, qk_dim=16, dtype="float16", kv_dtype="int8",
+        kv_scale="token",
+    )  # fmt: skip
+    judge(spec, product_dtype="float16", k_chunk=20)
+
+
+def test_a_block_of_scales_is_not_guessed():
+    """Of 120 tokens, blocks of 30 and of 32 have four scales."""
+    spec = AttentionSpec(
+        q_heads=2, q_len=4, kv_len=120, qk_dim=16, kv_dtype="int8", kv_scale=32
+    )
+    given = inputs.arrays(spec)
+    q, k, v = (given.pop(n) for n in "qkv")
+    with refused(CallError, "kv_scale=…"):
+        attngen.attention(q, k, v, **given)
+    out = attngen.attention(q, k, v, kv_scale=32, **given)
+    want = reference.attention(spec, q, k, v, given)["out"]
+    got = reference.pick(spec, "out", np.asarray(out), np.arange(4))
+    np.testing.assert_allclose(got, want, atol=1e-5)

@@ -1,5 +1,6 @@
 """Packed and paged storage and quantised K/V in Triton, in the interpreter."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -79,6 +80,49 @@ def test_library(name, offset, storage):
     spec = EXAMPLES[name].spec(q_offset=OFFSETS[offset], **fields)
     with holding(EXAMPLES[name].operands):
         judge(spec)
+
+
+@pytest.mark.parametrize(
+    "narrow", ["int8 of head", "int8 of token", "float8_e4m3 of 4"]
+)
+def test_bfloat16_queries(narrow):
+    fields = STORED["small pages"] | NARROW[narrow]
+    judge(dataclasses.replace(SPEC, dtype="bfloat16", **fields))
+
+
+@contextlib.contextmanager
+def small_values():
+    """Values of a thousandth: their scales are below what float16 holds well."""
+    normal = inputs._normal
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            inputs, "_normal", lambda *a: (made := normal(*a)) | {"v": made["v"] * 1e-3}
+        )
+        yield
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("narrow", ["int8 of token", "float8_e4m3 of 4"])
+def test_float16_keeps_small_values(narrow, splits):
+    spec = dataclasses.replace(SPEC, dtype="float16", **NARROW[narrow])
+    with small_values():
+        judge(spec, kv_splits=splits)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_a_scale_that_is_nan_stays_with_what_sees_it(splits):
+    spec = AttentionSpec(
+        batch=2, q_heads=2, q_len=3, kv_len=40, qk_dim=16, kv_lengths=True, kv_dtype="int8",
+    )  # fmt: skip
+    given = inputs.arrays(spec)
+    given["kv_lengths"][:] = [0, 40]
+    given["v_scale"][0] = np.nan
+    fix = {"q_chunk": 16, "k_chunk": 16, "kv_splits": splits}
+    path = api.stored(attngen.emit(interpreted.plan(spec, **fix)))
+    (out,) = interpreted.call(path, **given)
+    assert not out[0].any()
+    assert np.isnan(out[1, :, 0]).all()
+    assert np.isfinite(out[1, :, 1]).all()
 
 
 DECODE = [
@@ -260,6 +304,45 @@ def test_wrong_arrays_are_refused(name):
 def test_choices_that_storage_has_not(fields, fix, word):
     with refused(PlanError, word):
         interpreted.plan(dataclasses.replace(SPEC, **fields), "h100", **fix)
+
+
+CHECK_MODE = """
+import importlib.util, os, sys, torch
+made = importlib.util.spec_from_file_location("emitted", sys.argv[1])
+module = sys.modules["emitted"] = importlib.util.module_from_spec(made)
+made.loader.exec_module(module)
+module._check = lambda *a, **b: None  # which asks for a GPU
+
+class Launched:
+    def __getitem__(self, grid):
+        return lambda *args, **options: print("launched")
+
+module.forward = Launched()
+q, k = torch.zeros(1, 1, 4, 64), torch.zeros(3, 8, 2, 64)
+table = torch.tensor([[7, 0]], dtype=torch.int32)
+try:
+    module._attention(q, k, k, torch.tensor([9], dtype=torch.int32), table)
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [("0", "launched"), ("1", "block_table[0, 0] is 7, not one of 3 pages")],
+)
+def test_the_check_mode_looks_at_values_before_a_launch(mode, said):
+    spec = AttentionSpec(
+        q_heads=4, kv_heads=2, q_len=1, kv_len=16, qk_dim=64, storage="paged", page_size=8,
+        kv_lengths=True,
+    )  # fmt: skip
+    path = api.stored(attngen.emit(interpreted.plan(spec, "h100")))
+    kept = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, "-c", CHECK_MODE, str(path)],
+        capture_output=True, text=True, env=kept | {"ATTNGEN_CHECK": mode},
+    )  # fmt: skip
+    assert ran.stdout.strip() == said, ran.stderr[-2000:]
 
 
 # What compiles anew.

@@ -152,6 +152,9 @@ def _empty_out(q):
 def _check(q, k, v, **operands):
     """Refuse what the kernel doesn't take, before it is launched."""
     given = {"q": q, "k": k, "v": v, **operands}
+    for name, x in given.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}, not a tensor")
     if not q.dim() == k.dim() == v.dim() == 4:
         raise ValueError("q, k and v have four dimensions: [b, t, h, d]")
     B, T, H, _ = q.shape

@@ -172,6 +172,9 @@ def _empty_out(q):
 def _check(q, k, v, **operands):
     """Refuse what the kernel doesn't take, before it is launched."""
     given = {"q": q, "k": k, "v": v, **operands}
+    for name, x in given.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}, not a tensor")
     if not q.dim() == k.dim() == v.dim() == 4:
         raise ValueError("q, k and v have four dimensions: [b, t, h, d]")
     B, T, H, _ = q.shape
@@ -418,7 +421,8 @@ def combine(
     acc = tl.load(part_acc_ptr + at[:, None] * V_DIM + columns[None, :])
     acc = tl.sum(acc * rescale[:, None], 0)
     share = 1.0 / tl.where(total == 0, 1.0, total)  # a row that saw no key is 0
-    share *= tl.load(v_scale_ptr + (h_index // R) * v_scale_stride_0)
+    v_factor = tl.load(v_scale_ptr + (h_index // R) * v_scale_stride_0)
+    share = tl.where(total == 0, 0.0, share * v_factor)
     out_row = out_ptr + row // q_len // heads * out_stride_b + h_index * out_stride_h
     out_row += row % q_len * out_stride_t
     value = (acc * share).to(out_ptr.dtype.element_ty)

@@ -184,6 +184,9 @@ def _empty_lse(q):
 def _check(q, k, v, **operands):
     """Refuse what the kernel doesn't take, before it is launched."""
     given = {"q": q, "k": k, "v": v, **operands}
+    for name, x in given.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}, not a tensor")
     if not q.dim() == k.dim() == v.dim() == 4:
         raise ValueError("q, k and v have four dimensions: [b, t, h, d]")
     B, T, H, _ = q.shape
@@ -353,7 +356,7 @@ def forward(
         s *= k_factor[None, :]
         m, total, p, rescale = _softmax(s, m, total, UNSEEN=False)
         at = v_scales + page * v_scale_stride_0 + (place + cols) * v_scale_stride_2
-        v_factor = tl.load(at)
+        v_factor = tl.load(at) * 127.0
         p *= v_factor[None, :]
         v = tl.load(v_head + page * v_page + place * v_step + v_at)
         v = v.to(q_ptr.dtype.element_ty)
@@ -383,7 +386,7 @@ def forward(
         m, total, p, rescale = _softmax(s, m, total, UNSEEN=True)
         there = (key >= low) & (key < high)  # else a NaN no query sees
         at = v_scales + page * v_scale_stride_0 + (place + cols) * v_scale_stride_2
-        v_factor = tl.load(at, mask=there, other=0.0)
+        v_factor = tl.load(at, mask=there, other=0.0) * 127.0
         p *= v_factor[None, :]
         v = tl.load(
             v_head + page * v_page + place * v_step + v_at,
@@ -454,6 +457,7 @@ def combine(
     acc = tl.load(part_acc_ptr + at[:, None] * V_DIM + columns[None, :])
     acc = tl.sum(acc * rescale[:, None], 0)
     share = 1.0 / tl.where(total == 0, 1.0, total)  # a row that saw no key is 0
+    share *= 1.0 / 127.0
     out_row = out_ptr + row // q_len // heads * out_stride_b + h_index * out_stride_h
     out_row += row % q_len * out_stride_t
     value = (acc * share).to(out_ptr.dtype.element_ty)

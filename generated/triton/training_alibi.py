@@ -62,10 +62,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, slowly
 RUNTIME = [
     "q_len", "kv_len", "heads", "q_stride_b", "q_stride_h", "q_stride_t", "k_stride_b",
     "k_stride_h", "k_stride_t", "v_stride_b", "v_stride_h", "v_stride_t",
-    "out_stride_b", "out_stride_h", "out_stride_t", "slopes_stride_0", "batches",
-    "dout_stride_b", "dout_stride_h", "dout_stride_t", "dq_stride_b", "dq_stride_h",
-    "dq_stride_t", "dk_stride_b", "dk_stride_h", "dk_stride_t", "dv_stride_b",
-    "dv_stride_h", "dv_stride_t",
+    "out_stride_b", "out_stride_h", "out_stride_t", "slopes_stride_0", "dout_stride_b",
+    "dout_stride_h", "dout_stride_t", "dq_stride_b", "dq_stride_h", "dq_stride_t",
+    "dk_stride_b", "dk_stride_h", "dk_stride_t", "dv_stride_b", "dv_stride_h",
+    "dv_stride_t",
 ]  # fmt: skip
 CONSTEXPRS = {"ALIGN": 8}  # of tensors that lie densely
 

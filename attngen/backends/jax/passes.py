@@ -179,7 +179,7 @@ class Passes:
             f"{choice['k_chunk']} keys · {heads} kv head{'s' if heads != 1 else ''} a step"
         )
         rare = {"again": " · delta again", "summed": " · delta summed"}
-        return text + rare.get(str(choice["delta"]), "")
+        return text + rare.get(str(choice.get("delta")), "")
 
 
 def _twice(spec: AttentionSpec) -> str | None:

@@ -13,26 +13,39 @@ from typing import Any
 from attngen.backends.jax import packed
 from attngen.backends.jax.statements import as_tuple, assign
 from attngen.backends.jax.tile import Starts, Tile, dimensions, order, without_keys
-from attngen.dtypes import ARRAYS
+from attngen.dtypes import ARRAYS, LARGEST
 from attngen.operands import Operand
 from attngen.plans import Plan
 from attngen.spec import AttentionSpec
 
 WIDTH = 76
-NOTHING: dict[str, Any] = {"rows": [], "keys": [], "scaled": "", "end": ""}
+NOTHING: dict[str, Any] = {
+    "rows": [],
+    "keys": [],
+    "scaled": "",
+    "larger": "",
+    "end": "",
+}
 
 
 def context(plan: Plan, at: Tile, starts: Starts) -> dict[str, Any]:
     """Statements, for `_chunked.jinja`: before the key loop, in a tile; its factors.
 
     rows: what heads' scales are; keys: kc and vc of pages, and their scales.
-    scaled: the scales of a tile's values, by name; end: of all values.
+    scaled: the scales of a tile's values, by name, larger: what they are multiplied by; end: of
+        all values.
     """
     spec = plan.spec
     if spec.storage == "dense" and not spec.is_quantised:
         return {"stored": NOTHING}
     made = _Writer(plan, at, starts)
-    found: dict[str, Any] = {"keys": [], "rows": [], "scaled": "", "end": ""}
+    found: dict[str, Any] = {
+        "keys": [],
+        "rows": [],
+        "scaled": "",
+        "larger": "",
+        "end": "",
+    }
     if spec.storage == "paged":
         found["keys"] += made.pages()
     factor = "SCALE"
@@ -43,6 +56,12 @@ def context(plan: Plan, at: Tile, starts: Starts) -> dict[str, Any]:
     elif spec.is_quantised:
         found["keys"] += made.scales()
         found["scaled"] = "v_scale_at_c"
+        if (
+            plan.option("product_dtype") == "float16"
+        ):  # which has few digits of small ones
+            largest = LARGEST[str(spec.kv_dtype)]
+            found["larger"] = f" * {largest}"
+            found["end"] = f"(1 / {largest})"
     return {"stored": found, "factor": factor}
 
 

@@ -20,8 +20,8 @@ from attngen.backends.triton.slope_code import (
     SlopeWriter,
     entries_of,
     placed,
-    power_from,
 )
+from attngen.backends.triton.tile_code import power_of_two
 from attngen.dtypes import DIGITS
 from attngen.expr import variables
 from attngen.intervals import Interval
@@ -168,7 +168,7 @@ class Backward:
             if p.kind.endswith("entries"):
                 more |= {
                     "count": entries_of(p.node),
-                    "padded": power_from(entries_of(p.node)),
+                    "padded": power_of_two(entries_of(p.node)),
                 }
             if p.kind == "pairs":
                 more["pairs"] = pairs = self._pairs(p, values, [*lse, *kept_])
@@ -225,7 +225,10 @@ class Backward:
             "step": self.step,
             "num_warps": self.choice["num_warps"],
             "num_stages": self.choice["num_stages"],
-            "runtime": ["batches", *self._strides(list(pointed))],
+            "runtime": [
+                *(["batches"] if any(p.kind == "pairs" for p in parts) else []),
+                *self._strides(list(pointed)),
+            ],
         }
 
     def _offset(self) -> str:

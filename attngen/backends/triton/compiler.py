@@ -170,6 +170,8 @@ def arguments(
             "d_"
         ):  # what operands' gradients are made of
             dtypes[name], shape_of[name] = "float32", rows
+            of = [s for n, s, _ in shapes if name.startswith(f"d_{n}")]
+            shape_of[name] = max([rows, *of], key=math.prod)
         elif name.startswith("part_"):  # what splits leave
             last = shape_of["v"][-1:] if name == "part_acc" else ()
             dtypes[name], shape_of[name] = "float32", (*rows, splits, *last)

@@ -1,7 +1,8 @@
 """The child's side of an interpreted call: arrays in files, Triton on the CPU.
 
 Triton 3.9's interpreter multiplies the raw 16-bit integers of bfloat16 (and NumPy has no
-such numbers), so products of bfloat16 are made of float32 here; and it drops the bits of
+such numbers), so products of bfloat16 are made of float32 here, and integers become it by way of
+float32; and it drops the bits of
 float32 that bfloat16 lacks, where a GPU rounds to the nearest, so that is done here, too.
 The emitted file stays as it is.
 """
@@ -36,6 +37,7 @@ def call(job: dict[str, Any]) -> list[str]:
 
     _multiply_bfloat16()
     _round_to_bfloat16()
+    _integers_to_bfloat16()
     folder = Path(job["folder"])
     given = {n: np.load(folder / f"{n}.npy") for n in job["dtypes"]}
     tensors = {n: tensor(given[n], dtype) for n, dtype in job["dtypes"].items()}
@@ -108,3 +110,24 @@ def _round_to_bfloat16() -> None:
         return plain(x, before, after, rounding)
 
     interpreter._convert_float = convert
+
+
+@functools.cache
+def _integers_to_bfloat16() -> None:
+    """Make the interpreter convert integers to bfloat16 as numbers: by way of float32."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+
+    def by_float32(plain: Any) -> Any:
+        def convert(self: Any, x: Any, to: Any) -> Any:
+            if to.scalar != tl.bfloat16:
+                return plain(self, x, to)
+            wide = interpreter.TensorHandle(x.data.astype(np.float32), tl.float32)
+            return self.create_fp_trunc(wide, to)
+
+        return convert
+
+    for name in ("create_si_to_fp", "create_ui_to_fp"):
+        setattr(builder, name, by_float32(getattr(builder, name)))

@@ -12,7 +12,7 @@ from typing import Literal
 
 from attngen import expr, slopes
 from attngen.backends.triton import statements
-from attngen.backends.triton.tile_code import TileCode, Writer
+from attngen.backends.triton.tile_code import TileCode, Writer, power_of_two
 from attngen.expr import Expr, var
 from attngen.operands import Operand
 
@@ -129,7 +129,7 @@ class SlopeWriter(Writer):
             helper = "_by_entry_each"
             arguments.append("1 - ROWS" if part.kind == "row_entries" else "ROWS")
         self.helpers.add(helper)
-        arguments += [str(count), str(power_from(count))]
+        arguments += [str(count), str(power_of_two(count))]
         return [
             f"entry = tl.where(q_index < q_len, {index}, -1)",
             *statements.call(part.name, helper, arguments, self.width),
@@ -150,11 +150,6 @@ class SlopeWriter(Writer):
 def _added(line: str, name: str) -> str:
     """A line of `name = …` as one that adds to it."""
     return line.replace(" = ", " += ", 1) if line.startswith(f"{name} = ") else line
-
-
-def power_from(n: int) -> int:
-    """The least power of two that is at least n."""
-    return 1 << (n - 1).bit_length()
 
 
 def computed(node: Expr) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attngen import storage
 from attngen.backends.triton.bounds import end_of_keys
-from attngen.dtypes import QUANTISED
+from attngen.dtypes import LARGEST, QUANTISED
 from attngen.gpus import Gpu
 from attngen.plans import Plan
 from attngen.spec import AttentionSpec
@@ -131,19 +131,32 @@ class Stored:
         mask = ", mask=there, other=0.0" if edge or self.there else ""
         return [
             f"at = v_scales + {self._of_scale('v')}",
-            f"v_factor = tl.load(at{mask})",
+            f"v_factor = tl.load(at{mask}){self.larger}",
             "p *= v_factor[None, :]",
         ]
 
-    def share(self, head: str) -> str:
-        """What sums are multiplied by at the end; "" for nothing.
+    @property
+    def larger(self) -> str:
+        """What factors of values are multiplied by: else float16 has few digits of them."""
+        if self.spec.dtype != "float16":
+            return ""
+        assert self.spec.kv_dtype is not None
+        return f" * {LARGEST[self.spec.kv_dtype]}"
+
+    def share(self, head: str) -> list[str]:
+        """Statements of what sums are multiplied by at the end.
 
         Args:
             head: the kv head's index.
         """
+        if self.each and self.larger:
+            return [f"share *= 1.0 /{self.larger.removeprefix(' *')}"]
         if not self.scaled or self.each:
-            return ""
-        return f"tl.load(v_scale_ptr + {head} * v_scale_stride_0)"
+            return []
+        return [
+            f"v_factor = tl.load(v_scale_ptr + {head} * v_scale_stride_0)",
+            "share = tl.where(total == 0, 0.0, share * v_factor)",
+        ]
 
 
 def reads_bits(spec: AttentionSpec, gpu: Gpu) -> bool:
