@@ -50,7 +50,8 @@ def check(spec: AttentionSpec, given: Mapping[str, Any]) -> None:
     if spec.kv_lengths:
         if "kv_lengths" not in known:
             return
-        counts = _check_lengths(known["kv_lengths"], room, spec.page_size)
+        most = min(spec.kv_len, room)
+        counts = _check_lengths(known["kv_lengths"], most, spec.page_size)
     if "block_table" in known:
         _check_pages(known["block_table"], counts, spec.page_size, given["k"].shape[0])
 
@@ -93,7 +94,7 @@ def _check_lengths(lengths: Array, room: int, size: int) -> Array:
         raise OperandError(
             "A sequence is longer than its pages.",
             got=f"kv_lengths[{b}] = {lengths[b]}",
-            needed=f"at most {room}: {room // size} pages of {size} tokens",
+            needed=f"at most {room}, in {-(-room // size)} pages of {size} tokens",
             hint="block_table has a column for each page of the longest sequence",
         )
     counts: Array = np.maximum(lengths, 0)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 
-from attngen.dtypes import LARGEST
+from attngen.dtypes import DTYPES, LARGEST
 from attngen.errors import CallError, SpecError
 from attngen.reference import Array, by_heads, numpy_dtype
 from attngen.spec import AttentionSpec
@@ -26,7 +27,7 @@ def quantise(spec: AttentionSpec, k: Any, v: Any) -> dict[str, Array]:
 
     Raises:
         SpecError: the spec's kv_dtype has no scales.
-        CallError: k or v has another shape.
+        CallError: k or v has another shape, isn't of finite floats, or is traced.
     """
     if not spec.is_quantised:
         raise SpecError(
@@ -36,7 +37,7 @@ def quantise(spec: AttentionSpec, k: Any, v: Any) -> dict[str, Array]:
         )
     made: dict[str, Array] = {}
     for name, x in (("k", k), ("v", v)):
-        values = np.asarray(x).astype(np.float32)
+        values = _numbers(name, x)
         if values.shape != spec.shape_of(name):
             raise CallError(
                 f"{name} doesn't match the spec.",
@@ -45,6 +46,28 @@ def quantise(spec: AttentionSpec, k: Any, v: Any) -> dict[str, Array]:
             )
         made[name], made[f"{name}_scale"] = _quantised(spec, values)
     return made
+
+
+def _numbers(name: str, x: Any) -> Array:
+    """An array's values in float32."""
+    dtype = str(getattr(x, "dtype", ""))
+    jax = sys.modules.get("jax")
+    traced = jax is not None and isinstance(x, jax.core.Tracer)
+    if traced or dtype not in DTYPES:
+        raise CallError(
+            f"{name} can't be quantised.",
+            got="an array that is traced" if traced else dtype or type(x).__name__,
+            needed="a NumPy or JAX array of floats, outside a trace",
+        )
+    with np.errstate(over="ignore"):
+        values = np.asarray(x).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise CallError(
+            f"{name} can't be quantised.",
+            got="values that are NaN or infinite in float32",
+            needed="finite values: their largest makes the scale",
+        )
+    return values
 
 
 def _quantised(spec: AttentionSpec, x: Array) -> tuple[Array, Array]:

@@ -17,12 +17,14 @@ def fields_of(
 ) -> list[tuple[str, Any]]:
     """The fields that offsets, a table and scales given by name say.
 
-    Operands of these names that a mask declares itself are the mask's.
+    Operands of these names that a mask or score declares itself are its own.
 
     Raises:
         CallError: an array is missing, or doesn't fit.
     """
-    declared = {o.name for o in getattr(options.get("mask"), "operands", ())}
+    scores = options.get("score") or ()
+    own = [options.get("mask"), *(scores if isinstance(scores, tuple) else (scores,))]
+    declared = {o.name for x in own for o in getattr(x, "operands", ())}
     named = {n: x for n, x in operands.items() if n not in declared}
     storage = options.get("storage")
     packed = any(n in named for n in OFFSETS) if storage is None else None
@@ -47,13 +49,19 @@ def _shape(x: Any) -> Shape:
     return tuple(getattr(x, "shape", ()))
 
 
+def _got(named: Mapping[str, Any], name: str) -> str:
+    """An operand's shape, or what it is instead of an array, for people."""
+    if name not in named:
+        return "missing"
+    x = named[name]
+    return str(list(x.shape)) if hasattr(x, "shape") else f"a {type(x).__name__}"
+
+
 def _packed(named: Mapping[str, Any]) -> list[tuple[str, Any]]:
     shapes = {n: _shape(named.get(n)) for n in OFFSETS}
     counts = set(shapes.values())
     if len(counts) != 1 or len(next(iter(counts))) != 1 or next(iter(counts))[0] < 2:
-        got = ", ".join(
-            f"{n} {list(s) if n in named else 'missing'}" for n, s in shapes.items()
-        )
+        got = ", ".join(f"{n} {_got(named, n)}" for n in shapes)
         raise CallError(
             "Packed sequences are told by two arrays of cumulative offsets.",
             got=got,
@@ -69,12 +77,18 @@ def _paged(
     if len(table) != 2 or len(pages) != 4:
         raise CallError(
             "Paged K/V are told by a table of pages.",
-            got=f"block_table {list(table) if 'block_table' in named else 'missing'}, "
-            f"k {list(pages)}",
+            got=f"block_table {_got(named, 'block_table')}, k {list(pages)}",
             needed="block_table=…, int32 [batch, pages of a sequence]; k and v "
             "[pages, page_size, heads, dim]",
         )
     size = pages[1 if options.get("layout", "bthd") == "bthd" else 2]
+    for name, told in (("page_size", size), ("num_pages", pages[0])):
+        if options.get(name) not in (None, told):
+            raise CallError(
+                f"{name} isn't that of k and v.",
+                got=f"{name}={options[name]!r}, k {list(pages)}",
+                needed=f"{name}={told}, or none",
+            )
     return [
         ("page_size", size), ("num_pages", pages[0]), ("kv_len", table[1] * size),
     ]  # fmt: skip
@@ -87,9 +101,11 @@ def _scale(storage: str | None, layout: str, k: Shape, scale: Shape) -> str | in
     tokens = k[-3] if layout == "bthd" else k[-2]
     if scale and scale[-1] == tokens and storage != "paged":
         return "token"
-    block = tokens // scale[-1] if scale and scale[-1] else 0
-    # of 120 tokens blocks of 30, 32 and 36 have as many scales
-    sure = block and tokens % scale[-1] == 0 and (storage == "paged" or block <= 2)
+    count = scale[-1] if scale else 0
+    least = -(-tokens // count) if count else 0
+    # a block of n tokens or more makes fewer scales
+    n = -(-tokens // (count - 1)) if count > 1 else least + 1
+    sure = least == n - 1 or (storage == "paged" and count and tokens % count == 0)
     if not sure:
         raise CallError(
             "The shape of k_scale doesn't say of how many tokens a scale is.",
@@ -97,7 +113,7 @@ def _scale(storage: str | None, layout: str, k: Shape, scale: Shape) -> str | in
             needed="kv_scale=…, the tokens of a block; [kv_heads], or one for each token, "
             "need none",
         )
-    return "token" if block == 1 else block
+    return "token" if least == 1 else least
 
 
 def kv_dtype(dtypes: list[str], options: Mapping[str, Any]) -> str | None:

@@ -108,7 +108,7 @@ CALLS = {
     "paged, without a table": (CallError, (Q, K, V), {"storage": "paged"}),
     "a kv_dtype that isn't": (CallError, (Q, K, V), {"kv_dtype": "int8"}),
     "scales of nothing": (
-        CallError,
+        SpecError,
         (Q, K, V),
         {"k_scale": np.ones((1, 2, 7), np.float32)},
     ),

@@ -219,16 +219,44 @@ def test_float16_keeps_small_values(monkeypatch):
     judge(spec, product_dtype="float16", k_chunk=20)
 
 
-def test_a_block_of_scales_is_not_guessed():
+@pytest.mark.parametrize(
+    ("kv_len", "kv_scale"), [(120, 32), (120, 30), (4, 3), (12, 5)]
+)
+def test_a_block_of_scales_is_not_guessed(kv_len, kv_scale):
     """Of 120 tokens, blocks of 30 and of 32 have four scales."""
     spec = AttentionSpec(
-        q_heads=2, q_len=4, kv_len=120, qk_dim=16, kv_dtype="int8", kv_scale=32
+        q_heads=2, q_len=4, kv_len=kv_len, qk_dim=16, kv_dtype="int8", kv_scale=kv_scale
     )
     given = inputs.arrays(spec)
     q, k, v = (given.pop(n) for n in "qkv")
     with refused(CallError, "kv_scale=…"):
         attngen.attention(q, k, v, **given)
-    out = attngen.attention(q, k, v, kv_scale=32, **given)
+    out = attngen.attention(q, k, v, kv_scale=kv_scale, **given)
     want = reference.attention(spec, q, k, v, given)["out"]
     got = reference.pick(spec, "out", np.asarray(out), np.arange(4))
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kv_len", "kv_scale"), [(80, 8), (13, 4), (9, 1), (7, 7)])
+def test_a_block_of_scales_that_is_sure_is_read(kv_len, kv_scale):
+    spec = AttentionSpec(
+        q_heads=2, q_len=4, kv_len=kv_len, qk_dim=16, kv_dtype="int8", kv_scale=kv_scale
+    )
+    given = inputs.arrays(spec)
+    q, k, v = (given.pop(n) for n in "qkv")
+    out = attngen.attention(q, k, v, **given)
+    want = reference.attention(spec, q, k, v, given)["out"]
+    got = reference.pick(spec, "out", np.asarray(out), np.arange(4))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "k",
+    [np.full((1, 4, 1, 8), np.nan), np.full((1, 4, 1, 8), 1e39), np.ones((1, 4, 1, 8), int),
+     np.ones((1, 4, 1, 8), complex), "k", None, [1.0]],
+    ids=str,
+)  # fmt: skip
+def test_what_cannot_be_quantised_is_refused(k):
+    spec = AttentionSpec(q_heads=1, q_len=4, qk_dim=8, kv_dtype="int8")
+    with refused(CallError, "quantised"):
+        attngen.quantise(spec, k, np.ones((1, 4, 1, 8)))

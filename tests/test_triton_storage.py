@@ -125,6 +125,20 @@ def test_a_scale_that_is_nan_stays_with_what_sees_it(splits):
     assert np.isfinite(out[1, :, 1]).all()
 
 
+OPEN_PAGES = {
+    "no offset": {"q_len": 18, "mask": masks.causal()},
+    "blocks of a mask": {
+        "q_len": 16, "kv_len": 18, "q_offset": 0, "mask": masks.block_sparse((2, 2), 9)
+    },
+    "a bias of keys": {"q_len": 18, "mask": masks.causal(), "score": scores.bias(axes="hk")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPEN_PAGES)
+def test_pages_that_end_behind_the_last_key(name):
+    judge(AttentionSpec(q_heads=1, qk_dim=16, page_size=4, **PAGED, **OPEN_PAGES[name]))
+
+
 DECODE = [
     (stored, narrow, packs, splits)
     for stored in ("dense", "odd pages", "large pages")

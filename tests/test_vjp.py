@@ -323,3 +323,15 @@ def test_choices_that_are_not_legal(fix, says):
     with refused(PlanError) as caught:
         attngen.plan(given(**CAUSAL), fix=fix)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("out_dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("outputs", [("out",), ("out", "lse")])
+def test_outputs_that_are_rounded_leave_gradients_as_good(out_dtype, outputs):
+    spec = AttentionSpec(
+        q_heads=2, q_len=50, qk_dim=16, out_dtype=out_dtype, outputs=outputs,
+        derivatives="vjp", **CAUSAL,
+    )  # fmt: skip
+    judge(spec)
+    with refused(PlanError, "delta = summed"):
+        attngen.plan(spec, fix={"backward_delta": "kept"})

@@ -13,6 +13,7 @@ from attngen.backends.jax import passes_model, passes_tpu, shards
 from attngen.backends.jax.candidates import exponentials, products, scalable
 from attngen.backends.jax.packed import lowered
 from attngen.cost import Cost
+from attngen.dtypes import DIGITS
 from attngen.lists import skips, unlistable
 from attngen.plans import Choice, Option
 from attngen.slopes import trained
@@ -131,6 +132,8 @@ class Passes:
                 return "skip = list is for more than one chunk of queries, and of keys"
             if (reason := unlistable(spec)) is not None:
                 return reason
+        if _coarse(spec) and choice["delta"] != "summed":
+            return f"out in {spec.out_dtype_name} needs delta = summed"
         if choice["ds"] == "twice":
             if choice["algorithm"] == "two_passes" or choice["store"] not in STORED:
                 return "ds = twice is for one pass that stores p: store = p or narrow"
@@ -184,6 +187,8 @@ class Passes:
 
 def _twice(spec: AttentionSpec) -> str | None:
     """The reason why ds can't be formed twice, or None."""
+    if _coarse(spec):
+        return "ds = twice isn't for delta = summed"
     if any(o.name != "sink" for o in trained(spec)):
         return "ds = twice isn't for gradients of operands, which take it once"
     if "out" not in spec.outputs:
@@ -196,16 +201,23 @@ def _deltas(spec: AttentionSpec, kind: str, whole: bool) -> tuple[Option, ...]:
 
     Where operands' gradients are sums over rows, ds must add up to 0 in each of them: then
     delta is summed of the same p and dp, for which tiles are made once more. By queries each
-    row's is made once in any case.
+    row's is made once in any case. So it is where out is rounded by more than q, k and v are.
     """
     if "out" not in spec.outputs:
         return ("again",)
+    if _coarse(spec):
+        return ("summed",)
     ours = any(o.name != "sink" for o in trained(spec))
     if whole:
         return ("summed", "kept", "again") if ours else ("kept", "again", "summed")
     if ours:
         return ("summed",)
     return ("again",) if kind == "by_queries" else ("kept", "again")
+
+
+def _coarse(spec: AttentionSpec) -> bool:
+    """Whether out, as it is rounded, is too coarse to make delta of."""
+    return DIGITS[spec.out_dtype_name] < DIGITS[spec.dtype] and "out" in spec.outputs
 
 
 def _mass(spec: AttentionSpec) -> tuple[Option, ...]:

@@ -6,9 +6,10 @@ import math
 import textwrap
 from typing import Any
 
-from attngen import storage, targets
+from attngen import targets
 from attngen.backends.triton import stored
 from attngen.backends.triton.combining import combining
+from attngen.backends.triton.limits import is_exact
 from attngen.backends.triton.slope_code import SIZES
 from attngen.plans import Plan
 from attngen.spec import AttentionSpec
@@ -41,7 +42,7 @@ def unpacked(spec: AttentionSpec) -> dict[str, str]:
         if packed
         else f"{'P' if spec.storage == 'paged' else '_'}, {keys}",
         "keys_of_table": "KV_LEN.value"
-        if storage.is_exact(spec)
+        if is_exact(spec)
         else "block_table.shape[1] * PAGE_SIZE.value",
         "unpack_q": f"B, {given}",
         "unpack_k": f"_, {keys}",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from attngen import philox, storage, targets
+from attngen import philox, targets
 from attngen.backends.triton.arguments import arguments, axes_of, kept, unpacked
 from attngen.backends.triton.backward import Backward
 from attngen.backends.triton.bounds import (
@@ -19,6 +19,7 @@ from attngen.backends.triton.candidates import pieces, power_above
 from attngen.backends.triton.combining import combining
 from attngen.backends.triton.decode import COLUMNS, splits
 from attngen.backends.triton.guards import Guards, guards, overflows
+from attngen.backends.triton.limits import is_exact, limited, wide
 from attngen.backends.triton.listing import Listing, listing
 from attngen.backends.triton.slope_code import SIZES
 from attngen.backends.triton.stored import Stored
@@ -29,7 +30,6 @@ from attngen.intervals import (
     domain,
     interval,
     limit_leaves_int32,
-    proven,
 )
 from attngen.operands import Operand
 from attngen.plans import Option, Plan, grouped
@@ -37,15 +37,14 @@ from attngen.regions import spans
 from attngen.spec import AttentionSpec
 from attngen.spec_checks import relating
 
-LONGEST = 2**24  # tokens: for which indices are proven, whatever the spec's own lengths
 LOG2E = 1.4426950408889634
 
 
 def context(plan: Plan) -> dict[str, Any]:
     """Everything the template names. See templates/README.md."""
     spec = plan.spec
-    limited = _limited(spec)
-    env = domain(spec) if limited else _wide(spec)
+    own_lengths = limited(spec)
+    env = domain(spec) if own_lengths else wide(spec)
     index_dtype = "int64" if _leaves_int32(spec, env) else plan.index_dtype
     helpers: set[str] = set()
     writer = Writer(plan, env, index_dtype, helpers)
@@ -105,7 +104,7 @@ def context(plan: Plan) -> dict[str, Any]:
         "scalar_offset": spec.q_offset == "operand",
         "same_length": spec.q_offset is None and bool(relating(spec)),
         "longest": (spec.batch, spec.q_heads, spec.q_len, spec.kv_len)
-        if limited
+        if own_lengths
         else None,
         "sizes": _sizes(spec),
         "helpers": helpers,
@@ -133,35 +132,6 @@ def _back_dims(plan: Plan, head_dim: Option) -> dict[str, Any]:
         "tile_keys": "".join(f", k{piece['suffix']}" for piece in qk),
         "no_keys": "".join(f", _k{piece['suffix']}" for piece in qk),
     }
-
-
-def _wide(spec: AttentionSpec) -> dict[str, Interval]:
-    """Where variables can lie for any lengths up to LONGEST."""
-    env = domain(spec)
-    low, high = env["q"]
-    if spec.q_offset == "bottom_right":
-        low, high = -LONGEST, LONGEST
-    return env | {
-        "b": (0, LONGEST),
-        "h": (0, LONGEST),
-        "q": (low, high + LONGEST),
-        "k": (spec.kv_offset, spec.kv_offset + LONGEST),
-        "q_index": (0, LONGEST),
-        "k_index": (0, LONGEST),
-    }
-
-
-def _limited(spec: AttentionSpec) -> bool:
-    """Whether a read is inside its operand only for the spec's own lengths.
-
-    Reads of floats outside are NaN; integers and truth values have nothing of the kind.
-    """
-    env = _wide(spec)
-    return any(
-        node.op == "load" and node.kind != "float" and not proven(node, env)
-        for root in spec.expressions
-        for node in walk(root)
-    )
 
 
 def _sizes(spec: AttentionSpec) -> list[str]:
@@ -242,7 +212,7 @@ def _constants(plan: Plan, folded: bool, natural: bool) -> dict[str, Any]:
         lines.append(("LN2", "0.6931471805599453", ""))
     if spec.storage == "paged":
         lines.append(("PAGE_SIZE", str(spec.page_size), "keys of a page"))
-        if storage.is_exact(spec):
+        if is_exact(spec):
             lines.append(("KV_LEN", str(spec.kv_len), "keys of each sequence"))
     if offset_source(spec) == "constant" and (spec.expressions or spec.dropout):
         lines.append(("Q_OFFSET", str(spec.q_offset), "position of query 0"))

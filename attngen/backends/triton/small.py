@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from attngen import storage
 from attngen.backends.triton.decode import splits
+from attngen.backends.triton.limits import is_exact
 from attngen.errors import OperandError, SpecError
 from attngen.expr import COMPARISONS, Expr, const, substitute
 from attngen.linear import affine
@@ -54,7 +54,7 @@ def small(plan: Plan, *, rebuild: bool) -> tuple[AttentionSpec, dict[str, Any]] 
         sizes["batch"] = min(spec.batch, 3)
     if spec.storage == "paged":
         sizes["num_pages"] = None
-        if storage.is_exact(spec):  # the file has that number of keys
+        if is_exact(spec):  # the file has that number of keys
             sizes["kv_len"] = spec.kv_len
     try:
         made = dataclasses.replace(spec, **sizes, memory_budget=None)
