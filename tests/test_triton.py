@@ -348,7 +348,12 @@ def test_a_nan_in_a_key_that_nobody_sees_does_not_matter():
 
 
 @pytest.mark.parametrize(
-    "change", [{"dtype": "float64"}, {"derivatives": "any"}, {"storage": "paged"}]
+    "change",
+    [
+        {"dtype": "float64"},
+        {"derivatives": "any"},
+        {"storage": "paged", "derivatives": "vjp"},
+    ],
 )
 def test_what_is_not_built_says_so(change):
     with pytest.raises(NotBuiltError):

@@ -117,6 +117,8 @@ USUAL = ("80 and 40", "576 and 512", "lengths, a sink")
 def test_gradients_in_pieces(name, dtype):
     spec = dataclasses.replace(SMALL, dtype=dtype, **PIECES[name])
     blocks = {"q_chunk": 16, "k_chunk": 16, "backward_q_chunk": 16}
+    if (name, dtype) == ("576 and 512", "float32"):  # which has the registers for it
+        blocks["target"] = "mi355x"
     interpreted.judge(
         spec, **blocks, backward_k_chunk=16, backward_head_dim="split", num_warps=4
     )

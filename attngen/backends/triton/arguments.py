@@ -89,9 +89,13 @@ def arguments(
         ("k", kv_shape.format(spec.qk_dim), kv_dtype),
         ("v", kv_shape.format(spec.v_dim), kv_dtype),
     ]
-    own = own_shapes(spec)
+    shapes = own_shapes(spec)
     checks += [
-        (o.name, own.get(o.name) or shape_text(o.axes), torch_dtype(o.dtype))
+        (
+            o.name,
+            (o in spec.own_operands and shapes.get(o.name)) or shape_text(o.axes),
+            torch_dtype(o.dtype),
+        )
         for o in spec.operands
     ]
     shown = [(n, _shown(spec, n, s), t.removeprefix("torch.")) for n, s, t in checks]
@@ -160,7 +164,7 @@ def _tokens(spec: AttentionSpec, k_chunk: int, name: str) -> str:
 
 def _shown(spec: AttentionSpec, name: str, shape: str) -> str:
     """A shape as people read it: N are the pages of a sequence."""
-    if name == "block_table":
+    if name == "block_table" and spec.storage == "paged":
         return "(B, N)"
     return shape.replace("PAGE_SIZE.value", str(spec.page_size))
 
