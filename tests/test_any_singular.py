@@ -184,7 +184,7 @@ HIDDEN = {
     ),
 }
 # in the default run: of first, of second derivatives
-FIRST, SECOND = "branches of branches", "a gate that is shut, times a weight"
+FIRST = "branches of branches"
 LENGTHS = ("hidden by a later score, and by lengths", "a product with an operand")
 
 
@@ -287,7 +287,8 @@ def test_gradients_are_those_of_the_reference(name, tmp_path):
     assert abs(float(along) - want) <= 1e-11 * max(abs(want), 1)
 
 
-@pytest.mark.parametrize("name", slow_but(SECOND))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HIDDEN)
 def test_second_derivatives_are_those_of_the_reference(name, tmp_path):
     judge = Judge(name, tmp_path)
 

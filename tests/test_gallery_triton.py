@@ -54,7 +54,13 @@ def plan_of(name):
     return interpreted.plan(spec(), target_here() or target, **fix)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# whose blocks take the interpreter longest: others are of the same kinds
+LONG = ("mla_decode", "packed_training", "training_llama3_8b", "training_t5")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in NAMES]
+)
 def test_a_smaller_spec_in_the_same_blocks_is_computed(name):
     plan, by = plan_of(name), backends.get("triton")
     small, choice = by.small(plan, rebuild=True)

@@ -30,6 +30,14 @@ EXCHANGED = ("lengths", "gradients by keys", "gradients, two passes")
 
 
 TOGETHER = 5  # cases that a process judges, one after the other
+USUAL = ("operands", "gradients by keys")  # of the default run: these, and what is judged with them
+GROUPS = {name: i // TOGETHER for i, name in enumerate(sharded.CASES)}
+CASES = [
+    case
+    if GROUPS[case] in [GROUPS[name] for name in USUAL]
+    else pytest.param(case, marks=pytest.mark.slow)
+    for case in sharded.CASES
+]
 
 
 @pytest.fixture
@@ -49,7 +57,7 @@ def judged(case, shared):
     return json.loads(path.read_text())[at : at + len(sharded.MESHES)]
 
 
-@pytest.mark.parametrize("case", sharded.CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_each_device_computes_its_own(case, judged):
     for found in judged:
         assert found["passed"], found["report"]
@@ -57,7 +65,7 @@ def test_each_device_computes_its_own(case, judged):
         assert all(found["as asked"])
 
 
-@pytest.mark.parametrize("case", sharded.CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_nothing_is_gathered(case, judged):
     for (batches, _), found in zip(sharded.MESHES, judged, strict=True):
         # the longest and the shortest of all lengths: a number each, of a chunk of queries;
@@ -66,7 +74,7 @@ def test_nothing_is_gathered(case, judged):
         assert set(found["collectives"]) == ({"all-reduce"} if exchanged else set())
 
 
-@pytest.mark.parametrize("case", sharded.CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_a_device_takes_what_it_would_alone(case, judged):
     for found in judged:
         # of transposed keys and values XLA makes one more copy
@@ -74,7 +82,7 @@ def test_a_device_takes_what_it_would_alone(case, judged):
         assert found["device"] <= found["alone"] + more + 1024
 
 
-@pytest.mark.parametrize("case", sharded.CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_texts_are_as_wide_as_others(case):
     for batches, heads in (*sharded.MESHES, (2, 2), (1, 2)):
         text = attngen.emit(sharded.plan_of(case, batches, heads)).text

@@ -64,7 +64,7 @@ def judge(spec, q_chunk=16, k_chunk=16, **fix):
     return interpreted.judge(spec, q_chunk=q_chunk, k_chunk=k_chunk, **fix)
 
 
-@pytest.mark.parametrize(("stored", "narrow", "other"), slowly(MATRIX, 3))
+@pytest.mark.parametrize(("stored", "narrow", "other"), slowly(MATRIX, 5))
 def test_every_storage(stored, narrow, other):
     fields = STORED[stored] | (PLAIN | NARROW)[narrow] | (OTHERWISE if other else {})
     judge(dataclasses.replace(SPEC, **fields), k_chunk=32 if other else 16)
@@ -73,7 +73,7 @@ def test_every_storage(stored, narrow, other):
 @pytest.mark.parametrize("storage", ["packed", "paged"])
 @pytest.mark.parametrize(
     ("name", "offset"),
-    slowly([(n, o) for n, o in rotating().items() if o != "before"], 4),
+    slowly([(n, o) for n, o in rotating().items() if o != "before"], 6),
 )
 def test_library(name, offset, storage):
     fields = STORED["packed" if storage == "packed" else "odd pages"]

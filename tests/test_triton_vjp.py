@@ -26,10 +26,15 @@ BLOCKS = ((16, 16), (32, 16), (16, 32))
 EVERY = [(name, offset) for name in EXAMPLES for offset in offsets_of(name)]
 
 
-def slowly(cases, every):
-    """All but each n-th of the cases are slow."""
+LONG = ("relative_table 2d", "relative_table")  # whose entries loops go over
+
+
+def slowly(cases, every, long=()):
+    """All but each n-th of the cases are slow, and those of some names."""
     return [
-        case if i % every == 0 else pytest.param(*case, marks=pytest.mark.slow)
+        case
+        if i % every == 0 and case[0] not in long
+        else pytest.param(*case, marks=pytest.mark.slow)
         for i, case in enumerate(cases)
     ]
 
@@ -67,7 +72,13 @@ def test_specs_of_gradients(name):
     judge(OWN[name])
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(d, marks=[pytest.mark.slow] * (d != "float16"))
+        for d in (*DTYPES, "bfloat16")
+    ],
+)
 def test_dropout(dtype):
     spec = differentiated(SPECS["sink"], dropout=0.3, dtype=dtype, kv_offset=3)
     judge(spec)
@@ -76,7 +87,9 @@ def test_dropout(dtype):
 
 @pytest.mark.parametrize(
     ("name", "offset", "dtype"),
-    slowly([(n, o, DTYPES[i % 2]) for i, (n, o) in enumerate(rotating().items())], 5),
+    slowly(
+        [(n, o, DTYPES[i % 2]) for i, (n, o) in enumerate(rotating().items())], 5, LONG
+    ),
 )
 def test_library(name, offset, dtype):
     spec = EXAMPLES[name].spec(q_offset=OFFSETS[offset], derivatives="vjp", dtype=dtype)
