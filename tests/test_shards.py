@@ -30,7 +30,10 @@ EXCHANGED = ("lengths", "gradients by keys", "gradients, two passes")
 
 
 TOGETHER = 5  # cases that a process judges, one after the other
-USUAL = ("operands", "gradients by keys")  # of the default run: these, and what is judged with them
+USUAL = (
+    "operands",
+    "gradients by keys",
+)  # of the default run: these, and what is judged with them
 GROUPS = {name: i // TOGETHER for i, name in enumerate(sharded.CASES)}
 CASES = [
     case
