@@ -203,9 +203,13 @@ def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
         elif gpu.architecture in GROUPED:
             own = max(own, _APART)
         own += _of_wide(dims, held, step, threads, gpu, BYTES[spec.dtype])
-    return held * (dims + 3 * step) // threads + own
+    tile = held * (dims + 3 * step)
+    if spec.dtype == "float32" and gpu.backend == "hip" and dims <= WIDE:
+        tile = tile * AMD_FLOAT32[0] // AMD_FLOAT32[1]
+    return tile // threads + own
 
 
+AMD_FLOAT32 = (17, 5)  # times what a tile of float32 takes on AMD's, as compiled for d = 64
 WIDE = (
     256  # both head dims together, of which more is held at once than of narrower ones
 )
