@@ -209,7 +209,10 @@ def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     return tile // threads + own
 
 
-AMD_FLOAT32 = (17, 5)  # times what a tile of float32 takes on AMD's, as compiled for d = 64
+AMD_FLOAT32 = (
+    17,
+    5,
+)  # times what a tile of float32 takes on AMD's, as compiled for d = 64
 WIDE = (
     256  # both head dims together, of which more is held at once than of narrower ones
 )
