@@ -125,6 +125,7 @@ def test_plans_are_ranked_by_their_bounds_and_those_that_spill_have_failed(compi
     assert all(len(line) <= 100 for line in lines)
 
 
+@pytest.mark.slow
 def test_what_was_compiled_is_not_compiled_again_and_is_built(compiler, monkeypatch):
     first = attngen.tune(SPEC, target="a100")
     patient = attngen.tune(SPEC, target="a100", effort="patient")

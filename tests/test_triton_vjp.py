@@ -57,7 +57,7 @@ def differentiated(spec, **changes):
             for i, name in enumerate(SPECS)
             for j, dtype in enumerate(DTYPES)
         ],
-        5,
+        7,
     ),
 )
 def test_every_spec(name, dtype, blocks):
@@ -88,7 +88,7 @@ def test_dropout(dtype):
 @pytest.mark.parametrize(
     ("name", "offset", "dtype"),
     slowly(
-        [(n, o, DTYPES[i % 2]) for i, (n, o) in enumerate(rotating().items())], 5, LONG
+        [(n, o, DTYPES[i % 2]) for i, (n, o) in enumerate(rotating().items())], 7, LONG
     ),
 )
 def test_library(name, offset, dtype):
