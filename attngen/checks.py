@@ -9,7 +9,6 @@ trace.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from attngen.errors import OperandError
 from attngen.spec import AttentionSpec
+from attngen.traced import is_traced
 
 Array = np.ndarray[Any, Any]
 MODE = "ATTNGEN_CHECK"
@@ -27,12 +27,13 @@ def check(spec: AttentionSpec, given: Mapping[str, Any]) -> None:
     """Refuse offsets, lengths and tables that can't be followed.
 
     Args:
+        spec: of packed or paged K/V.
         given: q, k, v and the operands by name, in the shapes that they should have.
 
     Raises:
         OperandError: as it says.
     """
-    if spec.storage == "dense" or any(_is_traced(x) for x in given.values()):
+    if any(is_traced(x) for x in given.values()):
         return
     known = {
         name: values
@@ -61,12 +62,6 @@ def _values(x: Any) -> Array | None:
     if isinstance(x, np.ndarray):
         return x
     return np.asarray(x) if os.environ.get(MODE) == "1" else None
-
-
-def _is_traced(x: Any) -> bool:
-    """Whether an array has no values yet."""
-    jax = sys.modules.get("jax")
-    return jax is not None and isinstance(x, jax.core.Tracer)
 
 
 def _check_offsets(name: str, offsets: Array, x: str, tokens: int) -> None:

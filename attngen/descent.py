@@ -164,9 +164,8 @@ def bound_s(plan: Plan, certificate: Certificate, target: Target) -> float | Non
 
 def _turns(plan: Plan, choice: Choice, together: int, gpu: Gpu) -> float:
     """Tiles that the busiest multiprocessor does, one after the other."""
-    spec, q, k = plan.spec, int(choice["q_chunk"]), int(choice["k_chunk"])
-    if spec.storage == "packed":
-        spec = storage.typical(spec)
+    spec = storage.typical(plan.spec)
+    q, k = int(choice["q_chunk"]), int(choice["k_chunk"])
     heads = grouped(spec, choice)
     splits = int(choice.get("kv_splits", 1))
     blocks = -(-spec.q_len * heads // q) * splits

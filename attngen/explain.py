@@ -81,16 +81,10 @@ def _stored(spec: AttentionSpec) -> list[str]:
     parts = [batch] if batch else []
     if spec.storage == "paged":
         parts.append(f"in {storage.pages(spec)} pages of {spec.page_size}")
-    if spec.kv_dtype not in (None, spec.dtype):
-        scale = f" by {_scales(spec)}" if spec.is_quantised else ""
+    if spec.is_narrow:
+        scale = f" by {storage.of_scale(spec)}" if spec.is_quantised else ""
         parts.append(f"K/V in {spec.kv_dtype}{scale}")
     return parts
-
-
-def _scales(spec: AttentionSpec) -> str:
-    if spec.kv_scale in ("head", "token"):
-        return f"{spec.kv_scale}"
-    return f"{spec.kv_scale} tokens"
 
 
 def _rounds(plan: Plan) -> bool:

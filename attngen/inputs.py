@@ -65,7 +65,7 @@ def _poison(spec: AttentionSpec, made: dict[str, Array]) -> None:
     if spec.storage == "paged":
         _poison_pages(spec, made, names)
         return
-    block = spec.kv_scale if isinstance(spec.kv_scale, int) else 1
+    block = 1 if spec.kv_scale == "head" else storage.scale_block(spec)
     for name in names:
         by_tokens = made[name]
         if name.endswith("_scale"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from attngen.plans import Plan
 from attngen.reference import numpy_dtype
 from attngen.reports import Certificate, Report
 from attngen.spec import AttentionSpec
+from attngen.traced import is_traced
 
 SEED_HINT = (
     "jax.random.key_data(jax.random.key(n)) is one, and so is the number n, below 2**64"
@@ -88,7 +88,7 @@ class Kernel:
                     operands[name] = philox.seed_words(x)
                     continue
                 raise self._mismatch(name, x)
-        if self.absent and not any(_is_traced(x) for x in given.values()):
+        if self.absent and not any(is_traced(x) for x in given.values()):
             raise self._not_here()
         if self.spec.storage != "dense":
             checks.check(self.spec, given)
@@ -137,11 +137,6 @@ class Kernel:
 def _is_number(x: Any) -> bool:
     """A seed as a Python int."""
     return isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**64
-
-
-def _is_traced(x: Any) -> bool:
-    jax = sys.modules.get("jax")
-    return jax is not None and isinstance(x, jax.core.Tracer)
 
 
 def _is_scalar(x: Any) -> bool:

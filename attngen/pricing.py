@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from attngen import joint, slopes
-from attngen.backends import Backend
+from attngen.backends import Backend, modelled
 from attngen.cost import Cost, executed_flop, moved_bytes
 from attngen.intervals import Ranges, examine
 from attngen.lists import SPAN, decided
@@ -37,7 +37,7 @@ class Pricing:
         self.forward, self.kept = joint.forward_spec(spec), 0
         if spec.derivatives == "vjp" and backend.backward is not None:
             self.kept = backend.backward.kept_bytes(spec, target)
-        self.of = spec if spec.storage == "dense" else backend.modelled(spec)
+        self.of = modelled(spec, backend)
         self.ranges = _ranges(spec, self.of)
         self.count = Counter(self.of)
         self.warnings = warnings(self.of)

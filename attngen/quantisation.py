@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
 
+from attngen import storage
 from attngen.dtypes import DTYPES, LARGEST
 from attngen.errors import CallError, SpecError
 from attngen.reference import Array, by_heads, numpy_dtype
 from attngen.spec import AttentionSpec
+from attngen.traced import is_traced
 
 
 def quantise(spec: AttentionSpec, k: Any, v: Any) -> dict[str, Array]:
@@ -51,8 +52,7 @@ def quantise(spec: AttentionSpec, k: Any, v: Any) -> dict[str, Array]:
 def _numbers(name: str, x: Any) -> Array:
     """An array's values in float32."""
     dtype = str(getattr(x, "dtype", ""))
-    jax = sys.modules.get("jax")
-    traced = jax is not None and isinstance(x, jax.core.Tracer)
+    traced = is_traced(x)
     if traced or dtype not in DTYPES:
         raise CallError(
             f"{name} can't be quantised.",
@@ -78,7 +78,7 @@ def _quantised(spec: AttentionSpec, x: Array) -> tuple[Array, Array]:
         largest = largest.max((0, 2))
         each = largest[None, :, None]
     else:
-        block = 1 if spec.kv_scale == "token" else int(spec.kv_scale)
+        block = storage.scale_block(spec)
         tokens = largest.shape[2]
         largest = np.pad(largest, ((0, 0), (0, 0), (0, -tokens % block)))
         largest = largest.reshape(*largest.shape[:2], -1, block).max(-1)

@@ -16,6 +16,7 @@ from attngen import expr, philox, sequences
 from attngen.expr import Expr
 from attngen.operands import Operand
 from attngen.sequences import Sequence
+from attngen.sequences import by_heads as by_heads
 from attngen.spec import AttentionSpec
 
 Array = np.ndarray[Any, Any]
@@ -153,16 +154,6 @@ def pick(spec: AttentionSpec, name: str, output: Array, rows: Array) -> Array:
         return by_heads(spec, output)[:, :, rows]
     x = np.asarray(output)
     return (x[None] if spec.storage == "packed" else x)[:, :, rows]
-
-
-def by_heads(spec: AttentionSpec, array: Array) -> Array:
-    """[batch, heads, length, dim] of an array in the spec's layout, as a view.
-
-    Packed sequences are one batch; pages are batches.
-    """
-    x = np.asarray(array)
-    x = x[None] if spec.storage == "packed" else x
-    return np.swapaxes(x, 1, 2) if spec.layout == "bthd" else x
 
 
 def scores(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from attngen import storage
 from attngen.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -74,6 +75,16 @@ def _offset(
     return (int(operands["kv_lengths"][b]) if spec.kv_lengths else k_len) - q_len
 
 
+def by_heads(spec: AttentionSpec, array: Array) -> Array:
+    """[batch, heads, length, dim] of an array in the spec's layout, as a view.
+
+    Packed sequences are one batch; pages are batches.
+    """
+    x = np.asarray(array)
+    x = x[None] if spec.storage == "packed" else x
+    return np.swapaxes(x, 1, 2) if spec.layout == "bthd" else x
+
+
 def counted(spec: AttentionSpec) -> tuple[str, ...]:
     """The variables that dropout counts weights by: packed tokens where they lie."""
     if spec.storage == "packed":
@@ -92,9 +103,7 @@ def plain_keys(
 
     Scaled ones are rounded as a product's factors are.
     """
-    layout = x[None] if spec.storage == "packed" else x
-    layout = np.swapaxes(layout, 1, 2) if spec.layout == "bthd" else layout
-    made: Array = layout.astype(how.wide)
+    made: Array = by_heads(spec, x).astype(how.wide)
     if spec.is_quantised:
         scale = np.asarray(operands[f"{name}_scale"]).astype(how.wide)
         with np.errstate(all="ignore"):
@@ -110,8 +119,9 @@ def _spread(spec: AttentionSpec, scale: Array, tokens: int) -> Array:
     if spec.kv_scale == "head":
         return scale[None, :, None, None]
     scale = scale[None] if spec.storage == "packed" else scale
-    block = 1 if spec.kv_scale == "token" else int(spec.kv_scale)
-    each: Array = np.repeat(scale, block, axis=2)[:, :, :tokens, None]
+    each: Array = np.repeat(scale, storage.scale_block(spec), axis=2)[
+        :, :, :tokens, None
+    ]
     return each
 
 

@@ -154,6 +154,11 @@ class AttentionSpec:
         return "float64" if self.dtype == "float64" else "float32"
 
     @property
+    def is_narrow(self) -> bool:
+        """Whether k and v have another dtype than q: a narrower one."""
+        return self.kv_dtype not in (None, self.dtype)
+
+    @property
     def is_quantised(self) -> bool:
         """Whether k and v have scales."""
         return self.kv_dtype in QUANTISED

@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from attngen import expr
 from attngen.dtypes import DIGITS, QUANTISED
 from attngen.errors import NotBuiltError, SpecError
 from attngen.operands import Axis
@@ -55,11 +54,16 @@ def pages(spec: AttentionSpec) -> int:
     return spec.num_pages or spec.batch * pages_of_each(spec)
 
 
+def scale_block(spec: AttentionSpec) -> int:
+    """The tokens that share a scale, where heads don't have one each."""
+    return 1 if spec.kv_scale == "token" else int(spec.kv_scale)
+
+
 def scale_axes(spec: AttentionSpec) -> tuple[Axis, ...]:
     """Of k_scale and v_scale."""
     if spec.kv_scale == "head":
         return (spec.kv_heads,)
-    block = 1 if spec.kv_scale == "token" else int(spec.kv_scale)
+    block = scale_block(spec)
     if spec.storage == "paged":
         return (pages(spec), spec.kv_heads, spec.page_size // block)
     tokens: Axis = "k" if block == 1 else -(-spec.kv_len // block)
@@ -137,8 +141,8 @@ def refuse(spec: AttentionSpec) -> None:
         )
     if spec.derivatives is None:
         return
-    narrow = spec.kv_dtype not in (None, spec.dtype)
-    for field, cached in (("storage", spec.storage == "paged"), ("kv_dtype", narrow)):
+    paged, narrow = spec.storage == "paged", spec.is_narrow
+    for field, cached in (("storage", paged), ("kv_dtype", narrow)):
         if cached:
             raise NotBuiltError(
                 f"Derivatives aren't built for {field}={getattr(spec, field)!r}.",
@@ -155,25 +159,10 @@ def _holds(wide: str, narrow: str) -> bool:
     return DIGITS[narrow] <= DIGITS[wide]
 
 
-def is_exact(spec: AttentionSpec) -> bool:
-    """Whether kv_len, not the table's length, says how many keys paged sequences have."""
-    reads = {a for o in expr.operands(*spec.expressions) for a in o.axes}
-    told = spec.kv_lengths and "k" not in reads
-    return not told and spec.kv_len % spec.page_size != 0
-
-
-def dense(spec: AttentionSpec) -> AttentionSpec:
-    """The spec of keys in order, for one of pages; any other as it is."""
-    if spec.storage != "paged":
-        return spec
-    made: dict[str, Any] = {
-        "storage": "dense", "page_size": PAGE_SIZE, "num_pages": None,
-    }  # fmt: skip
-    return dataclasses.replace(spec, **made)
-
-
 def typical(spec: AttentionSpec) -> AttentionSpec:
-    """A dense spec of as many sequences, each of the mean length."""
+    """The dense spec of as many sequences, each of the mean length; a dense one as it is."""
+    if spec.storage == "dense":
+        return spec
     made: dict[str, Any] = {
         "storage": "dense", "page_size": PAGE_SIZE, "num_pages": None,
     }  # fmt: skip
@@ -181,6 +170,12 @@ def typical(spec: AttentionSpec) -> AttentionSpec:
         made["q_len"] = -(-spec.q_len // spec.batch)
         made["kv_len"] = -(-spec.kv_len // spec.batch)
     return dataclasses.replace(spec, **made)
+
+
+def of_scale(spec: AttentionSpec) -> str:
+    """What of a kv head has a scale of its own, in words: the head, a token, n tokens."""
+    named = spec.kv_scale in ("head", "token")
+    return str(spec.kv_scale) if named else f"{spec.kv_scale} tokens"
 
 
 def described(spec: AttentionSpec) -> list[str]:
@@ -199,25 +194,9 @@ def described(spec: AttentionSpec) -> list[str]:
             f"block_table[b, i//{size}]; entries behind its last key aren't followed"
         )
     if spec.is_quantised:
-        each = {"head": "head", "token": "token"}.get(
-            str(spec.kv_scale), f"{spec.kv_scale} tokens"
-        )
+        each = of_scale(spec)
         lines.append(
             f"of quantised k and v: each is its {spec.kv_dtype} number times k_scale, or "
             f"v_scale, of its kv head" + ("" if each == "head" else f" and {each}")
         )
     return lines
-
-
-def said(spec: AttentionSpec) -> dict[str, Any]:
-    """The fields of this module that a spec of its storage has, for people."""
-    fields: dict[str, Any] = {}
-    if spec.storage != "dense":
-        fields["storage"] = spec.storage
-    if spec.storage == "paged":
-        fields |= {"page_size": spec.page_size, "num_pages": pages(spec)}
-    if spec.kv_dtype not in (None, spec.dtype):
-        fields["kv_dtype"] = spec.kv_dtype
-    if spec.is_quantised:
-        fields["kv_scale"] = spec.kv_scale
-    return fields

@@ -89,8 +89,7 @@ def flex_attention(
     import torch
     from torch.nn.attention import flex_attention as flex
 
-    narrow = spec.kv_dtype not in (None, spec.dtype)
-    if spec.dropout or spec.storage != "dense" or narrow:
+    if spec.dropout or spec.storage != "dense" or spec.is_narrow:
         return None
     compiled = compiled or functools.partial(torch.compile, dynamic=False)
     torch.compiler.reset()  # what was compiled for another spec counts as a variant

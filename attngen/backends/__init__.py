@@ -163,11 +163,15 @@ def names() -> tuple[str, ...]:
     return tuple(_PACKAGES)
 
 
+def modelled(spec: AttentionSpec, backend: Backend) -> AttentionSpec:
+    """The dense spec whose tiles are counted: of one that is stored otherwise its backend's."""
+    return spec if spec.storage == "dense" else backend.modelled(spec)
+
+
 def seen(plan: Plan) -> Plan:
     """A plan as its tiles are counted: of the dense spec that stands for a stored one."""
-    if plan.spec.storage == "dense":
-        return plan
-    return dataclasses.replace(plan, spec=get(plan.backend).modelled(plan.spec))
+    spec = modelled(plan.spec, get(plan.backend))
+    return plan if spec is plan.spec else dataclasses.replace(plan, spec=spec)
 
 
 def get(name: str | None = None) -> Backend:

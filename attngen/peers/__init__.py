@@ -105,7 +105,7 @@ def refuse(peer: Peer, spec: AttentionSpec) -> str | None:
         return "drops other weights: dropout's bits are attngen's own"
     if spec.storage != "dense":
         return f"isn't asked for {spec.storage} K/V: these are said in other arguments"
-    if spec.kv_dtype not in (None, spec.dtype):
+    if spec.is_narrow:
         return f"takes K/V in the dtype of q, not in {spec.kv_dtype}"
     return peer.refuse(spec)
 

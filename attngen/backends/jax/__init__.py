@@ -36,7 +36,7 @@ class JaxBackend:
         candidates.refuse(spec)
 
     def modelled(self, spec: AttentionSpec) -> AttentionSpec:
-        return packed.lowered(storage.dense(spec))
+        return storage.typical(packed.lowered(spec))
 
     def space(
         self, spec: AttentionSpec, target: Target, *, whole: bool = False

@@ -182,14 +182,14 @@ def _bad_word(spec: AttentionSpec, choice: Choice) -> str | None:
 
 def is_stored(spec: AttentionSpec) -> bool:
     """Whether K/V are pages, or of another dtype: then they are read chunk by chunk."""
-    return spec.storage == "paged" or spec.kv_dtype not in (None, spec.dtype)
+    return spec.storage == "paged" or spec.is_narrow
 
 
 def _bad_stored(spec: AttentionSpec, choice: Choice) -> str | None:
     """Of K/V that are pages, or of another dtype."""
     if not is_stored(spec):
         return None
-    kind, narrow = choice["algorithm"], spec.kv_dtype not in (None, spec.dtype)
+    kind, narrow = choice["algorithm"], spec.is_narrow
     what = "convert" if narrow else "gather"
     if kind not in CHUNKED:
         return f"{kind} would {what} all of K/V at once: chunks of them are read"

@@ -51,7 +51,7 @@ def space(spec: AttentionSpec, target: Target, *, whole: bool = False) -> Space:
 def _stored(spec: AttentionSpec, found: Space) -> Space:
     """Of these what there is for pages, or for K/V of another dtype."""
     only: dict[str, Sequence[Option]] = {"slices": ("nd",), "diagonal": (0,)}
-    if spec.kv_dtype not in (None, spec.dtype):
+    if spec.is_narrow:
         only["guard"] = (True,)
     if spec.is_quantised and spec.kv_scale != "head":
         only["denominator"] = ("sum",)

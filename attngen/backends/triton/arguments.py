@@ -6,7 +6,7 @@ import math
 import textwrap
 from typing import Any
 
-from attngen import targets
+from attngen import storage, targets
 from attngen.backends.triton import stored
 from attngen.backends.triton.combining import combining
 from attngen.backends.triton.limits import is_exact
@@ -89,7 +89,7 @@ def arguments(
         ("k", kv_shape.format(spec.qk_dim), kv_dtype),
         ("v", kv_shape.format(spec.v_dim), kv_dtype),
     ]
-    shapes = own_shapes(spec)
+    shapes = _own_shapes(spec)
     checks += [
         (
             o.name,
@@ -104,7 +104,7 @@ def arguments(
     if lse:
         of_lse = "(H, T)" if spec.storage == "packed" else "(B, H, T)"
         shown.append(("lse", of_lse, "float32: log of the sum of exp(s)"))
-    bits = gpu is not None and stored.reads_bits(spec, gpu)
+    bits = gpu is not None and stored.reads_bits(spec.dtype_of("k"), gpu)
     passed = [f'_describe("{x}", {x})' if x in blocks else x for x in pointers]
     passed = [
         f"{x}.view(torch.uint8)" if bits and x in ("k", "v") else x for x in passed
@@ -140,9 +140,7 @@ def arguments(
         "launch_arguments": launched,
         "checks": checks,
         "shapes": shown,
-        "out_shape": (shape if spec.storage != "packed" else _four(spec)).format(
-            spec.v_dim
-        ),
+        "out_shape": _whole(spec).format(spec.v_dim),
         "out_dtype": torch_dtype(spec.out_dtype_name),
     }
 
@@ -178,31 +176,30 @@ def _checked(spec: AttentionSpec) -> list[str]:
 
 def _given(spec: AttentionSpec) -> tuple[str, str]:
     """The shapes of q and of k as attention() takes them, without the head dims."""
-    tokens_first = spec.layout == "bthd"
-    q, k = ("T, H", "S, G") if tokens_first else ("H, T", "G, S")
+    bthd = spec.layout == "bthd"
     if spec.storage == "packed":
-        return f"({q}, {{}})", f"({k}, {{}})"
-    if spec.storage == "paged":
-        k = "PAGE_SIZE.value, G" if tokens_first else "G, PAGE_SIZE.value"
-        return f"(B, {q}, {{}})", f"(P, {k}, {{}})"
-    return f"(B, {q}, {{}})", f"(B, {k}, {{}})"
+        return ("(T, H, {})", "(S, G, {})") if bthd else ("(H, T, {})", "(G, S, {})")
+    first, keys = ("P", "PAGE_SIZE.value") if spec.storage == "paged" else ("B", "S")
+    k = f"{keys}, G" if bthd else f"G, {keys}"
+    return _whole(spec), f"({first}, {k}, {{}})"
 
 
-def _four(spec: AttentionSpec) -> str:
+def _whole(spec: AttentionSpec) -> str:
+    """The shape of q as the launcher has it, with a batch, without the head dim."""
     return "(B, T, H, {})" if spec.layout == "bthd" else "(B, H, T, {})"
 
 
-def own_shapes(spec: AttentionSpec) -> dict[str, str]:
+def _own_shapes(spec: AttentionSpec) -> dict[str, str]:
     """The shapes of operands that say how k and v are stored, in the launcher's names."""
     shapes = {"cu_seqlens_q": "(B + 1,)", "cu_seqlens_k": "(B + 1,)"}
     shapes["block_table"] = "(B, -(-S // PAGE_SIZE.value))"
-    block = 1 if spec.kv_scale == "token" else spec.kv_scale
-    tokens = "S" if block == 1 else f"-(-S // {block})"
-    if spec.storage == "paged" and spec.kv_scale != "head":
-        heads = f"(P, G, {spec.page_size // int(block)})"
-    elif spec.kv_scale == "head":
-        heads = "(G,)"
+    if spec.kv_scale == "head":
+        return shapes | {"k_scale": "(G,)", "v_scale": "(G,)"}
+    block = storage.scale_block(spec)
+    if spec.storage == "paged":
+        heads = f"(P, G, {spec.page_size // block})"
     else:
+        tokens = "S" if block == 1 else f"-(-S // {block})"
         heads = f"(G, {tokens})" if spec.storage == "packed" else f"(B, G, {tokens})"
     return shapes | {"k_scale": heads, "v_scale": heads}
 

@@ -221,7 +221,7 @@ def shared_bytes(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
     v = sum(width for _, width in pieces(spec.v_dim, choice["head_dim"]))
     stages, keys, converted = int(choice["num_stages"]), int(choice["k_chunk"]), 0
     each = BYTES[spec.dtype_of("k")] * keys * (qk + v)
-    if spec.dtype_of("k") != spec.dtype:  # beside them one of both, as products take it
+    if spec.is_narrow:  # beside them one of both, as products take it
         converted = size * keys * max(qk, v)
     if gpu.backend == "hip" and gpu.copies_to_shared:
         return each * stages * 33 // 32 + converted

@@ -38,7 +38,7 @@ from attngen import targets
 from attngen.backends.triton import assembly
 from attngen.backends.triton.loader import import_file
 from attngen.backends.triton.pipes import Tile, pipes
-from attngen.backends.triton.stored import BITS
+from attngen.backends.triton.stored import reads_bits
 from attngen.dtypes import BYTES
 from attngen.gpus import Gpu
 
@@ -186,7 +186,7 @@ def arguments(
             signature[name], values[name] = "constexpr", constants[name]
         elif name.endswith("_ptr"):
             dtype = dtypes[name.removesuffix("_ptr")]
-            bits = dtype == "float8_e4m3" and gpu.architecture in BITS
+            bits = reads_bits(dtype, gpu)
             signature[name] = "*u8" if bits else POINTERS[dtype]
             attributes[i,] = [["tt.divisibility", 16]]
             # as the launcher says of small tensors: AMD's buffer loads take 32-bit offsets

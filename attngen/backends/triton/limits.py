@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from attngen import storage
-from attngen.expr import walk
+from attngen.expr import operands, walk
 from attngen.intervals import Interval, domain, proven
 from attngen.spec import AttentionSpec
 
@@ -46,4 +45,5 @@ def is_exact(spec: AttentionSpec) -> bool:
     """
     if spec.storage != "paged" or spec.kv_len % spec.page_size == 0:
         return False
-    return storage.is_exact(spec) or limited(spec)
+    reads = {axis for o in operands(*spec.expressions) for axis in o.axes}
+    return not spec.kv_lengths or "k" in reads or limited(spec)

@@ -43,7 +43,7 @@ ROWS = {"cuda": 16, "hip": 32}  # that a warp multiplies at once: fewer leave it
 
 def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> Cost:
     gpu, bytes_ = target.gpu, spec.bytes_of("q", *spec.outputs)
-    spec = spec if spec.storage == "dense" else storage.typical(spec)
+    spec = storage.typical(spec)
     if gpu is None:
         raise InternalError(f"{target.name} is no GPU.")
     q, k = int(choice["q_chunk"]), int(choice["k_chunk"])
@@ -59,7 +59,7 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
     warps = int(choice["num_warps"])
     loaded = k * (qk + v) * BYTES[spec.dtype_of("k")]
     multiplied = k * (qk + v) * BYTES[spec.dtype]
-    if spec.dtype_of("k") != spec.dtype:
+    if spec.is_narrow:
         arithmetic += CONVERTED * k * (qk + v)
     read = warps * multiplied  # each of them reads all of it
     if gpu.architecture in GROUPED:

@@ -182,6 +182,10 @@ def shared_bytes(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
 
 # architecture → registers of a thread that no tile accounts for; others of NVIDIA's: 96
 _OWN = {"sm90": 78, "sm100": 78, "gfx942": 150, "gfx950": 150}
+# head dims together from which more is held at once than of narrower ones
+WIDE = 256
+# over 5, what a tile of float32 takes on AMD's times that of others, as compiled for d = 64
+AMD_FLOAT32 = 17
 _APART = 136  # of sm90 and sm100, where each warp issues its own products of wide heads
 
 
@@ -205,14 +209,12 @@ def registers(spec: AttentionSpec, choice: Choice, gpu: Gpu) -> int:
         own += _of_wide(dims, held, step, threads, gpu, BYTES[spec.dtype])
     tile = held * (dims + 3 * step)
     if spec.dtype == "float32" and gpu.backend == "hip" and dims <= WIDE:
-        tile = tile * AMD_FLOAT32[0] // AMD_FLOAT32[1]
+        tile = tile * AMD_FLOAT32 // 5
     return tile // threads + own
 
 
-AMD_FLOAT32 = (
-    17,
-    5,
-)  # times what a tile of float32 takes on AMD's, as compiled for d = 64
+# over 5, what a tile of float32 takes on AMD's times that of others, as compiled for d = 64
+AMD_FLOAT32 = 17
 WIDE = (
     256  # both head dims together, of which more is held at once than of narrower ones
 )

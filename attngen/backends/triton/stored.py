@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attngen import storage
 from attngen.backends.triton.bounds import end_of_keys
-from attngen.dtypes import LARGEST, QUANTISED
+from attngen.dtypes import LARGEST
 from attngen.gpus import Gpu
 from attngen.plans import Plan
 from attngen.spec import AttentionSpec
@@ -24,9 +24,8 @@ class Stored:
         self.packed = self.spec.storage == "packed"
         self.paged = self.spec.storage == "paged"
         self.whole = self.paged and self.spec.page_size % plan.k_chunk == 0
-        narrow = self.spec.kv_dtype not in (None, self.spec.dtype)
-        self.bits = reads_bits(self.spec, gpu)
-        self.converted = narrow
+        self.bits = reads_bits(self.spec.dtype_of("k"), gpu)
+        self.converted = self.spec.is_narrow
         self.scaled = self.spec.is_quantised
         self.each = self.scaled and self.spec.kv_scale != "head"  # factors of tokens
         self.zero = "0" if self.spec.kv_dtype == "int8" or self.bits else "0.0"
@@ -159,19 +158,19 @@ class Stored:
         ]
 
 
-def reads_bits(spec: AttentionSpec, gpu: Gpu) -> bool:
-    """Whether kernels take k and v as the bits of float8_e4m3."""
-    return spec.kv_dtype == "float8_e4m3" and gpu.architecture in BITS
+def reads_bits(dtype: str, gpu: Gpu) -> bool:
+    """Whether kernels take a tensor as the bits of float8_e4m3."""
+    return dtype == "float8_e4m3" and gpu.architecture in BITS
 
 
-def refusal(spec: AttentionSpec, choice_loads: object) -> str | None:
+def refusal(spec: AttentionSpec, loads: object) -> str | None:
     """Why keys and values that are stored so can't be loaded by descriptors, or None."""
-    if choice_loads != "descriptors":
+    if loads != "descriptors":
         return None
     if spec.storage != "dense":
         return (
             f"a tensor descriptor loads dense keys and values, not {spec.storage} ones"
         )
-    if spec.kv_dtype in QUANTISED or spec.kv_dtype not in (None, spec.dtype):
+    if spec.is_narrow:
         return "a tensor descriptor loads keys and values in the dtype of q"
     return None
