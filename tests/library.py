@@ -252,6 +252,16 @@ def holding(operands):
         yield
 
 
+def slowly(cases, every, long=()):
+    """All but each n-th of the cases are slow, and those of some names."""
+    return [
+        case
+        if i % every == 0 and case[0] not in long
+        else pytest.param(*case, marks=pytest.mark.slow)
+        for i, case in enumerate(cases)
+    ]
+
+
 def _pairs():
     """Masks joined by each operation, and a score in most."""
     names, others, found = list(MASKS), list(SCORES), {}

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="needs attngen[triton]")
 
 import interpreted
-from library import EXAMPLES, OFFSETS, holding, rotating
+from library import EXAMPLES, OFFSETS, holding, rotating, slowly
 from refusals import refused
 
 import attngen
@@ -50,14 +49,6 @@ MATRIX = [
     if (stored, narrow) != ("dense", "plain")
     and not (stored == "odd pages" and more.get("kv_scale") == 4)
 ]
-
-
-def slowly(cases, every):
-    """All but each n-th of the cases are slow."""
-    return [
-        case if i % every == 0 else pytest.param(*case, marks=pytest.mark.slow)
-        for i, case in enumerate(cases)
-    ]
 
 
 def judge(spec, q_chunk=16, k_chunk=16, **fix):
@@ -357,89 +348,3 @@ def test_the_check_mode_looks_at_values_before_a_launch(mode, said):
         capture_output=True, text=True, env=kept | {"ATTNGEN_CHECK": mode},
     )  # fmt: skip
     assert ran.stdout.strip() == said, ran.stderr[-2000:]
-
-
-# What compiles anew.
-
-KEYS = """
-import importlib.util, json, sys, torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
-from triton.runtime import jit
-made = importlib.util.spec_from_file_location("emitted", sys.argv[1])
-module = sys.modules["emitted"] = importlib.util.module_from_spec(made)
-made.loader.exec_module(module)
-gpu = make_backend(GPUTarget("cuda", 90, 32))
-keys = {}
-
-class Launched:
-    def __init__(self, name):
-        self.name, kernel = name, getattr(module, name)
-        self.bind = jit.create_function_from_signature(kernel.signature, kernel.params, gpu)
-
-    def __getitem__(self, grid):
-        def launch(*args, **options):
-            _, specialised, options = self.bind(*args, **options)
-            key = jit.compute_cache_key({}, specialised, options)
-            keys.setdefault(self.name, []).append(key)
-        return launch
-
-names = ["forward", *getattr(module, "BACKWARD", {})]
-launched = {name: Launched(name) for name in names}
-for name in names:
-    setattr(module, name, launched[name])
-module._check.__globals__["INTERPRETED"] = False
-module._check = lambda *a, **b: None
-def half(*shape):
-    return torch.zeros(shape, dtype=torch.float16, requires_grad=len(names) > 1)
-def ints(x):
-    return torch.tensor(x, dtype=torch.int32)
-for call in json.loads(sys.argv[2]):
-    if "cu" in call:
-        q, k = call["cu"]
-        arrays = half(q[-1] + 3, 4, 64), half(k[-1], 2, 64), half(k[-1], 2, 64)
-        operands = {"cu_seqlens_q": ints(q), "cu_seqlens_k": ints(k)}
-    else:
-        b, t, pages, table, lengths = call["paged"]
-        arrays = half(b, t, 4, 64), half(pages, 8, 2, 64), half(pages, 8, 2, 64)
-        operands = {"block_table": ints(table), "kv_lengths": ints(lengths)}
-    out = module.attention(*arrays, **operands)
-    if len(names) > 1:
-        out.sum().backward()
-print(json.dumps({n: [len(x), len(set(x))] for n, x in keys.items()}))
-"""
-CALLS = {
-    "packed": [
-        {"cu": [[0, 5, 17], [0, 5, 17]]},
-        {"cu": [[0, 128], [0, 1]]},
-        {"cu": [[0, 0, 16, 2000, 2001], [0, 16, 16, 320, 4097]]},
-    ],
-    "paged": [
-        {"paged": [1, 1, 9, [[0, 1, 2]], [17]]},
-        {"paged": [2, 16, 64, [[5, 1, 2, 9], [60, 3, 1, 0]], [32, 1]]},
-        {"paged": [3, 4, 16, [[1], [2], [15]], [8, 7, 6]]},
-    ],
-}
-
-
-@pytest.mark.parametrize("derivatives", [None, "vjp"])
-@pytest.mark.parametrize("storage", CALLS)
-def test_a_new_length_offset_page_table_or_batch_compiles_nothing(storage, derivatives):
-    if storage == "paged" and derivatives:
-        pytest.skip("a cache isn't trained")
-    own = {"page_size": 8, "kv_lengths": True} if storage == "paged" else {}
-    spec = AttentionSpec(
-        batch=2, q_heads=4, kv_heads=2, q_len=64, kv_len=64, qk_dim=64, dtype="float16",
-        mask=masks.causal(), q_offset="bottom_right", storage=storage, derivatives=derivatives, **own,
-    )  # fmt: skip
-    path = api.stored(attngen.emit(interpreted.plan(spec, "h100")))
-    kept = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
-    ran = subprocess.run(
-        [sys.executable, "-c", KEYS, str(path), json.dumps(CALLS[storage])],
-        capture_output=True, text=True, env=kept,
-    )  # fmt: skip
-    names = ["forward"]
-    names += ["backward_queries", "backward_keys"] if derivatives else []
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    found = json.loads(ran.stdout)
-    assert found == {name: [3, 1] for name in names}

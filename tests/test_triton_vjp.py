@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="needs attngen[triton]")
 
 import interpreted
-from library import EXAMPLES, OFFSETS, holding, offsets_of, rotating
+from library import EXAMPLES, OFFSETS, holding, offsets_of, rotating, slowly
 from refusals import refused
 from test_conformance import SPECS
 from test_vjp import SPECS as OWN
@@ -27,16 +27,6 @@ EVERY = [(name, offset) for name in EXAMPLES for offset in offsets_of(name)]
 
 
 LONG = ("relative_table 2d", "relative_table")  # whose entries loops go over
-
-
-def slowly(cases, every, long=()):
-    """All but each n-th of the cases are slow, and those of some names."""
-    return [
-        case
-        if i % every == 0 and case[0] not in long
-        else pytest.param(*case, marks=pytest.mark.slow)
-        for i, case in enumerate(cases)
-    ]
 
 
 def judge(spec, blocks=(32, 16), **fix):
