@@ -128,19 +128,20 @@ class Stored:
         if not self.each:
             return []
         mask = ", mask=there, other=0.0" if edge or self.there else ""
+        largest = self.largest
         return [
             f"at = v_scales + {self._of_scale('v')}",
-            f"v_factor = tl.load(at{mask}){self.larger}",
+            f"v_factor = tl.load(at{mask})" + (f" * {largest}" if largest else ""),
             "p *= v_factor[None, :]",
         ]
 
     @property
-    def larger(self) -> str:
-        """What factors of values are multiplied by: else float16 has few digits of them."""
-        if self.spec.dtype != "float16":
-            return ""
-        assert self.spec.kv_dtype is not None
-        return f" * {LARGEST[self.spec.kv_dtype]}"
+    def largest(self) -> float | None:
+        """What factors of values are multiplied by, and sums divided: float16 has few digits
+        of small ones. None: by nothing."""
+        return (
+            LARGEST[self.spec.dtype_of("k")] if self.spec.dtype == "float16" else None
+        )
 
     def share(self, head: str) -> list[str]:
         """Statements of what sums are multiplied by at the end.
@@ -148,9 +149,9 @@ class Stored:
         Args:
             head: the kv head's index.
         """
-        if self.each and self.larger:
-            return [f"share *= 1.0 /{self.larger.removeprefix(' *')}"]
-        if not self.scaled or self.each:
+        if self.each:
+            return [f"share *= 1.0 / {self.largest}"] if self.largest else []
+        if not self.scaled:
             return []
         return [
             f"v_factor = tl.load(v_scale_ptr + {head} * v_scale_stride_0)",
