@@ -13,6 +13,21 @@ from attngen.reports import Certificate
 machine.quiet_jax()  # compilers for devices that aren't here would look for them
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem():
+    """Of a test that is `sampled(every, first)` all cases but one in so many are slow."""
+    made = yield
+    for i, item in enumerate(made if isinstance(made, list) else []):
+        sampled = item.get_closest_marker("sampled")
+        if sampled and not is_usual(i, *sampled.args, **sampled.kwargs):
+            item.add_marker(pytest.mark.slow)
+    return made
+
+
+def is_usual(i, every, first=0):
+    return i % every == first
+
+
 @pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory):
     """The folder that attngen caches in, here and in the processes that tests start."""

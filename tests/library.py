@@ -252,14 +252,14 @@ def holding(operands):
         yield
 
 
-def slowly(cases, every, long=()):
-    """All but each n-th of the cases are slow, and those of some names."""
-    return [
-        case
-        if i % every == 0 and case[0] not in long
-        else pytest.param(*case, marks=pytest.mark.slow)
-        for i, case in enumerate(cases)
-    ]
+def slowly(cases, usual):
+    """The cases, all but the usual ones slow."""
+
+    def marked(case):
+        values = case if isinstance(case, tuple) else (case,)
+        return pytest.param(*values, marks=[] if case in usual else pytest.mark.slow)
+
+    return [marked(case) for case in cases]
 
 
 def _pairs():

@@ -30,13 +30,18 @@ BOARD = attngen.mask(lambda b, h, q, k: ((q + k + h + b) % 2 == 0) | (q == k))
 MESHES = ((2, 4), (8, 1), (1, 4))
 # case → (fields, choices, as many batches and heads of each shard in a tile)
 CASES = {
+    # of the default run
+    "operands": ({"mask": CAUSAL & masks.documents(), "score": (scores.alibi(),)}, {}, 1),
+    "a table": ({"score": (scores.relative_buckets(),)}, {}, 1),
+    "lengths": ({"kv_lengths": True, "q_lengths": True}, {}, 1),
+    "dropout": ({"mask": CAUSAL, "dropout": 0.2}, {}, 1),
+    "gradients by keys": ({"layout": "bhtd", "sink": True, "derivatives": "vjp", "outputs": ("out", "lse")}, {"backward": "by_keys"}, 1),
+    # of the slow one
     "heads of their own": ({"kv_heads": 8}, {}, 1),
     "grouped heads, causal": ({"mask": CAUSAL, "outputs": ("out", "lse")}, {}, 1),
     "bfloat16, heads first": ({"dtype": "bfloat16", "layout": "bhtd", "mask": CAUSAL}, {}, 1),
     "two of each": ({"q_heads": 16, "kv_heads": 8, "v_dim": 24}, {}, 2),
     "ragged, all heads": ({"q_len": 100, "mask": CAUSAL}, {}, 8),
-    "operands": ({"mask": CAUSAL & masks.documents(), "score": (scores.alibi(),)}, {}, 1),
-    "a table": ({"score": (scores.relative_buckets(),)}, {}, 1),
     "a table, all heads": ({"score": (scores.relative_buckets(),), "mask": CAUSAL}, {}, 8),
     "a table of keys": ({"score": (KEYS,), "layout": "bhtd"}, {}, 2),
     "a bias": ({"score": (scores.bias(axes="khb"),)}, {}, 1),
@@ -47,13 +52,10 @@ CASES = {
     "twice": ({"mask": CAUSAL}, {"qk": "twice"}, 1),
     "parts": ({}, {"algorithm": "split_kv", "parts": 2}, 1),
     "summaries": ({}, {"algorithm": "summaries"}, 1),
-    "lengths": ({"kv_lengths": True, "q_lengths": True}, {}, 1),
     "dense": ({"mask": CAUSAL}, {"algorithm": "dense"}, 8),
-    "dropout": ({"mask": CAUSAL, "dropout": 0.2}, {}, 1),
     "dropout, dense": ({"dropout": 0.2}, {"algorithm": "dense"}, 8),
     "gradients with dropout": ({"dropout": 0.2, "derivatives": "vjp"}, {"backward": "by_queries"}, 1),
     "gradients by queries": ({"mask": CAUSAL, "derivatives": "vjp"}, {"backward": "by_queries"}, 1),
-    "gradients by keys": ({"layout": "bhtd", "sink": True, "derivatives": "vjp", "outputs": ("out", "lse")}, {"backward": "by_keys"}, 1),
     "gradients, two passes": ({"mask": CAUSAL, "score": (scores.alibi(),), "derivatives": "vjp"}, {"backward": "two_passes"}, 2),
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from judge import judge
+from library import slowly
 from test_conformance import BASE, SPECS
 
 import attngen
@@ -23,8 +24,9 @@ UNUSUAL = {"algorithm": "running", "q_chunk": 16, "k_chunk": 24}
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize(
     "target",
-    ["tpu-v6e", *(pytest.param(t, marks=pytest.mark.slow) for t in ("tpu-v3", "h100"))],
+    slowly(["tpu-v6e", "tpu-v3", "h100"], ["tpu-v6e"]),
 )
+@pytest.mark.sampled(2)
 def test_first_plans_compute_it(name, target):
     spec = SPECS[name]
     first = planner.rank(spec, targets.get(target), JAX, most=1)[0]
@@ -32,6 +34,7 @@ def test_first_plans_compute_it(name, target):
 
 
 @pytest.mark.parametrize("name", SPECS)
+@pytest.mark.sampled(3)
 def test_masks_by_distance_and_values_by_limits(name):
     spec = SPECS[name]
     q, k = min(16, spec.q_len), min(24, spec.kv_len)
@@ -46,6 +49,7 @@ def test_masks_by_distance_and_values_by_limits(name):
 )
 @pytest.mark.parametrize("offset", [0, 20, -3])
 @pytest.mark.parametrize("kv_offset", [0, 4])
+@pytest.mark.sampled(4)
 def test_distances_at_every_chunk(q_chunk, k_chunk, offset, kv_offset):
     spec = dataclasses.replace(BASE, mask=WINDOW, q_offset=offset, kv_offset=kv_offset)
     fix = {"mask": "distance", "blank": "limits"}

@@ -10,6 +10,7 @@ import library
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from library import slowly
 
 import attngen
 from attngen import AttentionSpec, inputs, masks, scores, slopes
@@ -165,13 +166,7 @@ MODES = (
 )
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [
-        m if m == "forward_over_reverse" else pytest.param(m, marks=pytest.mark.slow)
-        for m in MODES
-    ],
-)
+@pytest.mark.parametrize("mode", slowly(MODES, ["forward_over_reverse"]))
 def test_each_mode_of_everything_at_once(mode, tmp_path):
     case = Case(EVERYTHING, tmp_path, fix=FIX)
     case.agree(getattr(case, mode))
@@ -196,7 +191,7 @@ def test_jax_checks_two_orders_in_both_modes(tmp_path):
     check_grads(jax.jit(function), given, order=2, modes=["fwd", "rev"])
 
 
-@pytest.mark.parametrize("order", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("order", slowly([1, 2], [1]))
 def test_what_no_query_sees_has_no_derivative(order, tmp_path):
     """Gradients are 0 of rows without keys, and of keys that hold NaN."""
     case = Case(EVERYTHING, tmp_path, fix=FIX)

@@ -128,6 +128,7 @@ def test_there_is_a_plan_for_each_target(target, budget):
     assert budget is None or plan.temp_bytes <= spec.budget_bytes
 
 
+@pytest.mark.slow
 def test_a_kernel_is_certified_with_its_gradients():
     with jax.enable_x64(False):
         spec = dataclasses.replace(LONG, q_len=512, kv_len=512, memory_budget="4MiB")

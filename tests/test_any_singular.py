@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from library import slowly
 
 import attngen
 from attngen import (
@@ -272,12 +273,7 @@ def close(found, wanted, tolerance):
         assert np.abs(have - want).max() <= tolerance * scale, name
 
 
-def slow_but(one):
-    """The cases, of which one is in the default run."""
-    return [n if n == one else pytest.param(n, marks=pytest.mark.slow) for n in HIDDEN]
-
-
-@pytest.mark.parametrize("name", slow_but(FIRST))
+@pytest.mark.parametrize("name", slowly(HIDDEN, [FIRST]))
 def test_gradients_are_those_of_the_reference(name, tmp_path):
     judge = Judge(name, tmp_path)
     wanted = judge.gradient(0)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from library import slowly
 
 pytest.importorskip("triton", reason="needs attngen[triton]")
 
@@ -11,13 +12,7 @@ from attngen import building, descent, gpus, presets, targets
 from attngen.reports import Certificate
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        "h100",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in gpus.GPUS if n != "h100"),
-    ],
-)
+@pytest.mark.parametrize("target", slowly(gpus.GPUS, ["h100"]))
 def test_few_queries_are_packed_and_split_without_a_spill(target):
     """The model's own plan for Llama 3's heads; `combine` is in the certificate."""
     spec = presets.get("decode-llama3")

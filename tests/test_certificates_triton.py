@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from commands import run
+from library import slowly
 from refusals import refused
 
 import attngen
@@ -27,10 +28,7 @@ OTHERS = {
     "h200": "HGMMA.64x64x16", "b200": "UTCHMMA", "rtx5090": "HMMA.16816.F32",
     "mi355x": "v_mfma_f32_",
 }  # fmt: skip
-TARGETS = [
-    *(pytest.param(*item) for item in DEFAULT.items()),
-    *(pytest.param(*item, marks=pytest.mark.slow) for item in OTHERS.items()),
-]
+TARGETS = slowly([*(DEFAULT | OTHERS).items()], DEFAULT.items())
 
 
 def certified(target, dtype="float16", source=KERNEL, **edits):
@@ -120,6 +118,7 @@ def test_what_does_not_compile_is_an_error(target, source, said):
 
 @pytest.mark.parametrize("target", ["h100", "b200", "rtx5090"])
 @pytest.mark.parametrize("layout", ["bthd", "bhtd"])
+@pytest.mark.sampled(2)
 def test_tensor_descriptors_are_copied_as_blocks(target, layout):
     spec = AttentionSpec(
         q_heads=4, kv_heads=2, q_len=500, qk_dim=64, dtype="float16", layout=layout
@@ -212,10 +211,7 @@ def test_a_launcher_allocates_its_outputs_and_nothing_else(outputs, loads, monke
     assert [x.nbytes for x in made] == [spec.bytes_of(name) for name in outputs]
 
 
-MORE = [pytest.param(t, marks=pytest.mark.slow) for t in ("a100", "b200", "mi300x")]
-
-
-@pytest.mark.parametrize("target", ["h100", *MORE])
+@pytest.mark.parametrize("target", slowly(["h100", "a100", "b200", "mi300x"], ["h100"]))
 def test_the_interior_of_a_mask_costs_what_no_mask_costs(target):
     fix = {"q_chunk": 128, "k_chunk": 64, "num_warps": 8, "num_stages": 2}
     counts = []

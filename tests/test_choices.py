@@ -43,6 +43,7 @@ def adapted(spec, fix):
 @pytest.mark.parametrize(
     "name", ["causal window", "several scores", "documents", "sink"]
 )
+@pytest.mark.sampled(5)
 def test_a_choice_computes_the_spec(name, fix):
     judge(SPECS[name], **adapted(SPECS[name], fix))
 
@@ -59,6 +60,7 @@ def test_a_choice_computes_every_spec(name, fix):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("fix", UNUSUAL.values(), ids=UNUSUAL)
+@pytest.mark.sampled(5)
 def test_a_choice_computes_low_precision(dtype, fix):
     spec = dataclasses.replace(CAUSAL, dtype=dtype, outputs=("out",))
     low = {"product_dtype": dtype, "scale": "scores"}
@@ -69,6 +71,7 @@ def test_a_choice_computes_low_precision(dtype, fix):
 @pytest.mark.parametrize("layout", ["bthd", "bhtd"])
 @pytest.mark.parametrize("head_chunk", [1, 2])
 @pytest.mark.parametrize("algorithm", ["running", "split_kv", "summaries"])
+@pytest.mark.sampled(5)
 def test_steps_that_are_stacked_come_out_in_order(layout, head_chunk, algorithm):
     spec = dataclasses.replace(CAUSAL, layout=layout)
     for batch_chunk in (1, 2):
@@ -87,6 +90,7 @@ WINDOW = dataclasses.replace(CAUSAL, mask=masks.sliding_window(30, 20))
 
 @pytest.mark.parametrize("unroll", [2, 4, 8])
 @pytest.mark.parametrize("spec", [CAUSAL, WINDOW], ids=["causal", "window"])
+@pytest.mark.sampled(4)
 def test_tiles_without_a_mask_go_several_to_a_step(spec, unroll):
     """Their number isn't known: some are left over, or all."""
     judge(spec, q_chunk=8, k_chunk=4, unroll=unroll)
@@ -125,13 +129,8 @@ DIAGONAL = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=[pytest.mark.slow] * (i % 2))
-        for i, n in enumerate(DIAGONAL)
-    ],
-)
+@pytest.mark.parametrize("name", DIAGONAL)
+@pytest.mark.sampled(5)
 def test_a_diagonal_computes_the_spec(name):
     spec = DIAGONAL[name]
     judge(spec, q_chunk=16, k_chunk=8, diagonal=4)
@@ -139,6 +138,7 @@ def test_a_diagonal_computes_the_spec(name):
     judge(spec, q_chunk=16, k_chunk=16, diagonal=2, batch_chunk=2, denominator="ones")
 
 
+@pytest.mark.slow
 def test_a_diagonal_of_all_queries():
     for q_chunk, k_chunk in ((64, 64), (64, 8)):
         judge(CAUSAL, q_chunk=q_chunk, k_chunk=k_chunk, diagonal=8, slices="dn")
@@ -253,6 +253,7 @@ def test_queries_are_scaled_only_where_products_are_wide():
     ],
     ids=["diagonal", "long diagonal", "split", "summaries", "unrolled"],
 )
+@pytest.mark.sampled(2)
 def test_a_large_call_is_judged_at_a_smaller_size_too(spec, fix):
     """The smaller plan has the same choices, and is legal."""
     from attngen.validator import shrink
@@ -319,6 +320,7 @@ BEFORE_THE_KEYS = {
     ],
     ids=str,
 )
+@pytest.mark.sampled(4)
 def test_queries_before_every_key_see_none(name, fix):
     """A limit before the first key: the number of chunks to visit is below zero."""
     spec, chunks = BEFORE_THE_KEYS[name]

@@ -236,6 +236,7 @@ def test_attention_for_a_tpu_within_a_function():
     [pytest.param("tpu-v5e", "15.8 GiB", marks=needs("tpu-v5e")),
      pytest.param("h100", "74.5 GiB", marks=needs("h100"))],
 )  # fmt: skip
+@pytest.mark.sampled(2)
 def test_a_program_that_does_not_fit_the_device(target, has):
     command = ("certify", "steps:large", "--shapes", "f32[150000,64]")
     error = refused("CompileError", *command, "--target", target)

@@ -85,6 +85,7 @@ def test_a_wrong_request_is_refused(name):
 
 @pytest.mark.parametrize("command", ["emit", "build", "certify"])
 @pytest.mark.parametrize("name", ["preset", "budget too small", "derivatives"])
+@pytest.mark.sampled(5)
 def test_every_command_refuses_as_plan_does(name, command):
     kind, *arguments = REQUESTS[name]
     refused(kind, command, *arguments)

@@ -117,6 +117,7 @@ SPECS = {
 
 
 @pytest.mark.parametrize("name", SPECS)
+@pytest.mark.sampled(2)
 def test_jax_computes_it_in_chunks(name):
     spec = SPECS[name]
     q, k = min(16, spec.q_len), min(24, spec.kv_len)
@@ -124,6 +125,7 @@ def test_jax_computes_it_in_chunks(name):
 
 
 @pytest.mark.parametrize("name", SPECS)
+@pytest.mark.sampled(3, 1)
 def test_jax_computes_it_at_once(name):
     judge(SPECS[name], algorithm="dense")
 
@@ -146,12 +148,9 @@ LOW = [
 
 @pytest.mark.parametrize(
     ("change", "dtype"),
-    [
-        pytest.param(change, dtype, marks=[pytest.mark.slow] * ((i + j) % 2))
-        for i, change in enumerate(LOW)
-        for j, dtype in enumerate(("bfloat16", "float16"))
-    ],
+    [(change, dtype) for change in LOW for dtype in ("bfloat16", "float16")],
 )
+@pytest.mark.sampled(3)
 def test_low_precision(dtype, change):
     spec = dataclasses.replace(
         BASE, dtype=dtype, mask=masks.causal(), out_dtype="float32"
@@ -181,13 +180,8 @@ LOOPS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "fix",
-    [
-        pytest.param(x, marks=[pytest.mark.slow] * (i % 3 == 2))
-        for i, x in enumerate(LOOPS)
-    ],
-)
+@pytest.mark.parametrize("fix", LOOPS)
+@pytest.mark.sampled(2)
 def test_every_loop(fix):
     dense = dataclasses.replace(BASE, mask=masks.dense(axes="bqk"))
     for spec in (BASE, dense):
@@ -197,11 +191,12 @@ def test_every_loop(fix):
 @pytest.mark.parametrize(
     ("name", "q_chunk", "k_chunk"),
     [
-        pytest.param(name, *sizes, marks=[pytest.mark.slow] * ((i + j) % 3 > 0))
-        for i, name in enumerate(("causal window", "lengths of both", "sink"))
-        for j, sizes in enumerate([(1, 7), (7, 1), (50, 70), (32, 70), (5, 64)])
+        (name, *sizes)
+        for name in ("causal window", "lengths of both", "sink")
+        for sizes in [(1, 7), (7, 1), (50, 70), (32, 70), (5, 64)]
     ],
 )
+@pytest.mark.sampled(4)
 def test_every_chunk(name, q_chunk, k_chunk):
     judge(SPECS[name], algorithm="running", q_chunk=q_chunk, k_chunk=k_chunk)
 

@@ -103,11 +103,13 @@ def fitted(spec, plan):
 
 
 @pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.sampled(3)
 def test_every_plan_drops_the_same_weights(plan):
     judge(BASE, **PLANS[plan])
 
 
 @pytest.mark.parametrize("name", SPECS)
+@pytest.mark.sampled(3)
 def test_every_spec_drops_the_weights_of_the_reference(name):
     judge(SPECS[name], **fitted(SPECS[name], PLANS["a loop"]))
 
@@ -134,18 +136,14 @@ def test_a_column_of_ones_would_sum_what_is_left():
     assert "dropout" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if i % 4 == 1 else pytest.param(name, marks=pytest.mark.slow)
-        for i, name in enumerate(GRADIENTS)
-    ],
-)
+@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.sampled(4, 1)
 def test_the_backward_pass_drops_the_same_weights(name):
     gradients_are_right(GRADIENTS[name], **BACKWARD["by queries"])
 
 
 @pytest.mark.parametrize("way", BACKWARD)
+@pytest.mark.sampled(2)
 def test_so_does_every_way_back(way):
     gradients_are_right(GRADIENTS["causal"], **BACKWARD[way])
 

@@ -31,6 +31,7 @@ CHUNKS = {"algorithm": "running", "q_chunk": 8, "k_chunk": 16}
 
 @pytest.mark.parametrize("exp", ["exp", "exp2", "polynomial"])
 @pytest.mark.parametrize("name", SPECS)
+@pytest.mark.sampled(4)
 def test_each_computes_the_spec(name, exp):
     judge(SPECS[name], **CHUNKS, exp=exp)
 

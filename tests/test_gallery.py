@@ -113,6 +113,7 @@ def test_a_file_computes_its_spec(name):
 
 
 @pytest.mark.parametrize("name", LARGE)
+@pytest.mark.sampled(3)
 def test_a_large_file_takes_its_spec_and_computes_a_smaller_one(name, monkeypatch):
     spec = read_header(path_of(name)).spec
     inputs = ["q", "k", "v", *(o.name for o in spec.operands)]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import gallery
 import pytest
+from library import slowly
 
 pytest.importorskip("triton", reason="needs attngen[triton]")
 
@@ -55,12 +56,11 @@ def plan_of(name):
 
 
 # whose blocks take the interpreter longest: others are of the same kinds
-LONG = ("mla_decode", "packed_training", "training_llama3_8b", "training_t5")
+LONG = {"mla_decode", "packed_training", "training_llama3_8b", "training_t5"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in NAMES]
-)
+@pytest.mark.parametrize("name", slowly(NAMES, set(NAMES) - LONG))
+@pytest.mark.sampled(2, 1)
 def test_a_smaller_spec_in_the_same_blocks_is_computed(name):
     plan, by = plan_of(name), backends.get("triton")
     small, choice = by.small(plan, rebuild=True)

@@ -61,6 +61,7 @@ def uncompiled(function):
 
 
 @pytest.mark.parametrize("name", gallery.TRITON)
+@pytest.mark.sampled(3)
 def test_flex_attention_says_every_file_of_the_gallery(benchmark, name):
     spec = tiny(name)
     if spec.dropout or spec.storage != "dense" or spec.is_quantised:
@@ -177,6 +178,7 @@ exec(compile(source, "gpu.py", "exec"), names)
 """
 
 
+@pytest.mark.slow
 def test_the_whole_command_on_a_device_that_is_faked(tmp_path):
     """Planned, certified, validated, tuned and timed: by the interpreter as the GPU."""
     (tmp_path / "results").mkdir()

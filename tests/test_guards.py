@@ -77,6 +77,7 @@ VALUES = (0.5, -math.inf, -1e30)  # the last is finite, but huge
 
 @pytest.mark.parametrize("mask", [None, masks.causal()], ids=["all", "causal"])
 @pytest.mark.parametrize("name", SCORES)
+@pytest.mark.sampled(5)
 def test_what_an_operand_makes_minus_infinite_is_not_there(name, mask):
     spec, source = source_of(SCORES[name][0], mask)
     path = api.stored(source)
@@ -137,6 +138,7 @@ HIDING = {
 @pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("mask", [None, masks.causal()], ids=["all", "causal"])
 @pytest.mark.parametrize("name", HIDING)
+@pytest.mark.sampled(5)
 def test_keys_of_the_least_finite_score_are_there(name, mask, sink):
     """Where a row has no others they share it; else they weigh nothing."""
     spec = dataclasses.replace(LIKE, score=(HIDING[name],), mask=mask, sink=sink)

@@ -30,10 +30,8 @@ def least(call, spec):
     return need
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (i > 0)) for i, n in enumerate(SPECS)],
-)
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.sampled(99)
 def test_the_least_budget_is_enough_and_a_byte_less_is_not(name):
     spec = SPECS[name]
     need = least(attngen.build, spec)
@@ -44,6 +42,7 @@ def test_the_least_budget_is_enough_and_a_byte_less_is_not(name):
         attngen.build(dataclasses.replace(spec, memory_budget=need - 1))
 
 
+@pytest.mark.slow
 def test_the_modelled_least_is_enough_too():
     need = least(attngen.plan, PLAIN)
     assert least(attngen.build, PLAIN) <= need
@@ -51,6 +50,7 @@ def test_the_modelled_least_is_enough_too():
     assert attngen.certify(plan).temp_bytes <= need
 
 
+@pytest.mark.slow
 def test_a_file_under_a_budget_that_only_the_compiler_grants_can_be_judged(tmp_path):
     spec = dataclasses.replace(PLAIN, memory_budget=least(attngen.build, PLAIN))
     kernel = attngen.build(spec)

@@ -16,6 +16,7 @@ from library import (
     holding,
     offsets_of,
     rotating,
+    slowly,
 )
 
 import attngen
@@ -34,12 +35,14 @@ def spec_of(name, offset):
 
 
 @pytest.mark.parametrize(("name", "offset"), ONCE.items())
+@pytest.mark.sampled(3)
 def test_jax(name, offset):
     with holding(EXAMPLES[name].operands):
         judge(spec_of(name, offset), **JAX)
 
 
 @pytest.mark.parametrize(("name", "offset"), ONCE.items())
+@pytest.mark.sampled(3, 1)
 def test_triton(name, offset):
     with holding(EXAMPLES[name].operands):
         interpreted.judge(spec_of(name, offset), **TRITON)
@@ -62,10 +65,9 @@ def test_triton_with_every_offset(name, offset):
         interpreted.judge(spec, q_chunk=16, k_chunk=32)
 
 
-@pytest.mark.parametrize(
-    "name", [p if p in FEW else pytest.param(p, marks=pytest.mark.slow) for p in PAIRS]
-)
+@pytest.mark.parametrize("name", slowly(PAIRS, FEW))
 @pytest.mark.parametrize("backend", ["jax", "triton"])
+@pytest.mark.sampled(3)
 def test_pairs(name, backend):
     spec, operands = PAIRS[name]
     with holding(operands):

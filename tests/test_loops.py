@@ -56,6 +56,7 @@ def visited(spec, **fix):
 
 @pytest.mark.parametrize("chunks", [(4, 5), (5, 4), (11, 14)])
 @pytest.mark.parametrize("mask", LIBRARY, ids=str)
+@pytest.mark.sampled(4)
 def test_jax_visits_the_tiles_that_are_counted(mask, chunks):
     if chunks == (11, 14) and mask == masks.prefix(0):
         pytest.skip("a tile alone is visited, whatever it holds")

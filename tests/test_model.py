@@ -123,6 +123,7 @@ def check(name, seed, count):
 
 
 @pytest.mark.parametrize("name", SPECS)
+@pytest.mark.sampled(2)
 def test_modelled_bytes_are_an_upper_bound(name):
     check(name, seed=0, count=3)
 
@@ -146,7 +147,7 @@ def compared(count):
 
 
 def test_bytes_of_all_algorithms_are_bounds():
-    assert compared(2)[1] == 2 * len(SPECS)
+    assert compared(1)[1] == len(SPECS)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from judge import judge, kernel
-from library import EXAMPLES, FEW, OFFSETS, PAIRS, holding, offsets_of, rotating
+from library import EXAMPLES, FEW, OFFSETS, PAIRS, holding, offsets_of, rotating, slowly
 from refusals import refused
 
 import attngen
@@ -112,18 +112,14 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.sampled(2)
 def test_kernels(case):
     spec, fix = CASES[case]
     judge(spec, **fix)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        n if i % 6 == 0 else pytest.param(n, marks=pytest.mark.slow)
-        for i, n in enumerate(ONCE)
-    ],
-)
+@pytest.mark.parametrize("name", ONCE)
+@pytest.mark.sampled(6)
 def test_the_library(name):
     with holding(EXAMPLES[name].operands):
         spec = EXAMPLES[name].spec(q_offset=OFFSETS[ONCE[name]])
@@ -140,21 +136,14 @@ GRADIENTS = {
 
 
 @pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(c, marks=pytest.mark.slow) if c in ("self", "heads first") else c
-        for c in GRADIENTS
-    ],
+    "case", slowly(GRADIENTS, ("by list", "alibi", "reads the batch"))
 )
 def test_gradients(case):
     spec, fix = GRADIENTS[case]
     judge(dataclasses.replace(spec, derivatives="vjp"), **fix)
 
 
-@pytest.mark.parametrize(
-    "case",
-    ["alibi", *(pytest.param(c, marks=pytest.mark.slow) for c in ("self", "by list"))],
-)
+@pytest.mark.parametrize("case", slowly(["alibi", "self", "by list"], ["alibi"]))
 def test_derivatives_of_any_order(case):
     spec, _ = GRADIENTS[case]
     judge(dataclasses.replace(spec, derivatives="any"), q_chunk=16, k_chunk=24)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from judge import judge, kernel
+from library import slowly
 from refusals import refused
 
 import attngen
@@ -56,15 +57,14 @@ CASES = {
 
 
 # of each two alike one is among the default tests
-RARE = (
+RARE = {
     "a part, heads first", "of all batches", "a last page in part", "pages of one",
     "spare pages", "a score", "heads first", "one query",
-)  # fmt: skip
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=pytest.mark.slow) if c in RARE else c for c in CASES]
-)
+@pytest.mark.parametrize("case", slowly(CASES, set(CASES) - RARE))
+@pytest.mark.sampled(2)
 def test_kernels(case):
     spec, fix = CASES[case]
     judge(spec, **RUNNING, **fix)

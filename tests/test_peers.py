@@ -86,6 +86,7 @@ def right(name, spec):
 
 @pytest.mark.parametrize("peer", COMPUTED)
 @pytest.mark.parametrize("case", SPECS)
+@pytest.mark.sampled(3)
 def test_it_computes_the_spec(case, peer):
     assert right(peer, spec_of(**SPECS[case]))
 
@@ -152,6 +153,7 @@ def test_torch_computes_rows_that_see_no_key():
 
 
 @TORCH
+@pytest.mark.slow
 def test_flex_computes_masks_and_scores():
     """One compilation: a mask, a window's offset, a score that reads an operand."""
     pytest.importorskip("torch._inductor")

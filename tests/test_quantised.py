@@ -35,14 +35,8 @@ def stored(storage, **changes):
 EVERY = list(itertools.product(NARROW, SCALES, STORAGES))
 
 
-@pytest.mark.parametrize(
-    ("index", "case"),
-    [
-        (i, c) if i % 2 == 0 else pytest.param(i, c, marks=pytest.mark.slow)
-        for i, c in enumerate(EVERY)
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("index", "case"), list(enumerate(EVERY)), ids=str)
+@pytest.mark.sampled(4)
 def test_kernels(index, case):
     """Every dtype, scale and storage; of the rest something else in each."""
     kv_dtype, kv_scale, storage = case
@@ -84,6 +78,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.sampled(2)
 def test_forms(case):
     spec, fix = CASES[case]
     judge(spec, **fix)
@@ -222,6 +217,7 @@ def test_float16_keeps_small_values(monkeypatch):
 @pytest.mark.parametrize(
     ("kv_len", "kv_scale"), [(120, 32), (120, 30), (4, 3), (12, 5)]
 )
+@pytest.mark.sampled(2)
 def test_a_block_of_scales_is_not_guessed(kv_len, kv_scale):
     """Of 120 tokens, blocks of 30 and of 32 have four scales."""
     spec = AttentionSpec(
@@ -238,6 +234,7 @@ def test_a_block_of_scales_is_not_guessed(kv_len, kv_scale):
 
 
 @pytest.mark.parametrize(("kv_len", "kv_scale"), [(80, 8), (13, 4), (9, 1), (7, 7)])
+@pytest.mark.sampled(2)
 def test_a_block_of_scales_that_is_sure_is_read(kv_len, kv_scale):
     spec = AttentionSpec(
         q_heads=2, q_len=4, kv_len=kv_len, qk_dim=16, kv_dtype="int8", kv_scale=kv_scale

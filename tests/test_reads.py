@@ -107,6 +107,7 @@ def spec_of(name):
 
 
 @pytest.mark.parametrize("name", SPECS)
+@pytest.mark.sampled(3)
 def test_jax_reads_it(name):
     judge(spec_of(name), **CHUNKS)
 
@@ -134,6 +135,7 @@ AXES = ["q", "k", "h", "b", "qk", "kq", "hb", "bk", "qh", "kqh", "bhqk", "qbkh"]
 
 
 @pytest.mark.parametrize("axes", AXES)
+@pytest.mark.sampled(3)
 def test_axes_in_any_order(axes):
     spec = dataclasses.replace(
         BASE, mask=masks.dense(axes=axes), score=(scores.bias(axes=axes[::-1]),)

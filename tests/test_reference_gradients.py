@@ -111,6 +111,7 @@ OWN_SCORES = {
 
 
 @pytest.mark.parametrize("name", OWN_SCORES)
+@pytest.mark.sampled(2)
 def test_of_a_score(name):
     spec = changed(score=(attngen.score(OWN_SCORES[name]),), sink=True)
     agree(spec, *arrays_of(spec))
@@ -118,6 +119,7 @@ def test_of_a_score(name):
 
 @pytest.mark.parametrize("layout", ["bthd", "bhtd"])
 @pytest.mark.parametrize("name", SCORES)
+@pytest.mark.sampled(3)
 def test_of_the_library(name, layout):
     example = SCORES[name]
     spec = example.spec(layout=layout, qk_dim=5, **VJP)

@@ -11,19 +11,14 @@ from pathlib import Path
 
 import mapped
 import pytest
+from library import slowly
 
-SLOW = (
-    "twice", "ones", "stacked", "a scan", "a diagonal", "positions", "summaries, a map",
-    "an idle axis", "a table", "lse alone", "any order", "listed gradients",
-    "narrow gradients", "a bias, by heads",
+USUAL = (
+    "running", "bfloat16, heads first", "lengths", "a list", "slopes, copied", "a sink", "dropout",
 )  # fmt: skip
-CASES = [
-    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
-    for name in mapped.NAMES
-]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slowly(mapped.NAMES, USUAL))
 def test_a_program_of_whole_arrays(case, cache):
     ended = subprocess.run(
         [sys.executable, Path(mapped.__file__), case],

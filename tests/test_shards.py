@@ -14,6 +14,7 @@ import filelock
 import pytest
 import sharded
 from commands import run
+from library import slowly
 from refusals import refused
 
 import attngen
@@ -30,17 +31,7 @@ EXCHANGED = ("lengths", "gradients by keys", "gradients, two passes")
 
 
 TOGETHER = 5  # cases that a process judges, one after the other
-USUAL = (
-    "operands",
-    "gradients by keys",
-)  # of the default run: these, and what is judged with them
-GROUPS = {name: i // TOGETHER for i, name in enumerate(sharded.CASES)}
-CASES = [
-    case
-    if GROUPS[case] in [GROUPS[name] for name in USUAL]
-    else pytest.param(case, marks=pytest.mark.slow)
-    for case in sharded.CASES
-]
+CASES = slowly(sharded.CASES, [*sharded.CASES][:TOGETHER])
 
 
 @pytest.fixture
@@ -120,6 +111,7 @@ PLACES = [
 @pytest.mark.parametrize(
     ("batches", "heads", "kv_heads"), [(8, 1, 16), (1, 8, 8), (2, 8, 8), (4, 2, 2)]
 )
+@pytest.mark.sampled(5)
 def test_a_certificate_is_of_one_device(target, batches, heads, kv_heads):
     plan, found = certificate(
         target, kv_heads=kv_heads, mask=CAUSAL, batch_shards=batches, head_shards=heads,
@@ -145,6 +137,7 @@ def test_a_certificate_is_of_one_device(target, batches, heads, kv_heads):
 
 
 @pytest.mark.parametrize("target", PLACES)
+@pytest.mark.sampled(3)
 def test_dropout_compiles_for_several_devices(target):
     _, found = certificate(target, dropout=0.1, batch_shards=2, head_shards=2)
     assert (found.devices, found.collectives) == (4, {})

@@ -99,12 +99,14 @@ def test_intervals_in_jax(name, how):
 
 
 @pytest.mark.parametrize(("name", "how"), [*cases(LISTS)])
+@pytest.mark.sampled(2)
 def test_lists_in_jax(name, how):
     spec = spec_of(LISTS[name], how)
     judge(spec, algorithm="running", skip="list", **CHUNKS[len(name + how) % 2])
 
 
 @pytest.mark.parametrize(("name", "how"), [*cases(SPANS | LISTS)])
+@pytest.mark.sampled(2)
 def test_in_triton(name, how):
     interpreted = pytest.importorskip("interpreted")
     mask = (SPANS | LISTS)[name]

@@ -141,9 +141,8 @@ def test_plans_are_modelled_as_they_were_measured(name):
     assert found["within_15_percent_or_256_KiB"] >= WITHIN[name], found
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("tpu-v3", marks=pytest.mark.slow), "tpu-v5e"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tpu-v3", "tpu-v5e"])
 def test_random_plans_are_modelled_as_the_compiler_does(name):
     found = _beside_the_compiler(name, 10, 7)
     assert found["below_the_compiler"] <= 2, found

@@ -34,6 +34,7 @@ def source_of(spec, **fix):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("name", SPECS)
+@pytest.mark.sampled(3)
 def test_every_spec(name, dtype):
     spec = dataclasses.replace(SPECS[name], dtype=dtype)
     interpreted.judge(spec, **small_blocks(spec))
@@ -70,6 +71,7 @@ DESCRIBED = (
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", [n for n in SPECS if n in DESCRIBED])
+@pytest.mark.sampled(4)
 def test_tensor_descriptors(name, dtype):
     spec = dataclasses.replace(SPECS[name], dtype=dtype)
     fix = small_blocks(spec) | {"head_dim": "padded", "loads": "descriptors"}
@@ -166,36 +168,33 @@ def test_nan_where_nobody_looks_never_matters(loads):
             np.testing.assert_array_equal(x, y)
 
 
-def test_a_length_that_operands_do_not_allow_is_refused():
-    def mask_of(axes, text):
-        ids = attngen.operand("ids", axes=axes, dtype="int32")
-        return attngen.mask(eval(f"lambda b, h, q, k: {text}", {"ids": ids}))
-
-    cases = [  # axes of ids, the mask, other sizes, what is needed
+@pytest.mark.parametrize(
+    ("axes", "text", "sizes", "needed"),
+    [
         (("b", "k"), "ids[b, q] == ids[b, k]", {"kv_len": 20}, "T <= S"),
         (("q",), "ids[k] > 0", {"q_len": 20}, "S <= T"),
         (("b", "k"), "ids[b, 30] >= ids[b, k]", {"kv_len": 20}, "S > 30"),
         (("h",), "k <= q + ids[3]", {"q_heads": 2, "kv_heads": 1}, "H > 3"),
         ((2,), "k <= q + ids[b]", {"batch": 3}, "at most"),
         ((4,), "k <= q + ids[h]", {"q_heads": 8, "kv_heads": 4}, "at most"),
-    ]
-    for axes, text, sizes, needed in cases:
-        spec = dataclasses.replace(
-            LIKE, q_heads=4, kv_heads=2, mask=mask_of(axes, text), q_offset=0
-        )
-        path = api.stored(source_of(spec, q_chunk=16, k_chunk=16))
-        assert_equals_reference(spec, path, inputs.arrays(spec, nan=False))
-        other = {"batch": 2, "q_heads": 4, "kv_heads": 2, "q_len": 70, "kv_len": 70}
-        other |= sizes
-        q = np.zeros((other["batch"], other["q_len"], other["q_heads"], 32), np.float32)
-        k = np.zeros(
-            (other["batch"], other["kv_len"], other["kv_heads"], 32), np.float32
-        )
-        lengths = {"b": other["batch"], "h": other["q_heads"], "q": other["q_len"]}
-        lengths["k"] = other["kv_len"]
-        ids = np.zeros([lengths.get(a, a) for a in axes], np.int32)
-        with pytest.raises(interpreted.Failed, match=needed.replace(">", "[>]")):
-            interpreted.call(path, q=q, k=k, v=k, ids=ids)
+    ],
+)
+@pytest.mark.sampled(2)
+def test_a_length_that_operands_do_not_allow_is_refused(axes, text, sizes, needed):
+    ids = attngen.operand("ids", axes=axes, dtype="int32")
+    mask = attngen.mask(eval(f"lambda b, h, q, k: {text}", {"ids": ids}))
+    spec = dataclasses.replace(LIKE, q_heads=4, kv_heads=2, mask=mask, q_offset=0)
+    path = api.stored(source_of(spec, q_chunk=16, k_chunk=16))
+    assert_equals_reference(spec, path, inputs.arrays(spec, nan=False))
+    other = {"batch": 2, "q_heads": 4, "kv_heads": 2, "q_len": 70, "kv_len": 70}
+    other |= sizes
+    q = np.zeros((other["batch"], other["q_len"], other["q_heads"], 32), np.float32)
+    k = np.zeros((other["batch"], other["kv_len"], other["kv_heads"], 32), np.float32)
+    lengths = {"b": other["batch"], "h": other["q_heads"], "q": other["q_len"]}
+    lengths["k"] = other["kv_len"]
+    ids = np.zeros([lengths.get(a, a) for a in axes], np.int32)
+    with pytest.raises(interpreted.Failed, match=needed.replace(">", "[>]")):
+        interpreted.call(path, q=q, k=k, v=k, ids=ids)
 
 
 def test_pieces_cover_a_head_dim_with_little_padding():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from library import slowly
 
 pytest.importorskip("triton", reason="needs attngen[triton]")
 
@@ -98,14 +99,6 @@ QUICK = {
 }  # fmt: skip
 
 
-def slowly(cases, quick):
-    """The cases, all but the quick ones slow."""
-    return [
-        case if case in quick else pytest.param(case, marks=pytest.mark.slow)
-        for case in cases
-    ]
-
-
 @pytest.mark.parametrize("name", slowly(SOME, QUICK))
 def test_packed_and_split(name):
     interpreted.judge(SOME[name], **BLOCKS, pack_gqa=True, kv_splits=4)
@@ -143,10 +136,9 @@ FEW = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", slowly(SHAPES, FEW))
-def test_every_group_of_heads(shape):
+@pytest.mark.parametrize(("repeats", "q_len", "splits", "dtype"), slowly(SHAPES, FEW))
+def test_every_group_of_heads(repeats, q_len, splits, dtype):
     """Blocks of rows that begin within a query, splits that get no block."""
-    repeats, q_len, splits, dtype = shape
     fix = {"pack_gqa": True} if repeats > 1 else {}
     interpreted.judge(
         like(repeats, q_len=q_len, dtype=dtype), **BLOCKS, **fix, kv_splits=splits

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="needs attngen[triton]")
 
 import interpreted
-from library import EXAMPLES, OFFSETS, holding, rotating, slowly
+from library import EXAMPLES, OFFSETS, holding, rotating
 from refusals import refused
 
 import attngen
@@ -55,7 +55,8 @@ def judge(spec, q_chunk=16, k_chunk=16, **fix):
     return interpreted.judge(spec, q_chunk=q_chunk, k_chunk=k_chunk, **fix)
 
 
-@pytest.mark.parametrize(("stored", "narrow", "other"), slowly(MATRIX, 5))
+@pytest.mark.parametrize(("stored", "narrow", "other"), MATRIX)
+@pytest.mark.sampled(7)
 def test_every_storage(stored, narrow, other):
     fields = STORED[stored] | (PLAIN | NARROW)[narrow] | (OTHERWISE if other else {})
     judge(dataclasses.replace(SPEC, **fields), k_chunk=32 if other else 16)
@@ -63,9 +64,9 @@ def test_every_storage(stored, narrow, other):
 
 @pytest.mark.parametrize("storage", ["packed", "paged"])
 @pytest.mark.parametrize(
-    ("name", "offset"),
-    slowly([(n, o) for n, o in rotating().items() if o != "before"], 6),
+    ("name", "offset"), [(n, o) for n, o in rotating().items() if o != "before"]
 )
+@pytest.mark.sampled(7)
 def test_library(name, offset, storage):
     fields = STORED["packed" if storage == "packed" else "odd pages"]
     spec = EXAMPLES[name].spec(q_offset=OFFSETS[offset], **fields)
@@ -139,7 +140,8 @@ DECODE = [
 ]
 
 
-@pytest.mark.parametrize(("stored", "narrow", "packs", "splits"), slowly(DECODE, 4))
+@pytest.mark.parametrize(("stored", "narrow", "packs", "splits"), DECODE)
+@pytest.mark.sampled(4)
 def test_decoding(stored, narrow, packs, splits):
     fields = STORED[stored] | (PLAIN | NARROW)[narrow] | {"kv_lengths": True}
     fields |= OTHERWISE | {"score": scores.alibi()} if splits == 4 else {}
@@ -168,13 +170,8 @@ BACKWARD = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=[pytest.mark.slow] * (i % 3 != 1))
-        for i, n in enumerate(BACKWARD)
-    ],
-)
+@pytest.mark.parametrize("name", BACKWARD)
+@pytest.mark.sampled(3, 1)
 def test_gradients_of_packed_sequences(name):
     spec = dataclasses.replace(
         SPEC, storage="packed", qk_dim=16, v_dim=16, derivatives="vjp", **BACKWARD[name]
@@ -197,7 +194,9 @@ def test_caches_have_no_gradients(fields):
         interpreted.plan(dataclasses.replace(SPEC, derivatives="vjp", **fields))
 
 
-def test_numbers_of_float8_e4m3_by_their_bits():
+@pytest.mark.parametrize("target", ["a100", "h100"])
+@pytest.mark.sampled(2)
+def test_numbers_of_float8_e4m3_by_their_bits(target):
     """As GPUs read them that have no instruction for it: every one of the 256."""
     spec = AttentionSpec(
         q_heads=256, kv_heads=1, q_len=1, kv_len=256, qk_dim=16, kv_dtype="float8_e4m3",
@@ -210,13 +209,12 @@ def test_numbers_of_float8_e4m3_by_their_bits():
     given["bias"] = np.where(np.eye(256), 0, -np.inf).astype(np.float32)  # one key each
     given["v"][:] = every[None, :, None, None]
     given["v_scale"][:] = 1
-    for target in ("a100", "h100"):
-        path = api.stored(attngen.emit(interpreted.plan(spec, target, pack_gqa=False)))
-        (out,) = interpreted.call(path, **given)
-        seen = np.isfinite(numbers)  # a NaN is in the tiles of others
-        np.testing.assert_array_equal(out[0, 0, seen, 0], numbers[seen])
-        if target == "a100":  # Triton's interpreter takes the others' for 480
-            assert np.isnan(out[0, 0, ~seen]).all()
+    path = api.stored(attngen.emit(interpreted.plan(spec, target, pack_gqa=False)))
+    (out,) = interpreted.call(path, **given)
+    seen = np.isfinite(numbers)  # a NaN is in the tiles of others
+    np.testing.assert_array_equal(out[0, 0, seen, 0], numbers[seen])
+    if target == "a100":  # Triton's interpreter takes the others' for 480
+        assert np.isnan(out[0, 0, ~seen]).all()
 
 
 # What is refused.

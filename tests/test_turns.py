@@ -61,6 +61,7 @@ def counted(plan):
     ],
     ids=str,
 )
+@pytest.mark.sampled(3)
 def test_turns_are_those_of_the_emitted_loops(mask, fix):
     spec = AttentionSpec(mask=mask, **LONG)
     plan = attngen.plan(spec, fix=CHUNKS | fix)

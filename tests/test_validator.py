@@ -64,6 +64,7 @@ LATE_ROWS = dataclasses.replace(SPEC, q_offset=-5)  # the first see no key
         (LENGTHS, "vc = jnp.where(there[..., None], vc, 0)", "vc = vc"),
     ],
 )
+@pytest.mark.sampled(2)
 def test_a_wrong_kernel_is_caught(spec, old, new):
     assert not edited(spec, old, new).passed
 
@@ -79,6 +80,7 @@ def test_a_wrong_kernel_is_caught(spec, old, new):
         ("LOG2E = 1.4426950408889634", "LOG2E = 1.4426"),
     ],
 )
+@pytest.mark.sampled(2)
 def test_a_wrong_polynomial_is_caught(old, new):
     assert not edited(LATE_ROWS, old, new, exp="polynomial").passed
 

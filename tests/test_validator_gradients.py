@@ -88,6 +88,7 @@ SPECS = {
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", SPECS)
+@pytest.mark.sampled(3)
 def test_attention_that_jax_differentiates_passes(name, dtype):
     spec = dataclasses.replace(SPECS[name], dtype=dtype)
     report = report_of(spec, plain(spec))
@@ -116,6 +117,7 @@ def test_a_gradient_given_back_as_it_is_passes(dtype):
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "sink", "bias", "slopes"])
+@pytest.mark.sampled(2)
 def test_a_gradient_off_by_a_percent_is_caught(name):
     function = plain(SCORED, lambda given, found: {name: found[name] * 1.01})
     assert failed(report_of(SCORED, function)) == [
@@ -147,6 +149,7 @@ LENGTHS = dataclasses.replace(SPEC, kv_lengths=True)
         (LENGTHS, "v", (1, 40), np.nan),
     ],
 )
+@pytest.mark.sampled(2)
 def test_what_must_be_nothing_and_what_must_be_finite(spec, name, at, value):
     function = plain(spec, lambda given, found: {name: found[name].at[at].set(value)})
     assert failed(report_of(spec, function)) == [f"d{name}"]

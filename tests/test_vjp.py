@@ -35,13 +35,8 @@ def backward(way, q_chunk, k_chunk, **more):
     return FORWARD | fix | {f"backward_{n}": v for n, v in more.items()}
 
 
-@pytest.mark.parametrize(
-    ("name", "offset", "way", "sizes"),
-    [
-        case if i % 5 == 0 else pytest.param(*case, marks=pytest.mark.slow)
-        for i, case in enumerate(ONCE)
-    ],
-)
+@pytest.mark.parametrize(("name", "offset", "way", "sizes"), ONCE)
+@pytest.mark.sampled(11)
 def test_library(name, offset, way, sizes):
     spec = EXAMPLES[name].spec(q_offset=OFFSETS[offset], **VJP)
     with holding(EXAMPLES[name].operands):
@@ -93,13 +88,8 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "way"),
-    [
-        pytest.param(n, WAYS[i % 3], marks=[pytest.mark.slow] * (i % 2))
-        for i, n in enumerate(SPECS)
-    ],
-)
+@pytest.mark.parametrize(("name", "way"), list(zip(SPECS, itertools.cycle(WAYS))))
+@pytest.mark.sampled(4)
 def test_specs(name, way):
     judge(SPECS[name], **backward(way, 16, 24))
 
@@ -114,13 +104,8 @@ def test_specs_every_way(name, way, sizes):
 AXES = ("bhqk", "hqk", "bqk", "qk", "bhk", "q", "k", "b", "h", "kq")
 
 
-@pytest.mark.parametrize(
-    ("axes", "way"),
-    [
-        pytest.param(axes, WAYS[i % 3], marks=[pytest.mark.slow] * (i % 2))
-        for i, axes in enumerate(AXES)
-    ],
-)
+@pytest.mark.parametrize(("axes", "way"), list(zip(AXES, itertools.cycle(WAYS))))
+@pytest.mark.sampled(5)
 def test_a_bias_of_any_axes(axes, way):
     spec = given(score=scores.bias(axes=axes), q_offset=0)
     judge(spec, **backward(way, 24, 16))
@@ -145,6 +130,7 @@ TWICE = {"ds": "twice", "store": "p"}
         ("by_queries", TWICE),
     ],
 )
+@pytest.mark.sampled(2)
 def test_forms(way, more):
     spec = given(sink=True, mask=masks.causal())
     judge(spec, **backward(way, 13, 24, **more))
@@ -174,6 +160,7 @@ def gradients(spec, **fix):
     return jax.jit(whole), arrays_of(spec)
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_chunks():
     spec = given(score=scores.alibi(), sink=True, mask=masks.causal())
     found = []

@@ -65,6 +65,7 @@ SPECS = {
 
 
 @pytest.mark.parametrize("name", SPECS)
+@pytest.mark.sampled(2)
 def test_jax_computes_it(name, x64):
     judge(SPECS[name], **CHUNKS)
 
