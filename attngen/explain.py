@@ -113,21 +113,14 @@ def _skipped(own: Plan, plan: Plan) -> list[str]:
             f"at most {tiles.visited} are visited, {tiles.full} of them known to be full: "
             f"{say_which(names)} at run time; the time above is for {SPAN} keys a query"
         )
-        first, *more = textwrap.wrap(text, 88)
-        return [f"skipped   {first}", *(f"{'':10}{line}" for line in more)]
-    if mean := of_mean(own, plan):
+    else:
         text = (
-            f"{part}: of {tiles.total} tiles{whose}{mean} {tiles.empty} are empty and "
+            f"{part}: of {tiles.total} tiles{whose}{of_mean(own, plan)} {tiles.empty} are "
+            f"empty and never visited, {tiles.full} are full and evaluate no mask, "
+            f"{tiles.edge} are on an edge"
         )
-        text += f"never visited, {tiles.full} are full and evaluate no mask, "
-        text += f"{tiles.edge} are on an edge"
-        first, *more = textwrap.wrap(text, 88)
-        return [f"skipped   {first}", *(f"{'':10}{line}" for line in more)]
-    return [
-        f"skipped   {part}: of {tiles.total} tiles{whose} {tiles.empty} are empty and never "
-        "visited,",
-        f"          {tiles.full} are full and evaluate no mask, {tiles.edge} are on an edge",
-    ]
+    first, *more = textwrap.wrap(text, 88)
+    return [f"skipped   {first}", *(f"{'':10}{line}" for line in more)]
 
 
 def _alternatives(plan: Plan, describe: object) -> list[str]:

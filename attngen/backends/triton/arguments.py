@@ -45,6 +45,7 @@ def unpacked(spec: AttentionSpec) -> dict[str, str]:
         if is_exact(spec)
         else "block_table.shape[1] * PAGE_SIZE.value",
         "unpack_q": f"B, {given}",
+        "unpack_tokens": f"_, {given}" if packed else f"B, {given}",
         "unpack_k": f"_, {keys}",
     }
 

@@ -81,7 +81,7 @@ def illegal(spec: AttentionSpec, choice: Choice) -> str | None:
         return f"{name} = {choice[name]} needs derivatives=None"
     if spec.storage == "packed" and (packs or splits != 1):
         name = "pack_gqa" if packs else "kv_splits"
-        return f"{name} = {choice[name]} isn't built for packed storage"
+        return f"{name} = {choice[name]} needs storage other than packed"
     if packs and spec.repeats == 1:
         return "pack_gqa needs query heads that share a kv head"
     if packs and choice.get("skip") == "list":
