@@ -8,7 +8,7 @@ from library import slowly
 pytest.importorskip("triton", reason="needs attngen[triton]")
 
 import attngen
-from attngen import building, descent, gpus, presets, targets
+from attngen import AttentionSpec, building, descent, gpus, masks, presets, targets
 from attngen.reports import Certificate
 
 
@@ -27,6 +27,23 @@ def test_few_queries_are_packed_and_split_without_a_spill(target):
     assert certificate.temp_bytes == plan.temp_bytes == 4 * rows * (128 + 2)
     assert "combine: " in str(certificate)
     assert descent.unfit(certificate, plan) is None
+    assert descent.bound_s(plan, certificate, targets.get(target)) > 0
+
+
+@pytest.mark.parametrize("target", slowly(["h100", "a100", "mi300x"], ["h100"]))
+def test_so_are_those_of_packed_sequences(target):
+    spec = AttentionSpec(
+        batch=8, q_heads=32, kv_heads=8, q_len=16, kv_len=2**16, qk_dim=128,
+        storage="packed", dtype="bfloat16", mask=masks.causal(), q_offset="bottom_right",
+    )  # fmt: skip
+    plan = attngen.plan(spec, target, "triton")
+    certificate = building.certify(plan, attngen.emit(plan), target)
+    assert plan.choice["pack_gqa"] is True
+    assert plan.choice["kv_splits"] > 1
+    assert set(certificate.every_kernel) == {"", "combine"}
+    assert descent.unfit(certificate, plan) is None
+    rows = 32 * 16 * plan.choice["kv_splits"]
+    assert certificate.temp_bytes == plan.temp_bytes == 4 * rows * (128 + 2)
     assert descent.bound_s(plan, certificate, targets.get(target)) > 0
 
 

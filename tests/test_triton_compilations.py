@@ -169,10 +169,16 @@ STORED = {"kv_lengths": False, "q_offset": "bottom_right", "storage": "packed"}
 PAGES = {"q_offset": "bottom_right", "storage": "paged", "page_size": 8, "kv_len": 96}
 
 
-@pytest.mark.parametrize("derivatives", [None, "vjp"])
-def test_nor_do_other_offsets_of_packed_sequences(derivatives):
-    kernels = KERNELS[:3] if derivatives else KERNELS[:1]
-    found = counted(PACKED, **STORED, derivatives=derivatives)
+@pytest.mark.parametrize(
+    ("kernels", "derivatives", "fix"),
+    [
+        (["forward"], None, {}),
+        (["forward", "combine"], None, {"pack_gqa": True, "kv_splits": 4}),
+        (KERNELS[:3], "vjp", {}),
+    ],
+)
+def test_nor_do_other_offsets_of_packed_sequences(kernels, derivatives, fix):
+    found = counted(PACKED, fix, **STORED, derivatives=derivatives)
     assert found == {name: [len(PACKED), 1] for name in kernels}
 
 

@@ -16,7 +16,7 @@ from library import EXAMPLES, OFFSETS, holding, rotating
 from refusals import refused
 
 import attngen
-from attngen import AttentionSpec, api, inputs, masks, scores
+from attngen import AttentionSpec, api, inputs, masks, reference, scores
 from attngen.backends.triton.loader import has_gpu
 from attngen.errors import NotBuiltError, PlanError
 
@@ -149,11 +149,62 @@ def test_decoding(stored, narrow, packs, splits):
     judge(spec, pack_gqa=packs, kv_splits=splits)
 
 
-@pytest.mark.parametrize("fix", [{"pack_gqa": True}, {"kv_splits": 2}], ids=str)
-def test_packed_sequences_are_neither_grouped_nor_split(fix):
-    spec = dataclasses.replace(SPEC, storage="packed")
-    with refused(PlanError, "needs storage other than packed"):
-        interpreted.plan(spec, **fix)
+# packed sequences whose heads are packed into tiles, whose keys are split
+PACKED_DECODE = {
+    "one query": {"q_len": 3},
+    "few": {"q_len": 11, "kv_len": 200},
+    "no queries left": {"q_len": 2, "batch": 4},
+    "many": {"q_len": 90, "kv_len": 120, "mask": None},
+    "seven heads": {"q_heads": 7, "kv_heads": 1},
+    "top left": {"q_offset": 0, "dtype": "float16"},
+    "run time": {"q_offset": "operand"},
+    "window": {"mask": masks.causal() & masks.sliding_window(9), "v_dim": 20},
+    "documents": {"mask": masks.documents(), "q_len": 56},
+    "otherwise": OTHERWISE | {"score": (scores.alibi(), scores.softcap(3.0))},
+    "keys": {"score": scores.bias(axes="hk"), "outputs": ("lse",)},
+    "table": {"score": scores.relative_table(56), "sink": True, "outputs": ("out",)},
+    "pairs": {"score": scores.bias(axes="bhqk")},
+    "int8 of head": NARROW["int8 of head"] | {"layout": "bhtd", "sink": True},
+    "float8 of token": NARROW["float8_e4m3 of token"] | {"outputs": ("out",)},
+    "int8 of 4": NARROW["int8 of 4"],
+    "one sequence": {"batch": 1, "q_len": 5},
+}
+GROUPS = {"packed": (True, 1), "split": (False, 4), "both": (True, 8)}
+
+
+@pytest.mark.parametrize("how", GROUPS)
+@pytest.mark.parametrize("name", PACKED_DECODE)
+@pytest.mark.sampled(4)
+def test_decoding_of_packed_sequences(name, how):
+    packs, splits = GROUPS[how]
+    spec = dataclasses.replace(SPEC, storage="packed", **PACKED_DECODE[name])
+    judge(spec, pack_gqa=packs, kv_splits=splits)
+
+
+def test_offsets_of_packed_rows():
+    """Empty sequences, some without keys, tokens behind the last offset."""
+    spec = AttentionSpec(
+        batch=6, q_heads=6, kv_heads=2, q_len=50, kv_len=140, qk_dim=16,
+        storage="packed", mask=masks.causal(), q_offset="bottom_right",
+        outputs=("out", "lse"),
+    )  # fmt: skip
+    for offsets in (
+        ([0, 0, 1, 17, 17, 40, 44], [0, 9, 9, 40, 100, 101, 130]),
+        ([0, 50, 50, 50, 50, 50, 50], [0, 140, 140, 140, 140, 140, 140]),
+        ([0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0]),
+        ([0, 1, 2, 18, 19, 40, 47], [0, 1, 2, 3, 4, 5, 140]),
+    ):
+        given = inputs.arrays(spec)
+        given["cu_seqlens_q"][:], given["cu_seqlens_k"][:] = offsets
+        plan = interpreted.plan(
+            spec, q_chunk=16, k_chunk=16, pack_gqa=True, kv_splits=4
+        )
+        path = api.stored(attngen.emit(plan))
+        operands = {n: x for n, x in given.items() if n not in ("q", "k", "v")}
+        want = reference.attention(spec, given["q"], given["k"], given["v"], operands)
+        out, lse = interpreted.call(path, **given)
+        np.testing.assert_allclose(out.transpose(1, 0, 2), want["out"][0], 1e-4, 1e-5)
+        np.testing.assert_allclose(lse, want["lse"][0], 1e-4, 1e-5)
 
 
 BACKWARD = {

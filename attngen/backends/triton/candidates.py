@@ -102,10 +102,11 @@ def space(
     odd = any(len(pieces(d, "split")) > 1 for d in dims)
     widest = 256 if whole else 128
     amd = target.gpu is not None and target.gpu.backend == "hip"
+    of_one = spec if whole else storage.typical(spec)
     return {
         "running": {
             # AMD's have registers
-            "q_chunk": blocks(decode.rows(spec), 256 if amd else widest),
+            "q_chunk": blocks(decode.rows(of_one), 256 if amd else widest),
             "k_chunk": blocks(spec.kv_len, widest),
             "num_warps": WARPS if whole else (1, 2, 4, 8),
             "num_stages": STAGES if whole else _stages(target),
@@ -113,7 +114,7 @@ def space(
             "head_dim": ("split", "padded") if odd else ("padded",),
             "loads": LOADS if whole else ("pointers",),  # which take any strides
             **skips(spec),
-            **decode.space(spec, target, whole=whole),
+            **decode.space(of_one, target, whole=whole),
         }
     }
 

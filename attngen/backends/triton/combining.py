@@ -25,10 +25,12 @@ def combining(plan: Plan, axes: tuple[str, ...]) -> dict[str, Any] | None:
         return None
     spec = plan.spec
     out, lse = "out" in spec.outputs, "lse" in spec.outputs
-    rows = "(B, H, T, KV_SPLITS.value)"
-    scratch = [("part_m", rows), ("part_total", rows)]
+    packed = spec.storage == "packed"
+    rows = ("H", "T") if packed else ("B", "H", "T")
+    each = f"{', '.join(rows)}, KV_SPLITS.value"
+    scratch = [("part_m", f"({each})"), ("part_total", f"({each})")]
     if out:
-        scratch.append(("part_acc", f"(B, H, T, KV_SPLITS.value, {spec.v_dim})"))
+        scratch.append(("part_acc", f"({each}, {spec.v_dim})"))
     heads = spec.is_quantised and spec.kv_scale == "head"
     own = (["sink"] * spec.sink + ["v_scale"] * heads) if out else []
     tensors = [n for n, _ in scratch] + [n for n in spec.outputs if n == "out"]
@@ -36,11 +38,16 @@ def combining(plan: Plan, axes: tuple[str, ...]) -> dict[str, Any] | None:
     strides = [f"out_stride_{a}" for a in axes] if out else []
     strides += [f"{name}_stride_0" for name in own]
     launched = [f"{name}," for name in tensors]
-    launched += ["T,", "H,", *(f"*{n}.stride()," for n in (*["out"] * out, *own))]
+    lengths = {"q_tokens": "T"} if packed else {"q_len": "T", "heads": "H"}
+    launched += [
+        *(f"{n}," for n in lengths.values()),
+        *(f"*{n}.stride()," for n in (*["out"] * out, *own)),
+    ]
     return {
         "scratch": scratch,
+        "rows": " * ".join(rows),
         "operands": own,
-        "parameters": [*(f"{n}_ptr" for n in tensors), "q_len", "heads", *strides],
+        "parameters": [*(f"{n}_ptr" for n in tensors), *lengths, *strides],
         "launch_arguments": launched,
         "runtime": strides,
         "ragged": spec.v_dim % COLUMNS != 0,

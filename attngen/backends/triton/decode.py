@@ -33,7 +33,7 @@ def space(
     """Of each choice the values that are worth considering; none where only the first is."""
     if whole:
         return {"pack_gqa": (False, True), "kv_splits": SPLITS}
-    if spec.derivatives is not None or spec.storage == "packed":
+    if spec.derivatives is not None:
         return {}
     packs = _packs(spec)
     splits = _splits(spec, target.gpu, spec.repeats if packs else 1)
@@ -79,9 +79,6 @@ def illegal(spec: AttentionSpec, choice: Choice) -> str | None:
     if spec.derivatives is not None and (packs or splits != 1):
         name = "pack_gqa" if packs else "kv_splits"
         return f"{name} = {choice[name]} needs derivatives=None"
-    if spec.storage == "packed" and (packs or splits != 1):
-        name = "pack_gqa" if packs else "kv_splits"
-        return f"{name} = {choice[name]} needs storage other than packed"
     if packs and spec.repeats == 1:
         return "pack_gqa needs query heads that share a kv head"
     if packs and choice.get("skip") == "list":
@@ -104,7 +101,7 @@ def scratch_bytes(spec: AttentionSpec, choice: Choice) -> int:
     """What the launcher allocates for what splits leave: float32."""
     if splits(choice) == 1:
         return 0
-    rows = spec.batch * spec.q_heads * spec.q_len
+    rows = spec.q_heads * spec.q_len * (1 if spec.storage == "packed" else spec.batch)
     columns = spec.v_dim if "out" in spec.outputs else 0
     return 4 * rows * splits(choice) * (columns + 2)
 

@@ -43,6 +43,7 @@ ROWS = {"cuda": 16, "hip": 32}  # that a warp multiplies at once: fewer leave it
 
 def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> Cost:
     gpu, bytes_ = target.gpu, spec.bytes_of("q", *spec.outputs)
+    scratch = decode.scratch_bytes(spec, choice)
     spec = storage.typical(spec)
     if gpu is None:
         raise InternalError(f"{target.name} is no GPU.")
@@ -98,7 +99,6 @@ def cost(spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles) -> C
     at_once = gpu.multiprocessors * resident
     waves = -(-programs // at_once) * at_once / programs
     compute = cycles * waves / gpu.multiprocessors / gpu.clock_hz
-    scratch = decode.scratch_bytes(spec, choice)
     moved = bytes_ + _kv_bytes(spec, choice, tiles)
     memory = (moved + 2 * scratch) / gpu.bandwidth_bytes_s
     ahead = loaded * max(1, int(choice["num_stages"]) - 1)  # of a program

@@ -121,7 +121,7 @@ class Writer:
         if self.spec.dropout:
             at = f"b_index, {self.names['h']}, {self.names['q']}"
             if self.packed:
-                at = "tl.zeros_like(b_index), h_index, q_token, k_token"
+                at = f"tl.zeros_like(b_index), {self.names['h']}, q_token, k_token"
             elif not fours(self.spec):
                 at += f", {self.names['k']}"
             else:
