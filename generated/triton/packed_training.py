@@ -16,7 +16,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           out     [65536, 32, 128]  bfloat16
 plan      running · 128 queries × 128 keys · 8 warps · 1 stage · last queries first;
           backward: 128 held × 16 · 8 warps · 2 stages
-          tiles of a head of a sequence of the mean length, 4096 queries: 1024; 496
+          tiles of a head of a sequence of the mean length (4096 queries): 1024; 496
           full, 32 on an edge, 496 empty and never visited
 cost      10.2 TFLOP, 16.0 MiB of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen
