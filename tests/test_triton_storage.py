@@ -62,14 +62,20 @@ def test_every_storage(stored, narrow, other):
     judge(dataclasses.replace(SPEC, **fields), k_chunk=32 if other else 16)
 
 
-@pytest.mark.parametrize("storage", ["packed", "paged"])
-@pytest.mark.parametrize(
-    ("name", "offset"), [(n, o) for n, o in rotating().items() if o != "before"]
-)
+# but masks of packed tokens, whose operands are called as the spec's own
+LIBRARY = [
+    (name, offset, stored)
+    for name, offset in rotating().items()
+    for stored in ("packed", "odd pages")
+    if offset != "before"
+    and not (stored == "packed" and "cu_seqlens_q" in str(EXAMPLES[name].of))
+]
+
+
+@pytest.mark.parametrize(("name", "offset", "stored"), LIBRARY)
 @pytest.mark.sampled(7)
-def test_library(name, offset, storage):
-    fields = STORED["packed" if storage == "packed" else "odd pages"]
-    spec = EXAMPLES[name].spec(q_offset=OFFSETS[offset], **fields)
+def test_library(name, offset, stored):
+    spec = EXAMPLES[name].spec(q_offset=OFFSETS[offset], **STORED[stored])
     with holding(EXAMPLES[name].operands):
         judge(spec)
 

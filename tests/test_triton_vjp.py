@@ -67,7 +67,7 @@ def test_dropout(dtype):
     ("name", "offset", "dtype"),
     [(n, o, DTYPES[i % 2]) for i, (n, o) in enumerate(rotating().items())],
 )
-@pytest.mark.sampled(11)
+@pytest.mark.sampled(11, 2)
 def test_library(name, offset, dtype):
     spec = EXAMPLES[name].spec(q_offset=OFFSETS[offset], derivatives="vjp", dtype=dtype)
     with holding(EXAMPLES[name].operands):
