@@ -32,11 +32,11 @@ MESHES = ((2, 4), (8, 1), (1, 4))
 CASES = {
     # of the default run
     "operands": ({"mask": CAUSAL & masks.documents(), "score": (scores.alibi(),)}, {}, 1),
-    "a table": ({"score": (scores.relative_buckets(),)}, {}, 1),
     "lengths": ({"kv_lengths": True, "q_lengths": True}, {}, 1),
     "dropout": ({"mask": CAUSAL, "dropout": 0.2}, {}, 1),
     "gradients by keys": ({"layout": "bhtd", "sink": True, "derivatives": "vjp", "outputs": ("out", "lse")}, {"backward": "by_keys"}, 1),
     # of the slow one
+    "a table": ({"score": (scores.relative_buckets(),)}, {}, 1),
     "heads of their own": ({"kv_heads": 8}, {}, 1),
     "grouped heads, causal": ({"mask": CAUSAL, "outputs": ("out", "lse")}, {}, 1),
     "bfloat16, heads first": ({"dtype": "bfloat16", "layout": "bhtd", "mask": CAUSAL}, {}, 1),

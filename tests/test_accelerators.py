@@ -34,7 +34,7 @@ def test_first_plans_compute_it(name, target):
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 def test_masks_by_distance_and_values_by_limits(name):
     spec = SPECS[name]
     q, k = min(16, spec.q_len), min(24, spec.kv_len)

@@ -57,6 +57,7 @@ def test_memory_is_linear(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["dots_saveable", "everything_saveable"])
+@pytest.mark.sampled(2)
 def test_no_policy_saves_scores(policy, tmp_path):
     def kept(function):
         return jax.checkpoint(function, policy=getattr(jax.checkpoint_policies, policy))

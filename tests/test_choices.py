@@ -43,7 +43,7 @@ def adapted(spec, fix):
 @pytest.mark.parametrize(
     "name", ["causal window", "several scores", "documents", "sink"]
 )
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(7)
 def test_a_choice_computes_the_spec(name, fix):
     judge(SPECS[name], **adapted(SPECS[name], fix))
 
@@ -60,7 +60,7 @@ def test_a_choice_computes_every_spec(name, fix):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("fix", UNUSUAL.values(), ids=UNUSUAL)
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(7)
 def test_a_choice_computes_low_precision(dtype, fix):
     spec = dataclasses.replace(CAUSAL, dtype=dtype, outputs=("out",))
     low = {"product_dtype": dtype, "scale": "scores"}
@@ -130,7 +130,7 @@ DIAGONAL = {
 
 
 @pytest.mark.parametrize("name", DIAGONAL)
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(7)
 def test_a_diagonal_computes_the_spec(name):
     spec = DIAGONAL[name]
     judge(spec, q_chunk=16, k_chunk=8, diagonal=4)

@@ -42,6 +42,7 @@ def test_plan_is_the_plans_explanation_or_its_json():
 
 
 @pytest.mark.parametrize("name", presets.names())
+@pytest.mark.sampled(3)
 def test_every_presets_plan_fits_100_columns(name):
     out, _ = run("plan", "--preset", name, "--derivatives", "none")
     assert all(len(line) <= 100 for line in out.splitlines())
@@ -183,6 +184,7 @@ def test_targets_and_presets():
 
 
 @pytest.mark.parametrize("name", presets.names())
+@pytest.mark.sampled(3, 1)
 def test_a_preset_is_printed_as_a_spec_file(name, tmp_path):
     for suffix, flag in (("toml", ()), ("json", ("--json",))):
         path = tmp_path / f"spec.{suffix}"

@@ -108,12 +108,13 @@ def judged(path):
 
 
 @pytest.mark.parametrize("name", QUICK)
+@pytest.mark.sampled(2)
 def test_a_file_computes_its_spec(name):
     assert judged(path_of(name)).cases[0].startswith("full size")
 
 
 @pytest.mark.parametrize("name", LARGE)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 def test_a_large_file_takes_its_spec_and_computes_a_smaller_one(name, monkeypatch):
     spec = read_header(path_of(name)).spec
     inputs = ["q", "k", "v", *(o.name for o in spec.operands)]

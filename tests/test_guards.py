@@ -77,7 +77,7 @@ VALUES = (0.5, -math.inf, -1e30)  # the last is finite, but huge
 
 @pytest.mark.parametrize("mask", [None, masks.causal()], ids=["all", "causal"])
 @pytest.mark.parametrize("name", SCORES)
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(7)
 def test_what_an_operand_makes_minus_infinite_is_not_there(name, mask):
     spec, source = source_of(SCORES[name][0], mask)
     path = api.stored(source)

@@ -31,7 +31,7 @@ def least(call, spec):
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.sampled(99)
+@pytest.mark.slow
 def test_the_least_budget_is_enough_and_a_byte_less_is_not(name):
     spec = SPECS[name]
     need = least(attngen.build, spec)

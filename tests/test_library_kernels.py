@@ -35,14 +35,14 @@ def spec_of(name, offset):
 
 
 @pytest.mark.parametrize(("name", "offset"), ONCE.items())
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 def test_jax(name, offset):
     with holding(EXAMPLES[name].operands):
         judge(spec_of(name, offset), **JAX)
 
 
 @pytest.mark.parametrize(("name", "offset"), ONCE.items())
-@pytest.mark.sampled(3, 1)
+@pytest.mark.sampled(4, 1)
 def test_triton(name, offset):
     with holding(EXAMPLES[name].operands):
         interpreted.judge(spec_of(name, offset), **TRITON)

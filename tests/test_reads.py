@@ -107,7 +107,7 @@ def spec_of(name):
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_jax_reads_it(name):
     judge(spec_of(name), **CHUNKS)
 

@@ -170,6 +170,7 @@ SPECS |= {
 
 @pytest.mark.parametrize("layout", ["bthd", "bhtd"])
 @pytest.mark.parametrize("name", SPECS)
+@pytest.mark.sampled(5)
 def test_of_a_spec(name, layout):
     spec = changed(layout=layout, **SPECS[name])
     arrays, cotangents = arrays_of(spec)

@@ -30,7 +30,7 @@ FIX = {"algorithm": "running", "q_chunk": 128, "k_chunk": 128}
 EXCHANGED = ("lengths", "gradients by keys", "gradients, two passes")
 
 
-TOGETHER = 5  # cases that a process judges, one after the other
+TOGETHER = 4  # cases that a process judges, one after the other
 CASES = slowly(sharded.CASES, [*sharded.CASES][:TOGETHER])
 
 

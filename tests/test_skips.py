@@ -139,6 +139,7 @@ def test_intervals_are_kept_apart():
 
 
 @pytest.mark.parametrize("chunks", [{"q_chunk": 4, "k_chunk": 8}, CHUNKS[1]])
+@pytest.mark.sampled(2)
 def test_a_list_visits_what_its_values_say(chunks):
     """Each tile that holds a pair, and none that holds none where ids rise."""
     spec = dataclasses.replace(BASE, batch=1, mask=masks.documents())

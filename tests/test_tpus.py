@@ -148,6 +148,7 @@ libtpu = pytest.mark.skipif(
 
 @libtpu
 @pytest.mark.parametrize("name", TPUS)
+@pytest.mark.sampled(3)
 def test_every_version_certifies(name):
     spec = attngen.AttentionSpec(
         q_heads=1, q_len=1024, qk_dim=64, dtype="bfloat16", mask=attngen.masks.causal()

@@ -34,7 +34,7 @@ def source_of(spec, **fix):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 def test_every_spec(name, dtype):
     spec = dataclasses.replace(SPECS[name], dtype=dtype)
     interpreted.judge(spec, **small_blocks(spec))

@@ -146,7 +146,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_odd(name):
     judge(ODD[name])
 

@@ -201,6 +201,7 @@ def loss(function):
     return lambda *arrays: (function(*arrays) ** 2).sum()
 
 
+@pytest.mark.slow
 def test_vmap_goes_one_by_one_and_keeps_the_memory(small):
     function, arrays = small
     grad = jax.grad(loss(function), (0, 1, 2))
