@@ -356,9 +356,13 @@ class Record:
     def size(self) -> str:
         """What is computed, in few words."""
         s = self.key.spec
-        return (
-            f"{s.get('batch')} × {s.get('q_heads')} heads, {s.get('q_len')} queries × "
-            f"{s.get('kv_len')} keys × {s.get('qk_dim')}, {s.get('dtype')}"
+        heads = f"{s.get('batch')} × {s.get('q_heads')} heads"
+        square = (
+            f"{s.get('q_len')} queries × {s.get('kv_len')} keys × {s.get('qk_dim')}"
+        )
+        kinds = (s.get("dtype"), s.get("storage"), s.get("kv_dtype"))
+        return ", ".join(
+            [heads, square, *(k for k in kinds if k not in (None, "dense"))]
         )
 
 

@@ -175,3 +175,13 @@ def test_merging_with_an_older_record_keeps_bytes_on_the_chip():
     lines = str(newer).splitlines()
     assert lines[3].split()[-3:] == ["on", "chip", "plan"]
     assert max(map(len, lines)) <= 100
+
+
+def test_a_record_says_what_it_is_of():
+    def size(**fields):
+        spec = attngen.AttentionSpec(q_heads=2, q_len=1, kv_len=64, qk_dim=16, **fields)
+        return record(key=recalling.key_of(spec, TARGET, JAX)).size
+
+    assert size() == "1 × 2 heads, 1 queries × 64 keys × 16, float32"
+    paged = size(storage="paged", kv_lengths=True, kv_dtype="int8")
+    assert paged == size() + ", paged, int8"
