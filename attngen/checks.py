@@ -16,6 +16,7 @@ import numpy as np
 
 from attngen.errors import OperandError
 from attngen.spec import AttentionSpec
+from attngen.spec_checks import OFFSETS_HINT, relating
 from attngen.traced import is_traced
 
 Array = np.ndarray[Any, Any]
@@ -45,6 +46,8 @@ def check(spec: AttentionSpec, given: Mapping[str, Any]) -> None:
         for x in "qk":
             if (offsets := known.get(f"cu_seqlens_{x}")) is not None:
                 _check_offsets(f"cu_seqlens_{x}", offsets, x, given[x].shape[token])
+        if spec.q_offset is None and len(known) == 2 and relating(spec):
+            _check_counts(known["cu_seqlens_q"], known["cu_seqlens_k"])
         return
     room = given["block_table"].shape[1] * spec.page_size
     counts = np.full(given["block_table"].shape[0], min(spec.kv_len, room))
@@ -81,6 +84,19 @@ def _check_offsets(name: str, offsets: Array, x: str, tokens: int) -> None:
     raise OperandError(
         f"{name} isn't where sequences begin.", got=got, needed=needed, hint=hint
     )
+
+
+def _check_counts(of_q: Array, of_k: Array) -> None:
+    """Where nothing says otherwise, a sequence's first query stands at its first key."""
+    queries, keys = np.diff(of_q), np.diff(of_k)
+    for b in np.flatnonzero(queries != keys)[:1]:
+        raise OperandError(
+            "A sequence has other queries than keys, and a mask or score relates q to k: "
+            "where do its queries stand?",
+            got=f"sequence {b} of {queries[b]} queries and {keys[b]} keys, no q_offset",
+            needed='q_offset: an integer, "bottom_right" or "operand"',
+            hint=OFFSETS_HINT,
+        )
 
 
 def _check_lengths(lengths: Array, room: int, size: int) -> Array:

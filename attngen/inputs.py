@@ -12,6 +12,7 @@ from attngen.operands import Operand
 from attngen.quantisation import quantise
 from attngen.reference import Array, by_heads, numpy_dtype
 from attngen.spec import AttentionSpec
+from attngen.spec_checks import relating
 
 SMALL = 4  # integer operands take values below this, so that they often agree
 
@@ -38,6 +39,8 @@ def arrays(spec: AttentionSpec, *, seed: int = 0, nan: bool = True) -> dict[str,
     for operand in spec.operands:
         if operand.name not in made:
             made[operand.name] = _operand(spec, operand, generator)
+    if spec.storage == "packed" and spec.q_offset is None and relating(spec):
+        made["cu_seqlens_k"] = made["cu_seqlens_q"].copy()  # nothing else says where
     if nan and spec.kv_lengths:
         _poison(spec, made)
     return made

@@ -84,7 +84,9 @@ def of_mean(plan: Plan, seen: Plan) -> str:
     """
     if plan.spec.storage != "packed" or seen.spec.batch != plan.spec.batch:
         return ""
-    return f" of a sequence of the mean length ({seen.spec.q_len} queries)"
+    length = seen.spec.q_len
+    queries = "query" if length == 1 else "queries"
+    return f" of a sequence of the mean length ({length} {queries})"
 
 
 def _ends(blocks: Blocks) -> tuple[str, ...]:

@@ -47,7 +47,8 @@ class AttentionSpec:
         sink: True adds exp(sink[h]) to the denominator; a float32 operand [q_heads].
         dropout: probability, 0 ≤ p < 1, that a weight is 0; others are divided by 1 − p. Above
             0, a uint32 operand `seed` [2]; see philox.py for which weights are dropped.
-        kv_lengths, q_lengths: True: an int32 operand [batch] says how many are there.
+        kv_lengths, q_lengths: True: an int32 operand [batch] says how many are there; below 0
+            there are none.
         storage: "dense", "packed" (int32 operands cu_seqlens_q and cu_seqlens_k [batch + 1];
             q_len and kv_len are the tokens of all sequences; q [q_len, q_heads, qk_dim]
             and so on, lse [q_heads, q_len]) or "paged" (an int32 operand block_table

@@ -49,6 +49,11 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_word(value: object, words: tuple[str | None, ...]) -> bool:
+    """Whether a field is one of these: no array is, whatever its `==` says."""
+    return (value is None or isinstance(value, str)) and value in words
+
+
 def check(spec: AttentionSpec) -> None:
     """Every field of a spec; raises as the class says."""
     for name in (*SIZES, *SHARDS):
@@ -112,7 +117,7 @@ def _check_numbers(spec: AttentionSpec) -> None:
         or not 0 <= dropout < 1
     ):
         raise _refuse("dropout", dropout, "a probability, 0 <= dropout < 1")
-    if offset not in (None, "bottom_right", "operand") and not (
+    if not _is_word(offset, (None, "bottom_right", "operand")) and not (
         _is_int(offset) and abs(offset) < 2**30  # type: ignore[arg-type]
     ):
         needed = 'an integer within ±2**30, "bottom_right", "operand", or None'
@@ -132,7 +137,7 @@ def _check_stored(spec: AttentionSpec) -> None:
         ("kv_scale", ("head", "token"), f'"head", "token", or {sizes}'),
     ):
         value = getattr(spec, name)
-        if value not in words and not (_is_int(value) and 1 <= value < 2**31):
+        if not _is_word(value, words) and not (_is_int(value) and 1 <= value < 2**31):
             raise _refuse(name, value, needed)
 
 

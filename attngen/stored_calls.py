@@ -37,9 +37,9 @@ def fields_of(
         found += _packed(named)
     elif storage == "paged":
         found += _paged(k, options, named)
-    if "k_scale" in named and "kv_scale" not in options:
-        layout, scale = options.get("layout", "bthd"), named["k_scale"]
-        found.append(("kv_scale", _scale(storage, layout, k.shape, _shape(scale))))
+    if "k_scale" in named and "kv_scale" not in options and len(k.shape) >= 3:
+        layout = options.get("layout", "bthd")
+        found.append(("kv_scale", _scale(storage, layout, k.shape, named)))
     if storage is not None and "storage" not in options:
         found.append(("storage", storage))
     return found
@@ -94,18 +94,29 @@ def _paged(
     ]  # fmt: skip
 
 
-def _scale(storage: str | None, layout: str, k: Shape, scale: Shape) -> str | int:
+def _scale(
+    storage: str | None, layout: str, k: Shape, named: Mapping[str, Any]
+) -> str | int:
     """kv_scale by the shape of k_scale."""
+    scale = _shape(named["k_scale"])
+    if not scale or 0 in scale:
+        raise CallError(
+            "k_scale isn't an array of scales.",
+            got=f"k_scale {_got(named, 'k_scale')}",
+            needed="k_scale=… and v_scale=…, float32: [kv_heads], or scales of tokens or "
+            "blocks of them, [batch, kv_heads, scales]",
+            hint="attngen.quantise(spec, k, v) makes them",
+        )
     if len(scale) == 1:
         return "head"
     tokens = k[-3] if layout == "bthd" else k[-2]
-    if scale and scale[-1] == tokens and storage != "paged":
+    if scale[-1] == tokens and storage != "paged":
         return "token"
-    count = scale[-1] if scale else 0
-    least = -(-tokens // count) if count else 0
+    count = scale[-1]
+    least = -(-tokens // count)
     # a block of n tokens or more makes fewer scales
     n = -(-tokens // (count - 1)) if count > 1 else least + 1
-    sure = least == n - 1 or (storage == "paged" and count and tokens % count == 0)
+    sure = least == n - 1 or (storage == "paged" and tokens % count == 0)
     if not sure:
         raise CallError(
             "The shape of k_scale doesn't say of how many tokens a scale is.",

@@ -104,6 +104,7 @@ _PLACES = {"places": np.stack([_RESTART, _RESTART[::-1]])}
 _Q_PLACES = {"q_places": np.stack([_RESTART[:50], _RESTART[10:60]])}
 _GLOBAL = {"is_global": np.random.default_rng(0).random((2, 70)) < 0.1}
 _POSITIVE = np.array([0.7, 1.0, 1.9, 3.0], np.float32)
+_TAU = {"tau": np.linspace(0.5, 3, 100, dtype=np.float32).reshape(2, 50)}
 _SLOPES = {"slopes": np.array([0.5, 0.25, 0.1, 0.02], np.float32)}
 _RATES = {"decay": np.log1p(-(2.0 ** (-1.0 - np.arange(4)))).astype(np.float32)}
 
@@ -178,7 +179,7 @@ SCORES = {
     "softcap": Example(scores.softcap(3.0)),
     "softcap operand": Example(scores.softcap("caps"), {"caps": _POSITIVE}),
     "temperature": Example(scores.temperature(), {"temperature": _POSITIVE}),
-    "temperature of queries": Example(scores.temperature("tau", axes="bq")),
+    "temperature of queries": Example(scores.temperature("tau", axes="bq"), _TAU),
     "alibi": Example(scores.alibi(), _SLOPES),
     "alibi heads": Example(scores.alibi(heads=4)),
     "alibi positions": Example(

@@ -91,6 +91,7 @@ def test_operands_are_passed_by_name(fresh):
 
 
 Q, K, V = qkv()
+K8 = np.ones(K.shape, np.int8)
 PACKED = {f"cu_seqlens_{x}": np.array([0, 48], np.int32) for x in "qk"}
 CALLS = {
     "lists": (CallError, ([[1.0]], K, V), {}),
@@ -111,6 +112,20 @@ CALLS = {
         SpecError,
         (Q, K, V),
         {"k_scale": np.ones((1, 2, 7), np.float32)},
+    ),
+    "one scale": (CallError, (Q, K8, K8), {"k_scale": 1.0, "v_scale": 1.0}),
+    "scales of rows of keys": (
+        CallError,
+        (Q, K8[0, :, 0], K8[0, :, 0]),
+        {"k_scale": np.ones((1, 2, 48), np.float32)},
+    ),
+    "sequences of other queries": (
+        OperandError,
+        (Q[0], K[0], V[0]),
+        {"mask": CAUSAL}
+        | PACKED
+        | {"cu_seqlens_q": np.array([0, 40, 48], np.int32)}
+        | {"cu_seqlens_k": np.array([0, 41, 48], np.int32)},
     ),
     "integers": (SpecError, [x.astype(jnp.int32) for x in (Q, K, V)], {}),
     "an empty batch": (SpecError, (Q[:0], K[:0], V[:0]), {}),

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 from refusals import refused
 
@@ -20,6 +21,7 @@ CAUSAL = masks.causal()
 SOFTCAP = scores.softcap(50.0)
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
 SIZES = [0, -1, 2**31, 1.0, "8", True, math.inf]
+TWO = np.arange(2)
 
 
 def spec_of(**fields):
@@ -73,7 +75,7 @@ BAD = {
     "kv_dtype": ["int4", "", True],
     "layout": ["bhdt", "thd", "", None],
     "scale": [math.inf, math.nan, "0.125", True],
-    "q_offset": [2**30, -(2**30), 0.0, "bottom_left", "top_left", "", False, (0,)],
+    "q_offset": [2**30, -(2**30), 0.0, "bottom_left", "top_left", "", False, (0,), TWO],
     "kv_offset": [2**30, 1.5, None, "operand", True],
     "mask": [True, "causal", lambda b, h, q, k: k <= q, SOFTCAP, [CAUSAL]],
     "score": [None, CAUSAL, (CAUSAL,), (lambda s, b, h, q, k: s,), ("softcap",), 1],
@@ -83,8 +85,8 @@ BAD = {
     "q_lengths": [0, 1, None, "operand"],
     "storage": ["ragged", "", None],
     "page_size": [*SIZES, None, 8],
-    "num_pages": [*SIZES, 8],
-    "kv_scale": [*SIZES, None, "page", "token", 8],
+    "num_pages": [*SIZES, 8, TWO],
+    "kv_scale": [*SIZES, None, "page", "token", 8, TWO],
     "outputs": [(), ("out", "out"), ("grad",), "both", None, (["out"],), (1,), {"out"}],
     "derivatives": ["jvp", "", False, True],
     "precision": ["high", "float32", None],

@@ -179,6 +179,7 @@ PACKED_DECODE = {
     "float8 of token": NARROW["float8_e4m3 of token"] | {"outputs": ("out",)},
     "int8 of 4": NARROW["int8 of 4"],
     "one sequence": {"batch": 1, "q_len": 5},
+    "far": {"q_offset": 2**30 - 1, "kv_offset": 1 - 2**30, "score": scores.alibi()},
 }
 GROUPS = {"packed": (True, 1), "split": (False, 4), "both": (True, 8)}
 
@@ -292,6 +293,7 @@ def changed(spec, **values):
 
 PACKED = dataclasses.replace(SPEC, storage="packed")
 PAGES = dataclasses.replace(SPEC, **STORED["small pages"])
+SAME = dataclasses.replace(PACKED, kv_len=40, q_offset=None)  # of each sequence
 BAD_VALUES = {
     "offsets that fall": (PACKED, {"cu_seqlens_q": (1, 39)}),
     "offsets beyond q": (PACKED, {"cu_seqlens_q": (-1, 41)}),
@@ -300,6 +302,7 @@ BAD_VALUES = {
     "a page too far": (PAGES, {"block_table": ((0, 1), 42)}),
     "a page below": (PAGES, {"block_table": ((0, 0), -1)}),
     "lengths beyond pages": (PAGES, {"kv_lengths": (1, 57)}),
+    "other queries than keys": (SAME, {"cu_seqlens_q": (1, 1), "cu_seqlens_k": (1, 2)}),
 }
 
 
@@ -309,7 +312,7 @@ def test_bad_values_are_refused_where_the_host_knows_them(name):
     spec, values = BAD_VALUES[name]
     path = api.stored(attngen.emit(interpreted.plan(spec, q_chunk=16, k_chunk=16)))
     interpreted.call(path, **inputs.arrays(spec))
-    word = next(iter(values))
+    word = "other queries" if spec is SAME else next(iter(values))
     with pytest.raises(interpreted.Failed, match=word):
         interpreted.call(path, **changed(spec, **values))
 

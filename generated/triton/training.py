@@ -15,7 +15,7 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
 plan      running · 64 queries × 32 keys · 8 warps · 3 stages · last queries first;
           backward: 32 held × 16 · 4 warps · 2 stages
           tiles of a head: 2048; 992 full, 64 on an edge, 992 empty and never visited
-cost      19.7 GFLOP, 256.1 KiB of temporaries (modelled)
+cost      19.7 GFLOP, 320.1 KiB of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen
 spec      {"q_heads": 8, "kv_heads": 2, "q_len": 2048, "kv_len": 2048, "qk_dim": 64,
           "v_dim": 64, "mask": "causal", "sink": true, "outputs": ["out", "lse"],
@@ -98,13 +98,14 @@ def _attention(
     k: torch.Tensor,
     v: torch.Tensor,
     sink: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Allocate the outputs and launch the kernel: one operation to torch.compile."""
     B, T, H, _ = q.shape
     out = _empty_out(q)
     lse = _empty_rows(q)
     norm = _empty_rows(q)
     mass = _empty_rows(q)
+    lse_mass = _empty_rows(q)
     strides = [s for x in (q, k, v, out) for s in x.stride()[:3]]
     with torch.cuda.device_of(q):
         forward[(triton.cdiv(T, Q_BLOCK.value) * H * B,)](
@@ -115,6 +116,7 @@ def _attention(
             lse,
             norm,
             mass,
+            lse_mass,
             sink,
             T,
             k.shape[1],
@@ -128,12 +130,12 @@ def _attention(
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
         )
-    return out, lse, norm, mass
+    return out, lse, norm, mass, lse_mass
 
 
 @_attention.register_fake
 def _fake(q, k, v, sink):
-    return _empty_out(q), _empty_rows(q), _empty_rows(q), _empty_rows(q)
+    return _empty_out(q), _empty_rows(q), _empty_rows(q), _empty_rows(q), _empty_rows(q)
 
 
 def _empty_out(q):
@@ -191,6 +193,7 @@ def _gradients(
     lse: torch.Tensor,
     norm: torch.Tensor,
     mass: torch.Tensor,
+    lse_mass: torch.Tensor,
     dout: torch.Tensor,
     dlse: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -221,6 +224,7 @@ def _gradients(
             dlse,
             norm,
             mass,
+            lse_mass,
             delta,
             d_sink,
             sink,
@@ -251,6 +255,7 @@ def _gradients(
             dlse,
             norm,
             mass,
+            lse_mass,
             delta,
             sink,
             T,
@@ -273,7 +278,7 @@ def _gradients(
 
 
 @_gradients.register_fake
-def _fake_gradients(q, k, v, sink, out, lse, norm, mass, dout, dlse):
+def _fake_gradients(q, k, v, sink, out, lse, norm, mass, lse_mass, dout, dlse):
     return (
         q.new_empty(q.shape),
         k.new_empty(k.shape),
@@ -283,15 +288,17 @@ def _fake_gradients(q, k, v, sink, out, lse, norm, mass, dout, dlse):
 
 
 def _save(ctx, inputs, output):
-    """For the backward pass: what was given, and out, lse, norm, mass."""
-    out, lse, norm, mass = output
-    ctx.save_for_backward(*inputs, out, lse, norm, mass)
+    """For the backward pass: what was given, and out, lse, norm, mass, lse_mass."""
+    out, lse, norm, mass, lse_mass = output
+    ctx.save_for_backward(*inputs, out, lse, norm, mass, lse_mass)
 
 
 def _pull(ctx, dout, dlse, *_):
     """Gradients of what was given, from those of the outputs."""
-    q, k, v, sink, out, lse, norm, mass = ctx.saved_tensors
-    dq, dk, dv, d_sink = _gradients(q, k, v, sink, out, lse, norm, mass, dout, dlse)
+    q, k, v, sink, out, lse, norm, mass, lse_mass = ctx.saved_tensors
+    dq, dk, dv, d_sink = _gradients(
+        q, k, v, sink, out, lse, norm, mass, lse_mass, dout, dlse
+    )
     return dq, dk, dv, d_sink
 
 
@@ -317,6 +324,7 @@ def forward(
     lse_ptr,
     norm_ptr,
     mass_ptr,
+    lse_mass_ptr,
     sink_ptr,
     q_len,
     kv_len,
@@ -431,8 +439,11 @@ def forward(
     tl.store(norm_ptr + row, tl.where(saw, norm, float("inf")), mask=q_there)
     mass = whole * tl.exp2(m_sink - norm)
     tl.store(mass_ptr + row, tl.where(saw, mass, 1.0), mask=q_there)
+    lse = (m + tl.log2(total)) * LN2
+    lse_mass = total * tl.exp2(m - lse * LOG2E)
+    tl.store(lse_mass_ptr + row, tl.where(saw, lse_mass, 1.0), mask=q_there)
     lse_head = lse_ptr + (b_index * heads + h_index) * q_len + q_start
-    tl.store(lse_head + rows, (m + tl.log2(total)) * LN2, mask=q_there)
+    tl.store(lse_head + rows, lse, mask=q_there)
 
 
 @triton.jit
@@ -468,6 +479,7 @@ def backward_queries(
     dlse_ptr,
     norm_ptr,
     mass_ptr,
+    lse_mass_ptr,
     delta_ptr,
     d_sink_ptr,
     sink_ptr,
@@ -533,6 +545,8 @@ def backward_queries(
     mass = tl.load(mass_ptr + row, mask=q_there, other=1.0)
     lse = tl.load(lse_ptr + row, mask=alive, other=0.0)
     dlse = tl.load(dlse_ptr + row, mask=alive, other=0.0)
+    # of weights that add up to 1: lse is rounded
+    dlse /= tl.load(lse_mass_ptr + row, mask=q_there, other=1.0)
     q = tl.load(
         q_head
         + tl.cast(q_start, tl.int64) * q_step
@@ -656,6 +670,7 @@ def backward_keys(
     dlse_ptr,
     norm_ptr,
     mass_ptr,
+    lse_mass_ptr,
     delta_ptr,
     sink_ptr,
     q_len,
@@ -759,6 +774,8 @@ def backward_keys(
             mass = tl.load(mass_ptr + row)
             lse = tl.load(lse_ptr + row)
             dlse = tl.load(dlse_ptr + row)
+            # of weights that add up to 1: lse is rounded
+            dlse /= tl.load(lse_mass_ptr + row)
             delta = tl.load(delta_ptr + row)
             first_row = tl.cast(q_start, tl.int64)
             q = tl.load(q_head + first_row * q_step + q_at)
@@ -794,6 +811,8 @@ def backward_keys(
             mass = tl.load(mass_ptr + row, mask=q_there, other=1.0)
             lse = tl.load(lse_ptr + row, mask=alive, other=0.0)
             dlse = tl.load(dlse_ptr + row, mask=alive, other=0.0)
+            # of weights that add up to 1: lse is rounded
+            dlse /= tl.load(lse_mass_ptr + row, mask=q_there, other=1.0)
             delta = tl.load(delta_ptr + row, mask=alive, other=0.0)
             first_row = tl.cast(q_start, tl.int64)
             q = tl.load(

@@ -19,11 +19,19 @@ def kept(spec: AttentionSpec) -> list[str]:
     """What the forward pass keeps of each row, beside its outputs.
 
     norm: log2 of the sum of its weights, a sink's with them; mass: what weights then add up
-    to, which is 1 but for the rounding of norm: float32 shows it.
+    to, which is 1 but for the rounding of norm: float32 shows it. lse_mass: the same of lse,
+    where a sink parts the two.
     """
     if spec.derivatives != "vjp":
         return []
-    return ["norm", "mass"] if spec.dtype == "float32" else ["norm"]
+    if spec.dtype != "float32":
+        return ["norm"]
+    return ["norm", "mass", *(["lse_mass"] if is_beside(spec) else [])]
+
+
+def is_beside(spec: AttentionSpec) -> bool:
+    """Whether lse and out have other weights: a sink's are out's alone."""
+    return spec.sink and {"out", "lse"} <= set(spec.outputs)
 
 
 def unpacked(spec: AttentionSpec) -> dict[str, str]:

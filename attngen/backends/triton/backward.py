@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attngen import slopes
-from attngen.backends.triton.arguments import kept, sizes_of
+from attngen.backends.triton.arguments import is_beside, kept, sizes_of
 from attngen.backends.triton.bounds import Bounds, bounds, offset_source
 from attngen.backends.triton.candidates import pieces
 from attngen.backends.triton.guards import overflows
@@ -62,8 +62,7 @@ class Backward:
         self.head_dim = self.choice.get("head_dim", "padded")
         self.out, self.dlse = "out" in self.spec.outputs, "lse" in self.spec.outputs
         self.drops, self.differences = overflows(self.spec, env), differences
-        # whether lse and out have other weights
-        self.beside = self.out and self.dlse and self.spec.sink
+        self.beside = is_beside(self.spec)
         self.made = SlopeWriter(plan, env, index_dtype, helpers).slopes()
         self.of_queries, self.of_keys = self._of_queries(), self._of_keys()
         # of out, as it was rounded, delta is the mean of dp no better than out is
@@ -248,7 +247,8 @@ class Backward:
         qk, v = (_suffixes(len(pieces(dim, self.head_dim))) for dim in dims)
         blocks = [x + suffix for x in "qk" for suffix in qk]
         blocks += [x + suffix for x in ("v", "dout") for suffix in v if self.out]
-        blocks += [*kept(self.spec), "delta", *(["lse", "dlse"] if self.beside else [])]
+        blocks += [n for n in kept(self.spec) if n != "lse_mass"]
+        blocks += ["delta", *(["lse", "dlse"] if self.beside else [])]
         lines = self._lines()
         if self.spec.dropout and self.out:
             lines.append("seed_ptr seed_stride_0")

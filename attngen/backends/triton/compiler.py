@@ -49,7 +49,14 @@ POINTERS = {
     "float8_e4m3": "*fp8e4nv", "int64": "*i64", "int32": "*i32", "int8": "*i8",
     "uint32": "*u32", "bool": "*i1",
 }  # fmt: skip
-ROWS = ("lse", "norm", "mass", "delta", "dlse")  # float32, one of each query
+ROWS = (
+    "lse",
+    "norm",
+    "mass",
+    "lse_mass",
+    "delta",
+    "dlse",
+)  # float32, one of each query
 Shape = tuple[str, Sequence[int], str]
 
 

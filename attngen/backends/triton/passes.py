@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from attngen import slopes, storage
 from attngen.backends.triton import model
+from attngen.backends.triton.arguments import kept
 from attngen.backends.triton.candidates import (
     BLOCKS,
     GROUPED,
@@ -88,8 +89,8 @@ class Passes:
         return None
 
     def kept_bytes(self, spec: AttentionSpec, target: Target) -> int:
-        """norm of each row, and mass (see backward.py)."""
-        return _rows(spec) * (2 if spec.dtype == "float32" else 1)
+        """norm of each row, and what goes with it (see arguments.py)."""
+        return _rows(spec) * len(kept(spec))
 
     def cost(
         self, spec: AttentionSpec, target: Target, choice: Choice, tiles: Tiles
