@@ -323,15 +323,15 @@ TRITON = {
             "k_chunk": 64,
             "num_warps": 4,
             "num_stages": 2,
-            "backward_q_chunk": 32,
+            "backward_q_chunk": 64,
             "backward_k_chunk": 16,
-            "backward_num_warps": 2,
+            "backward_num_warps": 4,
         },
     ),
     "training_documents": Entry(
         lambda: dataclasses.replace(training_documents(), dtype="bfloat16"),
         "b200",
-        {"q_chunk": 64, "k_chunk": 64, "num_warps": 4, "backward_k_chunk": 32},
+        {"q_chunk": 64, "k_chunk": 64, "num_warps": 8, "backward_k_chunk": 32},
     ),
     "training_t5": Entry(
         of_preset("t5-large", derivatives="vjp"),

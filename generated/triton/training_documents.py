@@ -14,17 +14,18 @@ computes  out = softmax(s) v over the keys, with s = q.k * 1/sqrt(qk_dim)
           seed    [2]  uint32
           document_ids [2, 2048]  int32
           out     [2, 2048, 4, 64]  bfloat16
-plan      running · 64 queries × 64 keys · 4 warps · 3 stages · last queries first;
+plan      running · 64 queries × 64 keys · 8 warps · 3 stages · last queries first;
           backward: 64 held × 32 · 8 warps · 2 stages
-          tiles of a head: 1024; 0 full, 528 on an edge, 496 empty and never visited
-cost      19.9 GFLOP, 128.0 KiB of temporaries (modelled)
+          tiles of a head: 1024; 496 always empty, at most 528 visited: document_ids
+          says which at run time
+cost      19.9 GFLOP, 341.0 KiB of temporaries (modelled)
 needs     torch >= 2.6, triton >= 3.5; nothing of attngen
 spec      {"batch": 2, "q_heads": 4, "kv_heads": 4, "q_len": 2048, "kv_len": 2048,
           "qk_dim": 64, "v_dim": 64, "dtype": "bfloat16", "mask": {"and": ["causal",
           "documents"]}, "dropout": 0.1, "derivatives": "vjp"}
 choices   {"backend": "triton", "target": "b200", "algorithm": "running", "q_chunk": 64,
-          "k_chunk": 64, "num_warps": 4, "num_stages": 3, "order": "reverse",
-          "head_dim": "padded", "loads": "pointers", "skip": "bounds", "backward":
+          "k_chunk": 64, "num_warps": 8, "num_stages": 3, "order": "reverse",
+          "head_dim": "padded", "loads": "pointers", "skip": "list", "backward":
           "two_passes", "backward_q_chunk": 64, "backward_k_chunk": 32,
           "backward_num_warps": 8, "backward_num_stages": 2}
 """
@@ -48,7 +49,7 @@ SCALE_LOG2 = tl.constexpr(0.18033688011112042)
 SCALE = tl.constexpr(0.125)
 DROPOUT = tl.constexpr(0.1)  # share of weights that are 0
 OUT_DTYPE = torch.bfloat16
-NUM_WARPS, NUM_STAGES = 4, 3
+NUM_WARPS, NUM_STAGES = 8, 3
 # of the backward pass: tokens that a program holds, and of the other kind at a time
 BACKWARD_BLOCK, BACKWARD_STEP = 64, 32
 BACKWARD_WARPS, BACKWARD_STAGES = 8, 2
@@ -66,7 +67,8 @@ RUNTIME = [
     "q_len", "kv_len", "heads", "q_stride_b", "q_stride_t", "q_stride_h", "k_stride_b",
     "k_stride_t", "k_stride_h", "v_stride_b", "v_stride_t", "v_stride_h",
     "out_stride_b", "out_stride_t", "out_stride_h", "seed_stride_0",
-    "document_ids_stride_0", "document_ids_stride_1", "dout_stride_b", "dout_stride_t",
+    "document_ids_stride_0", "document_ids_stride_1", "tiles_stride_0",
+    "tiles_stride_1", "tiles_stride_2", "dout_stride_b", "dout_stride_t",
     "dout_stride_h", "dq_stride_b", "dq_stride_t", "dq_stride_h", "dk_stride_b",
     "dk_stride_t", "dk_stride_h", "dv_stride_b", "dv_stride_t", "dv_stride_h",
 ]  # fmt: skip
@@ -110,6 +112,7 @@ def _attention(
     B, T, H, _ = q.shape
     out = _empty_out(q)
     norm = _empty_rows(q)
+    tiles = _tiles(q, k, document_ids)
     strides = [s for x in (q, k, v, out) for s in x.stride()[:3]]
     with torch.cuda.device_of(q):
         forward[(triton.cdiv(T, Q_BLOCK.value) * H * B,)](
@@ -120,6 +123,7 @@ def _attention(
             norm,
             seed,
             document_ids,
+            tiles,
             T,
             k.shape[1],
             H,
@@ -129,11 +133,58 @@ def _attention(
             *out.stride(),
             *seed.stride(),
             *document_ids.stride(),
+            *tiles.stride()[:3],
             ALIGN=math.gcd(16, *strides),
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
         )
     return out, norm
+
+
+def _tiles(q, k, document_ids):
+    """For each chunk of queries the key blocks that it visits [B, H, chunks, 2 + blocks].
+
+    How many are full, how many visited, then the blocks, the full ones first.
+    """
+    B, T, H, _ = q.shape
+    S = k.shape[1]
+    key = torch.arange(0, S, K_BLOCK.value, device=q.device)
+    query = torch.arange(0, T, Q_BLOCK.value, device=q.device)[:, None]
+    q_lo = query
+    q_hi = (query + Q_BLOCK.value).clamp(max=T)
+    k_lo = key
+    k_hi = (key + K_BLOCK.value).clamp(max=S)
+    document_ids_at_bq_min, document_ids_at_bq_max = _extremes(
+        document_ids[..., :T], Q_BLOCK.value
+    )
+    document_ids_at_bq_min = document_ids_at_bq_min[:, None, :, None]
+    document_ids_at_bq_max = document_ids_at_bq_max[:, None, :, None]
+    document_ids_at_bk_min, document_ids_at_bk_max = _extremes(
+        document_ids[..., :S], K_BLOCK.value
+    )
+    document_ids_at_bk_min = document_ids_at_bk_min[:, None, None, :]
+    document_ids_at_bk_max = document_ids_at_bk_max[:, None, None, :]
+    some = k_lo < q_hi
+    some = some & (document_ids_at_bq_min <= document_ids_at_bk_max)
+    some = some & (document_ids_at_bk_min <= document_ids_at_bq_max)
+    every = k_hi <= q_lo + 1
+    every = every & (document_ids_at_bk_max <= document_ids_at_bq_min)
+    every = every & (document_ids_at_bq_max <= document_ids_at_bk_min)
+    every = every & (key + K_BLOCK.value <= S)
+    # 0 full, 1 partial, 2 empty
+    kind = 2 - some.to(torch.int8) - every.to(torch.int8)
+    shape = torch.broadcast_shapes(kind.shape, (1, 1, query.shape[0], key.shape[0]))
+    kind = kind.expand(shape)
+    order = kind.argsort(dim=-1, stable=True).to(torch.int32)
+    counts = [(kind < n).sum(-1, keepdim=True).to(torch.int32) for n in (1, 2)]
+    return torch.cat([*counts, order], -1).expand(B, H, -1, -1)
+
+
+def _extremes(x, block):
+    """The least and the greatest value in each block of the last axis."""
+    tail = x[..., -1:].expand(*x.shape[:-1], -x.shape[-1] % block)
+    x = torch.cat([x, tail], -1).unflatten(-1, (-1, block))
+    return x.amin(-1), x.amax(-1)
 
 
 @_attention.register_fake
@@ -312,6 +363,7 @@ def forward(
     norm_ptr,
     seed_ptr,
     document_ids_ptr,
+    tiles_ptr,
     q_len,
     kv_len,
     heads,
@@ -334,6 +386,9 @@ def forward(
     seed_stride_0,
     document_ids_stride_0,
     document_ids_stride_1,
+    tiles_stride_0,
+    tiles_stride_1,
+    tiles_stride_2,
     ALIGN: tl.constexpr,
 ):
     """Q_BLOCK queries of one head, over the key blocks that any of them sees."""
@@ -372,15 +427,27 @@ def forward(
     v_at = cols[:, None] * v_step + d[None, :] * v_stride_d
     v_block = v_step.to(tl.int64) * K_BLOCK
 
-    # Key blocks [0, last) hold what any query here sees.
-    # q_hi: positions, half-open
-    q_hi = tl.minimum(q_start + Q_BLOCK, q_len)
-    high = tl.minimum(q_hi, kv_len)
-    last = tl.cdiv(high, K_BLOCK)
+    # A row of the list of tiles: how many key blocks only hold what every query
+    # here sees, how many hold what any does, and which these are.
+    tiles = tiles_ptr + b_index * tiles_stride_0 + h_index * tiles_stride_1
+    tiles += (q_start // Q_BLOCK).to(tl.int64) * tiles_stride_2
+    full = tl.load(tiles)
+    visited = tl.load(tiles + 1)
     m = tl.full((Q_BLOCK,), float("-inf"), tl.float32)  # in units of log 2
     total = tl.zeros((Q_BLOCK,), tl.float32)
     acc = tl.zeros((Q_BLOCK, 64), tl.float32)
-    for c in range(last):
+    for i in range(full):
+        c = tl.load(tiles + 2 + i)
+        k = tl.load(k_head + c * k_block + k_at)
+        s = tl.dot(q, k)
+        m, total, p, rescale = _softmax(s, m, total, UNSEEN=False)
+        kept = _dropout(seed, b_index, h_index, q_index, c * K_BLOCK, K_BLOCK, 0)
+        p *= kept  # total is of all
+        v = tl.load(v_head + c * v_block + v_at)
+        acc *= rescale[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc)
+    for i in range(full, visited):
+        c = tl.load(tiles + 2 + i)
         k_index = c * K_BLOCK + cols[None, :]
         k = tl.load(
             k_head + c * k_block + k_at,
