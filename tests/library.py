@@ -216,14 +216,19 @@ def held(operands):
     return arrays
 
 
-def offsets_of(name):
-    """The kinds of offset that an example takes."""
-    return _offsets(EXAMPLES[name])
+def offsets_of(name, *, lengths=False):
+    """The kinds of offset that an example takes.
+
+    Args:
+        lengths: whether lengths come at run time: the last query then stands anywhere.
+    """
+    return _offsets(EXAMPLES[name], lengths=lengths)
 
 
-def _offsets(*examples):
+def _offsets(*examples, lengths=False):
+    open_ = {"before", "run time", *(["bottom right"] * lengths)}
     inside = any(e.inside for e in examples)
-    return [o for o in OFFSETS if not (inside and o in ("before", "run time"))]
+    return [o for o in OFFSETS if not (inside and o in open_)]
 
 
 @functools.cache

@@ -24,8 +24,10 @@ CHUNKS = {"algorithm": "running", "q_chunk": 16, "k_chunk": 24}
 LIST = CHUNKS | {"skip": "list"}
 # but masks of packed tokens, whose operands are called so
 LIBRARY = [n for n, e in EXAMPLES.items() if "cu_seqlens_q" not in str(e.of)]
-ONCE = {name: offset for name, offset in rotating().items() if name in LIBRARY}
-EVERY = [(name, offset) for name in LIBRARY for offset in offsets_of(name)]
+EVERY = [
+    (name, offset) for name in LIBRARY for offset in offsets_of(name, lengths=True)
+]
+ONCE = {name: offset for name, offset in rotating().items() if (name, offset) in EVERY}
 JOINED = [n for n in FEW if "cu_seqlens_q" not in str(PAIRS[n][0].mask)]
 
 

@@ -95,7 +95,10 @@ def cases(found):
 @pytest.mark.parametrize(("name", "how"), [*cases(SPANS)])
 def test_intervals_in_jax(name, how):
     spec = spec_of(SPANS[name], how)
-    judge(spec, algorithm="running", **CHUNKS[len(name + how) % 2])
+    with jax.enable_x64(
+        name == "half as many"
+    ):  # of an offset at run time 2 * q may be far
+        judge(spec, algorithm="running", **CHUNKS[len(name + how) % 2])
 
 
 @pytest.mark.parametrize(("name", "how"), [*cases(LISTS)])

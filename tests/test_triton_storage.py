@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="needs attngen[triton]")
 
 import interpreted
-from library import EXAMPLES, OFFSETS, holding, rotating
+from library import EXAMPLES, OFFSETS, holding, offsets_of, rotating
 from refusals import refused
 
 import attngen
@@ -63,10 +63,8 @@ def test_every_storage(stored, narrow, other):
 
 
 def _fits(name, offset, stored):
-    """Whether a spec can be, of sequences with fewer keys than queries among others."""
-    example = EXAMPLES[name]
-    own = stored == "packed" and "cu_seqlens_q" in str(example.of)
-    return not own and not (example.inside and offset == "bottom right")
+    own = stored == "packed" and "cu_seqlens_q" in str(EXAMPLES[name].of)
+    return not own and offset in offsets_of(name, lengths=True)
 
 
 LIBRARY = [

@@ -24,7 +24,9 @@ from attngen.symbols import where
 
 DTYPES = ("float32", "float16")
 BLOCKS = ((16, 16), (32, 16), (16, 32))
-EVERY = [(name, offset) for name in EXAMPLES for offset in offsets_of(name)]
+EVERY = [
+    (name, offset) for name in EXAMPLES for offset in offsets_of(name, lengths=True)
+]
 
 
 def judge(spec, blocks=(32, 16), **fix):

@@ -21,7 +21,9 @@ WAYS = ("by_queries", "by_keys", "two_passes")
 SIZES = ((16, 24), (24, 16), (7, 70), (50, 11))
 VJP = {"derivatives": "vjp"}
 FORWARD = {"algorithm": "running", "q_chunk": 16, "k_chunk": 24}
-EVERY = [(name, offset) for name in EXAMPLES for offset in offsets_of(name)]
+EVERY = [
+    (name, offset) for name in EXAMPLES for offset in offsets_of(name, lengths=True)
+]
 # each example by one of the ways, in chunks of one of the sizes
 ONCE = [
     (name, offset, WAYS[i % 3], SIZES[i % 4])

@@ -588,7 +588,7 @@ def backward_queries(
     )
     delta += tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     sink = tl.load(sink_ptr + h_index * sink_stride_0)
-    p_sink = tl.exp2(sink * LOG2E - norm)
+    p_sink = tl.exp2(sink * LOG2E - norm) / mass
     tl.store(d_sink_ptr + row, tl.where(alive, -p_sink * delta, 0.0), mask=q_there)
     tl.store(delta_ptr + row, delta, mask=q_there)
     dq = tl.zeros((Q_BLOCK, 64), tl.float32)
